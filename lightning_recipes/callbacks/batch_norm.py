@@ -1,0 +1,136 @@
+"""Recompute the running statistics of BatchNorm for the weights that the model holds."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Generator, Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchmetrics import Metric
+
+from lightning_recipes.callbacks.substitute import substituted
+
+
+def statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Running mean, variance and batch count of every BatchNorm that keeps them, by their names in the model."""
+    return {
+        f"{prefix}.{name}".lstrip("."): buffer
+        for prefix, layer in _layers(model).items()
+        for name, buffer in layer.named_buffers(recurse=False)
+    }
+
+
+@torch.no_grad()
+def recompute_(trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int) -> None:
+    """Replace the running statistics by their means over training batches, and leave no other trace.
+
+    Runs ``training_step`` in training mode, without gradients, on the first ``batches`` batches of a new pass over the
+    training data; what it logs is dropped. Random states, the loaders' generators, the other buffers and torchmetrics
+    are put back.
+    """
+    layers = _layers(pl_module).values()
+    with ExitStack() as put_back:
+        put_back.enter_context(isolate_rng())
+        put_back.enter_context(substituted(pl_module, log=_drop, log_dict=_drop))
+        put_back.enter_context(_same_modes(pl_module))
+        put_back.enter_context(_same_buffers(pl_module, but=set(layers)))
+        for module in pl_module.modules():
+            if isinstance(module, Metric):
+                put_back.enter_context(_same_metric(module))
+        for layer in layers:
+            layer.reset_running_stats()
+            put_back.callback(setattr, layer, "momentum", layer.momentum)
+            layer.momentum = None  # the mean over all batches instead of a moving average
+        pl_module.train()
+        numbered = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
+        for index, batch in enumerate(put_back.enter_context(_training_batches(trainer, batches))):
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = trainer.strategy.batch_to_device(pl_module._on_before_batch_transfer(batch, dataloader_idx=0))
+            trainer.strategy.training_step(*((batch, index) if numbered else (batch,)))
+
+
+def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    }
+
+
+def _drop(*_: object, **__: object) -> None:
+    """In the place of a method whose effect is not wanted."""
+
+
+@contextmanager
+def _same_modes(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def _same_buffers(model: nn.Module, but: set[_BatchNorm]) -> Iterator[None]:
+    before = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        if module not in but
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, value in before:
+            setattr(module, name, buffer.copy_(value))
+
+
+@contextmanager
+def _same_metric(metric: Metric) -> Iterator[None]:
+    states = (*metric._defaults, "_update_count", "_computed", "_forward_cache")
+    before = {state: copy.deepcopy(getattr(metric, state)) for state in states}
+    try:
+        yield
+    finally:
+        for state, value in before.items():
+            setattr(metric, state, value)
+
+
+@contextmanager
+def _training_batches(trainer: pl.Trainer, most: int) -> Iterator[Iterator[Any]]:
+    """A new pass over the training data, beside the one that is under way."""
+    own = trainer.fit_loop._combined_loader
+    assert own is not None  # set up before the first training batch
+    beside = CombinedLoader(trainer.train_dataloader, own._mode)
+    beside.flattened = [_another(loader) for loader in beside.flattened]
+    generators = [generator for loader in beside.flattened for generator in _generators(loader)]
+    states = [generator.get_state() for generator in generators]
+    try:
+        length = min(most, trainer.num_training_batches)
+        yield (batch for batch, *_ in islice(iter(beside), int(length)))
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def _another(loader: Any) -> Any:
+    """A loader of the same data that may be gone through while the other one is."""
+    another = copy.copy(loader)
+    if getattr(another, "_iterator", None) is not None:  # persistent workers, busy with the pass under way
+        another._iterator = None
+    return another
+
+
+def _generators(loader: Any) -> list[Generator]:
+    owners = [loader, *(getattr(loader, name, None) for name in ("sampler", "batch_sampler"))]
+    owners.append(getattr(owners[-1], "sampler", None))
+    found = {id(owner.generator): owner.generator for owner in owners if getattr(owner, "generator", None) is not None}
+    return [generator for generator in found.values() if isinstance(generator, Generator)]

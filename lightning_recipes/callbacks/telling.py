@@ -1,0 +1,108 @@
+"""Tell the person: scalars and figures to the loggers, findings to everyone who may look."""
+
+import json
+import operator
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lightning_recipes.core.findings import Finding
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def time_to_log(trainer: pl.Trainer) -> bool:
+    """Whether Lightning logs the update that is under way."""
+    run: Any = trainer  # connectors set some attributes
+    every: int = run.log_every_n_steps
+    return every > 0 and (_logger_step(trainer) + 1) % every == 0
+
+
+def log_scalars(trainer: pl.Trainer, scalars: Mapping[str, float | Tensor]) -> None:
+    """Hand scalars to every logger at the step that Lightning's own metrics have, and to ``callback_metrics``.
+
+    Not ``LightningModule.log``, which costs half a millisecond a key at every step whether it is logged or not.
+    """
+    values = {name: float(value) for name, value in scalars.items()}
+    tensors = {name: torch.tensor(value) for name, value in values.items()}
+    trainer.callback_metrics.update(tensors)
+    trainer.logged_metrics.update(tensors)
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step=_logger_step(trainer))
+
+
+def tell(trainer: pl.Trainer, finding: Finding) -> None:
+    """Warn of a finding (or just say it), append it to ``findings.jsonl`` in the run's folder, log it as text.
+
+    Every rank has to call: the run's folder is agreed on by all.
+    """
+    folder = run_folder(trainer)
+    (rank_zero_info if finding.severity == "info" else rank_zero_warn)(finding.text)
+    if not trainer.is_global_zero or folder is None:
+        return
+    with (folder / "findings.jsonl").open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(finding.as_dict()) + "\n")
+    for experiment in _experiments(trainer, "add_text"):
+        experiment.add_text(f"findings/{finding.rule}", f"{finding.message} **{finding.advice}**", finding.step)
+
+
+def show(trainer: pl.Trainer, name: str, figure: "Figure") -> None:
+    """Hand a figure to the loggers that show figures, else write ``<name>.png`` to the run's folder.
+
+    Every rank has to call, as with :func:`tell`.
+    """
+    folder = run_folder(trainer)
+    if not trainer.is_global_zero or folder is None:
+        return
+    experiments = _experiments(trainer, "add_figure")
+    for experiment in experiments:
+        experiment.add_figure(name, figure, _logger_step(trainer))
+    if not experiments:
+        figure.savefig(folder / f"{name.replace('/', '_')}.png", dpi=120)
+
+
+def log_histogram(trainer: pl.Trainer, name: str, bins: Sequence[tuple[float, float, int]]) -> None:
+    """Hand a histogram, bins of ``(lower edge, upper edge, count)``, to the loggers that show histograms."""
+    if not trainer.is_global_zero or not bins:
+        return
+    middles = [(low + high) / 2 for low, high, _ in bins]
+    counts = [count for _, _, count in bins]
+    for experiment in _experiments(trainer, "add_histogram_raw"):
+        experiment.add_histogram_raw(
+            name,
+            min=bins[0][0],
+            max=bins[-1][1],
+            num=sum(counts),
+            sum=sum(map(operator.mul, middles, counts)),
+            sum_squares=sum(middle**2 * count for middle, count in zip(middles, counts, strict=True)),
+            bucket_limits=[high for _, high, _ in bins],
+            bucket_counts=counts,
+            global_step=_logger_step(trainer),
+        )
+
+
+def run_folder(trainer: pl.Trainer) -> Path | None:
+    """The folder of the run, made if need be; None where it is remote or the run leaves nothing behind."""
+    run: Any = trainer  # connectors set some attributes
+    folder: str = run.log_dir or run.default_root_dir
+    if run.fast_dev_run or run.barebones or "://" in folder:
+        return None
+    if trainer.is_global_zero:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    return Path(folder)
+
+
+def _experiments(trainer: pl.Trainer, method: str) -> list[Any]:
+    """The loggers' own objects that have a method, TensorBoard's writer above all."""
+    experiments = [getattr(logger, "experiment", None) for logger in trainer.loggers]
+    return [experiment for experiment in experiments if callable(getattr(experiment, method, None))]
+
+
+def _logger_step(trainer: pl.Trainer) -> int:
+    return trainer.fit_loop.epoch_loop._batches_that_stepped  # the x-axis of everything that Lightning logs

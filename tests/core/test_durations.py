@@ -1,0 +1,48 @@
+import math
+
+import pytest
+
+from lightning_recipes.core.durations import Duration, parse_duration
+
+
+@pytest.mark.parametrize(
+    ("said", "updates"),
+    [
+        (500, 500),
+        (2.5, 2.5),
+        ("500", 500),
+        ("500 updates", 500),
+        ("5e2 updates", 500),
+        ("1 step", 1),
+        ("2 epochs", 100),
+        ("1 Epoch", 50),
+        ("0.5 epochs", 25),
+        ("0.1 of the run", 100),
+        (".1 of the run", 100),
+    ],
+)
+def test_durations_as_people_say_them(said: float | str, updates: float) -> None:
+    duration = parse_duration("half_life", said)
+    assert duration.in_updates(updates_per_epoch=50, updates_per_run=1000) == pytest.approx(updates)
+    assert parse_duration("half_life", duration.text) == duration
+
+
+@pytest.mark.parametrize("said", ["", "two", "2 weeks", "epochs", "-2 epochs", "0 epochs", 0, -1, math.nan, "1 of run"])
+def test_what_is_not_understood_is_refused(said: float | str) -> None:
+    with pytest.raises(ValueError, match="half_life must be a number"):
+        parse_duration("half_life", said)
+
+
+@pytest.mark.parametrize("said", [None, True, [2]])
+def test_what_is_neither_number_nor_words_is_refused(said: object) -> None:
+    with pytest.raises(TypeError, match="half_life must be a number"):
+        parse_duration("half_life", said)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("unknown", [math.inf, -1, 0])
+def test_a_length_that_nobody_knows_is_an_error_that_says_what_to_do(unknown: float) -> None:
+    with pytest.raises(ValueError, match="'2 epochs' needs the length of an epoch.*give it in updates"):
+        Duration(2, "epochs").in_updates(unknown, 1000)
+    with pytest.raises(ValueError, match=r"'0.1 of the run' needs the length of the run"):
+        Duration(0.1, "runs").in_updates(10, unknown)
+    assert Duration(7, "updates").in_updates(unknown, unknown) == 7
