@@ -149,11 +149,12 @@ class Resumable:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Any]:
+        if self.position >= len(self.batches):
+            self.epoch, self.position = self.epoch + 1, 0
         order = torch.randperm(len(self.batches), generator=torch.Generator().manual_seed(self.seed + self.epoch))
         while self.position < len(self.batches):
             self.position += 1
             yield self.batches[order[self.position - 1]]
-        self.epoch, self.position = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "position": self.position}

@@ -1,11 +1,14 @@
 """Run a function on several gloo ranks, each a fork of this process; a process, to be killed or waited for."""
 
+import io
 import multiprocessing
 import os
 import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 TIMEOUT = 120  # seconds until a rank that hangs fails the test
 
@@ -37,7 +40,7 @@ def run_on_ranks(function: Callable[..., Any], *args: Any, ranks: int = 2) -> li
             if not pipe.poll(TIMEOUT):
                 raise TimeoutError(f"rank {rank} said nothing for {TIMEOUT} s")
             try:
-                outcomes.append(pipe.recv())
+                outcomes.append(torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False))
             except EOFError:
                 raise RuntimeError(f"rank {rank} died without a word") from None
     finally:
@@ -51,13 +54,13 @@ def run_on_ranks(function: Callable[..., Any], *args: Any, ranks: int = 2) -> li
 
 def _report(sender: Any, environment: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.environ.update(environment)
+    outcome = io.BytesIO()
     try:
-        sender.send((True, function(*args)))
+        torch.save((True, function(*args)), outcome)
     except BaseException:
-        sender.send((False, traceback.format_exc()))
-    finally:
-        sender.close()
-        os._exit(0)  # nothing that belongs to the parent is to be cleaned up here
+        torch.save((False, traceback.format_exc()), outcome)
+    sender.send_bytes(outcome.getvalue())
+    os._exit(0)  # nothing that belongs to the parent is to be cleaned up here
 
 
 def run_until_killed(function: Callable[..., Any], *args: Any) -> int:

@@ -48,8 +48,8 @@ class PercentileGradientClipping(pl.Callback):
     :class:`~lightning_recipes.core.clipping.PercentileThreshold`: the exact percentile of the last ``window`` norms,
     kept within what most of the last 200 allow, so that neither an outlier nor a burst of them moves it. During the
     first ``warmup_steps`` updates a gradient may be neither longer than twice the upper quartile (or four times the
-    median) of the norms so far nor, during the first ten, than the weights were at the start. All optimizers are clipped the same way;
-    automatic and manual optimization, accumulation and a GradScaler, whose skipped steps leave no trace.
+    median) of the norms so far nor, during the first ten, than the weights were at the start. Works with automatic and
+    manual optimization, accumulation and a GradScaler, whose skipped steps leave no trace.
 
     Logs, every ``log_every_n_steps``: ``grad_norm`` (before clipping), ``grad_norm_threshold`` and
     ``clipped_fraction`` (share of the window's updates that were clipped); with several optimizers each with
@@ -190,6 +190,10 @@ class PercentileGradientClipping(pl.Callback):
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             norm = norm / scaler.scale(torch.ones_like(norm))  # a fused optimizer unscales only inside its step
         weight_norm: Any = _whole_norm(parameters, group, device) if rule.weight_norm is None else None
+        decides = self.skip_nonfinite and scaler is None  # a GradScaler skips such an update by itself
+        if decides and trainer.strategy.reduce_boolean_decision(not bool(norm < math.inf), all=False):
+            norm = torch.full_like(norm, math.nan)  # on all ranks, so that their thresholds stay the same
+            optimizer.zero_grad(set_to_none=True)
         if _free_to_read(norm):
             norm, weight_norm = norm.item(), None if weight_norm is None else weight_norm.item()
         threshold = rule.update(norm, weight_norm)
@@ -198,10 +202,6 @@ class PercentileGradientClipping(pl.Callback):
             factor = clipping_factor(norm, threshold)
             if isinstance(factor, Tensor) or factor < 1:
                 scale_(gradients, factor)
-        if self.skip_nonfinite and scaler is None:  # a GradScaler skips such an update by itself
-            nonfinite = not bool(norm < math.inf)
-            if trainer.strategy.reduce_boolean_decision(nonfinite, all=False):
-                optimizer.zero_grad(set_to_none=True)
         if time_to_log(trainer):
             self._log(trainer, index)
             self._tell(trainer, index)
@@ -263,7 +263,7 @@ class PercentileGradientClipping(pl.Callback):
     def _show(self, trainer: pl.Trainer, index: int) -> None:
         """The figure of an optimizer's norms, and TensorBoard's histogram of them."""
         rule, name = self.rule[index], f"grad_norm{_suffix(trainer, index)}"
-        if not rule.count:
+        if not rule.count or not trainer.loggers:
             return
         log_histogram(trainer, name, rule.history.histogram())
         if importlib.util.find_spec("matplotlib") is None:

@@ -5,7 +5,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def is_sharded(trainer: pl.Trainer) -> bool:
@@ -21,7 +21,7 @@ def shard_group(trainer: pl.Trainer) -> Any:
     return None if model.sharding_strategy.name == "NO_SHARD" else model.process_group
 
 
-def reshard_(model: nn.Module) -> None:
+def reshard_(pl_module: pl.LightningModule) -> None:
     """Free the full weights that a forward pass has left gathered, so that the shards are the weights again.
 
     After an evaluation the root stays gathered: its parameters are not those of the optimizer, and FSDP (1) would go
@@ -31,12 +31,15 @@ def reshard_(model: nn.Module) -> None:
         return
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
+    strategy = pl_module.trainer.strategy if pl_module._trainer is not None else None
+    model = strategy.model if strategy is not None and strategy.model is not None else pl_module  # FSDP wraps it
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
         elif isinstance(module, FullyShardedDataParallel):
             handle: Any = module._handle
-            if handle is not None and not handle.needs_unshard():
+            started = handle is not None and hasattr(handle.flat_param, "_full_param_padded")
+            if started and not handle.needs_unshard():
                 handle.reshard(True)
                 handle.post_reshard()
 

@@ -1,4 +1,7 @@
-"""Tell the person: scalars and figures to the loggers, findings to everyone who may look."""
+"""Tell the person: scalars and figures to the loggers, findings to everyone who may look.
+
+Nothing here is a collective: what one rank has to say must not wait for the others. Rank zero speaks.
+"""
 
 import json
 import operator
@@ -38,13 +41,10 @@ def log_scalars(trainer: pl.Trainer, scalars: Mapping[str, float | Tensor]) -> N
 
 
 def tell(trainer: pl.Trainer, finding: Finding) -> None:
-    """Warn of a finding (or just say it), append it to ``findings.jsonl`` in the run's folder, log it as text.
-
-    Every rank has to call: the run's folder is agreed on by all.
-    """
-    folder = run_folder(trainer)
+    """Warn of a finding (or just say it), append it to ``findings.jsonl`` in the run's folder, log it as text."""
     (rank_zero_info if finding.severity == "info" else rank_zero_warn)(finding.text)
-    if not trainer.is_global_zero or folder is None:
+    folder = run_folder(trainer)
+    if folder is None:
         return
     with (folder / "findings.jsonl").open("a", encoding="utf-8") as lines:
         lines.write(json.dumps(finding.as_dict()) + "\n")
@@ -53,12 +53,9 @@ def tell(trainer: pl.Trainer, finding: Finding) -> None:
 
 
 def show(trainer: pl.Trainer, name: str, figure: "Figure") -> None:
-    """Hand a figure to the loggers that show figures, else write ``<name>.png`` to the run's folder.
-
-    Every rank has to call, as with :func:`tell`.
-    """
+    """Hand a figure to the loggers that show figures; if none does, write ``<name>.png`` beside the logs."""
     folder = run_folder(trainer)
-    if not trainer.is_global_zero or folder is None:
+    if folder is None or not trainer.loggers:
         return
     experiments = _experiments(trainer, "add_figure")
     for experiment in experiments:
@@ -88,13 +85,16 @@ def log_histogram(trainer: pl.Trainer, name: str, bins: Sequence[tuple[float, fl
 
 
 def run_folder(trainer: pl.Trainer) -> Path | None:
-    """The folder of the run, made if need be; None where it is remote or the run leaves nothing behind."""
+    """The folder of the run, made if need be, on rank zero; None where it is remote or nothing is to be left behind.
+
+    That of ``Trainer.log_dir``, which asks all ranks.
+    """
     run: Any = trainer  # connectors set some attributes
-    folder: str = run.log_dir or run.default_root_dir
-    if run.fast_dev_run or run.barebones or "://" in folder:
+    logger: Any = trainer.logger
+    folder: str = getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None) or run.default_root_dir
+    if not trainer.is_global_zero or run.fast_dev_run or run.barebones or "://" in folder:
         return None
-    if trainer.is_global_zero:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+    Path(folder).mkdir(parents=True, exist_ok=True)
     return Path(folder)
 
 

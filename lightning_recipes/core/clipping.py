@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from lightning_recipes.core.arguments import check_count, check_real
 
@@ -40,20 +41,33 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """
     if not tensors:
         return torch.zeros(())
-    sharded = [tensor for tensor in tensors if hasattr(tensor, "full_tensor")]
-    if sharded:
-        plain = [tensor for tensor in tensors if not hasattr(tensor, "full_tensor")]
-        norm: Any = torch.nn.utils.get_total_norm(sharded)  # a DTensor whose local value is a part of the norm
-        norms = [norm.full_tensor(), *([total_norm(plain)] if plain else [])]
-    else:
-        dense = [tensor.coalesce().values() if tensor.is_sparse else tensor for tensor in tensors]
-        half = any(tensor.dtype in HALF_PRECISION for tensor in dense)
-        norms = list(torch._foreach_norm(dense, 2, dtype=torch.float32) if half else torch._foreach_norm(dense))
-    device = norms[0].device
-    if any(norm.device != device for norm in norms):
-        norms = [norm.to(device, non_blocking=True) for norm in norms]
+    device = tensors[0].device
+    alike = all(
+        type(tensor) in (Tensor, Parameter)
+        and tensor.dtype is torch.float32
+        and tensor.device == device
+        and tensor.layout is torch.strided
+        for tensor in tensors
+    )
+    norms = torch._foreach_norm(tensors) if alike else _norms_of_all_kinds(tensors)
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return total
+
+
+def _norms_of_all_kinds(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """One norm for all DTensors and one for each other tensor, on one device and in at least single precision."""
+    sharded = [tensor for tensor in tensors if hasattr(tensor, "full_tensor")]
+    others = [tensor for tensor in tensors if not hasattr(tensor, "full_tensor")]
+    norms = []
+    if sharded:
+        norm: Any = torch.nn.utils.get_total_norm(sharded)  # a DTensor, whose local value is only a part
+        norms.append(norm.full_tensor())
+    for tensor in others:
+        values = tensor.coalesce().values() if tensor.layout is torch.sparse_coo else tensor
+        dtype = torch.float32 if values.dtype in HALF_PRECISION else None
+        norms.append(torch.linalg.vector_norm(values, dtype=dtype))
+    dtype = torch.float64 if any(norm.dtype is torch.float64 for norm in norms) else torch.float32
+    return [norm.to(norms[0].device, dtype, non_blocking=True) for norm in norms]
 
 
 def scale_(gradients: Sequence[Tensor], factor: float | Tensor) -> None:
@@ -199,8 +213,8 @@ class PercentileThreshold:
     bound (a log-normal one of log-deviation up to 0.9, say), and the threshold is the plain percentile.
 
     During the first ``warmup_steps`` updates the bound is the threshold, and during the first ten of those no gradient
-    is let through that is longer than the weights were at the start. A norm is judged by those before it and remembered as it
-    was, unclipped; one that is not finite is counted and otherwise leaves no trace.
+    is let through that is longer than the weights were at the start. A norm is judged by those before it and remembered
+    as it was, unclipped; one that is not finite is counted and otherwise leaves no trace.
 
     A norm given as a number gives a number, in a microsecond or two. A norm given as a scalar tensor gives a scalar
     tensor on its device, by the same rule and without reading anything back; what :meth:`flush` reads, at most 1,000

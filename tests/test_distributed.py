@@ -1,0 +1,246 @@
+"""Two gloo ranks: replicated (DDP) and sharded (ModelParallel with fully_shard, FSDP on the CPU)."""
+
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from models import Regression, Resumable, SeedEachStep, quiet_trainer, regression_data, weights_of
+from ranks import run_on_ranks
+from torch import Tensor, nn
+
+from lightning_recipes import EMAWeights, PercentileGradientClipping
+from lightning_recipes.callbacks import clipping as clipping_module
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch.distributed warns of much that is not ours
+TIMEOUT = timedelta(seconds=60)
+
+
+class Sharded(Regression):
+    def configure_model(self) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        assert self.device_mesh is not None
+        mesh = self.device_mesh["data_parallel"]
+        for layer in (self.net[0], self.net[-1]):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(self.net, mesh=mesh)
+
+
+class CPUFSDPStrategy(FSDPStrategy):
+    """FSDP on the CPU, which Lightning and torch refuse by default; for single steps and sharded checkpoints."""
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
+
+
+def make_strategy(name: str) -> Strategy | str:
+    if name == "ddp":
+        return DDPStrategy(process_group_backend="gloo", timeout=TIMEOUT)
+    if name == "fsdp":
+        return CPUFSDPStrategy(process_group_backend="gloo", timeout=TIMEOUT, state_dict_type="sharded")
+    return ModelParallelStrategy(
+        data_parallel_size=2,
+        tensor_parallel_size=1,
+        process_group_backend="gloo",
+        timeout=TIMEOUT,
+        save_distributed_checkpoint=name == "sharded",
+    )
+
+
+def whole(tensors: dict[str, Any]) -> dict[str, Tensor]:
+    """Every tensor in full, on the CPU and detached."""
+    full = {name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in tensors.items()}
+    return {name: tensor.detach().clone() for name, tensor in full.items()}
+
+
+class Note(pl.Callback):
+    """What was validated."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.losses.append(trainer.callback_metrics["val_loss"].item())
+
+
+def train(
+    folder: Path,
+    name: str,
+    epochs: int = 2,
+    ckpt_path: Path | None = None,
+    save_at: Path | None = None,
+    extra: tuple[pl.Callback, ...] = (),
+    data: Any = None,
+) -> dict[str, Any]:
+    module = Sharded() if name in ("sharded", "one file") else Regression()
+    ema, clipping, note = EMAWeights(0.9), PercentileGradientClipping(window=10, warmup_steps=2), Note()
+    alone = name == "alone"
+    trainer = quiet_trainer(
+        folder,
+        max_epochs=epochs,
+        callbacks=[SeedEachStep(), ema, clipping, note, *extra],
+        strategy="auto" if alone else make_strategy(name),
+        devices=1 if alone else 2,
+        use_distributed_sampler=False,
+        log_every_n_steps=5,
+    )
+    trainer.fit(module, data or Resumable(regression_data(batches=6)), regression_data(2), ckpt_path=ckpt_path)
+    if save_at is not None:
+        trainer.save_checkpoint(save_at)
+    averaged = whole(dict(module.state_dict())) if name != "fsdp" else {}
+    with ema.raw_weights(module):
+        raw = whole(dict(module.state_dict())) if name != "fsdp" else {}
+    return {
+        "average": averaged,
+        "raw": raw,
+        "clipping": clipping.state_dict()["rule"][0],
+        "losses": note.losses,
+        "ema": ema.state_dict(),
+    }
+
+
+def close(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    assert {name.removeprefix("_forward_module.") for name in first} == set(second)
+    for name in second:
+        torch.testing.assert_close(first[name], second[name], rtol=tolerance, atol=tolerance)
+
+
+class SplitData:
+    """Each rank's own half of every batch: together they are the batches of a run alone."""
+
+    def __init__(self) -> None:
+        self.rank = int(os.environ["LOCAL_RANK"])
+
+    def __len__(self) -> int:
+        return 6
+
+    def __iter__(self) -> Any:
+        for inputs, targets in regression_data(batches=6):
+            half = slice(4 * self.rank, 4 * self.rank + 4)
+            yield inputs[half], targets[half]
+
+
+def train_on_halves(folder: Path, name: str) -> dict[str, Any]:
+    return train(folder, name, data=SplitData())
+
+
+def test_ddp_has_the_same_thresholds_and_averages_on_both_ranks_bit_for_bit(tmp_path: Path) -> None:
+    first, second = run_on_ranks(train_on_halves, tmp_path, "ddp")
+    assert str(first) == str(second)
+    for kind in ("average", "raw"):
+        assert all(torch.equal(value, second[kind][name]) for name, value in first[kind].items())
+
+
+@pytest.mark.parametrize("name", ["ddp", "sharded", "one file", "fsdp"])
+@pytest.mark.parametrize("free_to_read", [True, False])
+def test_two_ranks_are_one_run(name: str, free_to_read: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clipping_module, "_free_to_read", lambda _: free_to_read)
+    alone = train(tmp_path, "alone", data=list_loader())
+    for rank in run_on_ranks(train_on_halves, tmp_path, name):
+        torch.testing.assert_close(rank["clipping"]["norms"], alone["clipping"]["norms"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(rank["clipping"]["thresholds"], alone["clipping"]["thresholds"], rtol=1e-4, atol=1e-4)
+        assert rank["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+        if name != "fsdp":
+            close(rank["average"], alone["average"])
+            close(rank["raw"], alone["raw"])
+
+
+def list_loader() -> Resumable:
+    data = Resumable(regression_data(batches=6))
+    data.__class__ = InOrder
+    return data
+
+
+class InOrder(Resumable):
+    def __iter__(self) -> Any:
+        return iter(self.batches)
+
+
+class SaveAt(pl.Callback):
+    """Save in training and, on request, in the middle of a validation."""
+
+    def __init__(self, path: Path, validating: bool) -> None:
+        self.path, self.validating = path, validating
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == 8 and not self.validating:
+            trainer.save_checkpoint(self.path)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == 6 and self.validating and not self.path.exists():
+            trainer.save_checkpoint(self.path)
+
+
+def uninterrupted(folder: Path, name: str, validating: bool) -> dict[str, Any]:
+    return train(folder, name, epochs=3, extra=(SaveAt(folder / "run.ckpt", validating),))
+
+
+def resumed(folder: Path, name: str) -> dict[str, Any]:
+    return train(folder, name, epochs=3, ckpt_path=folder / "run.ckpt")
+
+
+@pytest.mark.parametrize("validating", [False, True])
+@pytest.mark.parametrize("name", ["ddp", "sharded", "one file", "fsdp"])
+def test_a_checkpoint_resumes_bit_for_bit(name: str, validating: bool, tmp_path: Path) -> None:
+    whole_run = run_on_ranks(uninterrupted, tmp_path, name, validating)
+    for one, other in zip(whole_run, run_on_ranks(resumed, tmp_path, name), strict=True):
+        assert str(one["clipping"]) == str(other["clipping"])
+        assert str(one["ema"]) == str(other["ema"])
+        assert one["losses"][-1] == other["losses"][-1]
+        for kind in ("average", "raw"):
+            assert one[kind].keys() == other[kind].keys()
+            assert all(torch.equal(value, other[kind][key]) for key, value in one[kind].items())
+
+
+def saved(folder: Path, name: str) -> tuple[Any, Any]:
+    outcome = train(folder, name, save_at=folder / "run.ckpt")
+    return outcome["average"], outcome["raw"]
+
+
+def test_a_single_file_of_a_sharded_run_holds_the_average_and_loads_alone(tmp_path: Path) -> None:
+    (average, raw), _ = run_on_ranks(saved, tmp_path, "one file")
+    checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    for key, expected in (("state_dict", average), ("raw_weights", raw)):
+        assert checkpoint[key].keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in checkpoint[key].items())
+    loaded = Regression.load_from_checkpoint(tmp_path / "run.ckpt")
+    assert all(torch.equal(value, average[name]) for name, value in weights_of(loaded).items())
+
+
+def nan_on_one_rank(folder: Path) -> list[float]:
+    class PoisonsOneRank(Regression):
+        def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+            norms.append(sum(p.grad is not None for p in self.parameters()))
+
+        def on_after_backward(self) -> None:
+            if self.global_step == 3 and self.trainer.global_rank == 1:
+                for parameter in self.parameters():
+                    parameter.grad.fill_(torch.nan)
+
+    norms: list[float] = []
+    trainer = quiet_trainer(
+        folder,
+        max_epochs=1,
+        callbacks=[PercentileGradientClipping(skip_nonfinite=True)],
+        strategy=make_strategy("ddp"),
+        devices=2,
+        use_distributed_sampler=False,
+    )
+    module = PoisonsOneRank()
+    trainer.fit(module, regression_data(batches=6))
+    return [*norms, *(value.sum().item() for value in module.state_dict().values())]
+
+
+def test_a_nan_on_one_rank_cancels_the_update_on_all(tmp_path: Path) -> None:
+    first, second = run_on_ranks(nan_on_one_rank, tmp_path)
+    assert first == second
+    assert first[:6] == [4, 4, 4, 0, 4, 4]
+    assert all(value == value for value in first)
