@@ -20,6 +20,7 @@ from torch.nn import Parameter
 from lightning_recipes.core.arguments import check_count, check_real
 
 RECENT = 200  # norms that the bound is taken from: short enough to follow a norm that falls, long for a quartile
+OUTLIER = 10  # times its threshold a norm is an outlier, with which others may come
 FEW = 10  # below this many norms no statistic of them can be trusted, and the weights bound the threshold instead
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -209,8 +210,10 @@ class PercentileThreshold:
     The threshold of an update is the ``percentile`` of the finite norms of the last ``window`` updates before it: the
     smallest of them with at least that share at or below it. It is bounded by what the bulk of the last 200 norms
     allows, twice their upper quartile and four times their median: where outliers are so many that the percentile is
-    one of them, it is taken of the norms within the bound instead. A stream without such outliers never meets the
-    bound (a log-normal one of log-deviation up to 0.9, say), and the threshold is the plain percentile.
+    one of them, it is taken of the norms within the bound instead. And right behind an outlier, a norm of more than
+    ten times its threshold, the threshold is at most the median of the last 200, so that the harm of a burst does not
+    add up. A stream without such outliers meets neither (a log-normal one of log-deviation up to 0.9, say), and the
+    threshold is the plain percentile.
 
     During the first ``warmup_steps`` updates the bound is the threshold, and during the first ten of those no gradient
     is let through that is longer than the weights were at the start. A norm is judged by those before it and remembered
@@ -290,14 +293,17 @@ class PercentileThreshold:
     def threshold(self) -> float:
         """The threshold that the next norm has to meet."""
         values, recent = self.norms.ascending, self.recent.ascending
-        bound = math.inf
-        if recent:
-            quartile, median = recent[self.quartile.place(len(recent))], recent[self.median.place(len(recent))]
-            bound = min(2 * quartile, 4 * median)
+        if not values:
+            return float(self.weight_norm or math.inf) if self.warmup_steps else math.inf
+        median = recent[self.median.place(len(recent))]
+        bound = min(2 * recent[self.quartile.place(len(recent))], 4 * median)
         if self.count < self.warmup_steps:
-            return min(bound, float(self.weight_norm or math.inf)) if self.count < FEW else bound
-        plain = values[self.ranks.place(len(values))] if values else bound
-        return plain if plain <= bound else values[self.ranks.place(bisect_right(values, bound))]
+            threshold = min(bound, float(self.weight_norm or math.inf)) if self.count < FEW else bound
+        else:
+            plain = values[self.ranks.place(len(values))]
+            threshold = plain if plain <= bound else values[self.ranks.place(bisect_right(values, bound))]
+        behind_outlier = self.norms.arrived[-1] > OUTLIER * self.thresholds[-1]
+        return min(threshold, median) if behind_outlier else threshold
 
     def flush(self) -> None:
         """Read the norms that were given as tensors since the last time: one or two host reads, or none."""
@@ -399,15 +405,18 @@ class _UnreadNorms:
         ascending, recent = norms.sort()[0], norms[-RECENT:].sort()[0]
         count = (self.seen - self.forgotten).clamp(max=self.window)
         places = self.places.index_select(1, count[None])[:, 0]
-        bound = (recent.take(places[1:]) * self.multiples).amin()
+        quartile_and_median = recent.take(places[1:])
+        bound = (quartile_and_median * self.multiples).amin()
         plain = ascending.take(places[0])
         within = torch.searchsorted(ascending, bound, right=True).minimum(count)
-        settled = torch.where(plain <= bound, plain, ascending.take(self.places[0].take(within)))
-        if self.known >= self.warmup_steps:
-            return settled
-        weights = torch.as_tensor(math.inf if weight_norm is None else weight_norm, device=bound.device)
-        early = torch.where((self.seen < FEW) & (weights > 0), bound.minimum(weights), bound)
-        return torch.where(self.seen < self.warmup_steps, early, settled)
+        threshold = torch.where(plain <= bound, plain, ascending.take(self.places[0].take(within)))
+        if self.known < self.warmup_steps:
+            weights = torch.as_tensor(math.inf if weight_norm is None else weight_norm, device=bound.device)
+            early = torch.where((self.seen < FEW) & (weights > 0), bound.minimum(weights), bound)
+            threshold = torch.where(self.seen < self.warmup_steps, early, threshold)
+        last_norm, last_threshold = self.values[:, -1]
+        behind_outlier = last_norm > OUTLIER * last_threshold
+        return torch.where(behind_outlier, threshold.minimum(quartile_and_median[1]), threshold)
 
     def read(self) -> list[tuple[float, float]]:
         """The finite norms since the last time, in order, each with its threshold."""
