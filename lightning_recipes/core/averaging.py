@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_recipes.core.arguments import check_count, check_real
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
+WARMUP = 18  # early on the memory of the average is a seventeenth of the training so far
 
 
 def decay_from_half_life(half_life: float) -> float:
@@ -23,13 +24,14 @@ def decay_from_half_life(half_life: float) -> float:
 
 
 def decay_at(update: int, decay: float) -> float:
-    """The decay of one update: ``min(decay, (1 + update) / (10 + update))``, and 0 at the first, which copies.
+    """The decay of one update: ``min(decay, (1 + update) / (18 + update))``, and 0 at the first, which copies.
 
     While ``decay`` does not limit it the memory of the average is a fixed share of the training so far (a power law:
-    half of it lies in the last 7 % of the updates). So the initial weights are gone at once and the next ones soon,
-    which a plain ``decay`` drags along for thousands of updates; a uniform mean of the first updates, as a bias
-    correction would give, remembers too much of a time when the weights move fast. A batch ``k`` times as large with
-    ``decay ** k`` gives the same average.
+    half of it lies in the last 4 % of the updates). So the initial weights are gone at once and the next ones soon,
+    which a plain ``decay`` drags along for thousands of updates. A uniform mean of the first updates, as a bias
+    correction would give, remembers too much of a time when the weights move fast, and the usual 10 in the place of
+    18 does so at times (``benchmarks/LOG.md``). A batch ``k`` times as large with ``decay ** k`` gives the same
+    average.
 
     Args:
         update: 1 for the first update that is averaged.
@@ -37,9 +39,9 @@ def decay_at(update: int, decay: float) -> float:
 
     Example:
         >>> [round(decay_at(update, 0.9), 2) for update in (1, 2, 10, 100)]
-        [0.0, 0.25, 0.55, 0.9]
+        [0.0, 0.15, 0.39, 0.86]
     """
-    return min(decay, (1 + update) / (10 + update)) if update > 1 else 0.0
+    return min(decay, (1 + update) / (WARMUP + update)) if update > 1 else 0.0
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -76,8 +78,8 @@ class ExponentialMovingAverage:
         >>> for _ in range(3):
         ...     weight += 1
         ...     ema.update({"weight": weight})
-        >>> ema.averages  # 4/13 of (1/4 of 1 and 3/4 of 2) and 9/13 of 3
-        {'weight': tensor([2.6154])}
+        >>> ema.averages  # 4/21 of (3/20 of 1 and 17/20 of 2) and 17/21 of 3
+        {'weight': tensor([2.7810])}
 
     References:
         Polyak and Juditsky, Acceleration of Stochastic Approximation by Averaging, 1992
@@ -148,7 +150,7 @@ class ExponentialMovingAverage:
         happened = skipped == 0
         self._updates = torch.as_tensor(self._updates, device=device) + happened
         update = self._updates - self.start_step
-        decay = ((1 + update) / (10 + update)).clamp(max=self.decay)
+        decay = ((1 + update) / (WARMUP + update)).clamp(max=self.decay)
         decay = torch.where(update > 1, decay, (update < 1).to(decay.dtype))
         pending = torch.as_tensor(self._pending, dtype=decay.dtype, device=device)
         self._pending = torch.where(happened, pending * decay, pending)
