@@ -3,6 +3,7 @@
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # What reads values, or sizes that depend on them.
 READING_OPS = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "unique", "is_nonzero", "item"}
-READING_METHODS = {Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.__repr__, Tensor.item, Tensor.__bool__, Tensor.__float__}
+READING_METHODS = {
+    Tensor.tolist,
+    Tensor.numpy,
+    Tensor.cpu,
+    Tensor.__repr__,
+    Tensor.item,
+    Tensor.__bool__,
+    Tensor.__float__,
+}
 
 
 class _Ops(TorchDispatchMode):
@@ -41,23 +50,16 @@ class _Methods(TorchFunctionMode):
 
 
 class HostReads:
-    """Within the context every host read made from a file under ``package`` is noted, with its place.
+    """Within the context every host read that comes from a file in ``folder`` is noted, with its place."""
 
-    Example:
-        >>> with HostReads(__name__.partition(".")[0]) as reads:  # doctest: +SKIP
-        ...     torch.ones(1).item()
-        >>> reads.places  # doctest: +SKIP
-        ['item at host_reads.py:60']
-    """
-
-    def __init__(self, package: str) -> None:
-        self.package = package
+    def __init__(self, folder: Path) -> None:
+        self.folder = f"{folder}/"
         self.places: list[str] = []
         self._modes = (_Ops(self._note), _Methods(self._note))
 
     def _note(self, name: str) -> None:
         frames = traceback.extract_stack(sys._getframe(1))
-        own = [frame for frame in frames if f"/{self.package}" in frame.filename]
+        own = [frame for frame in frames if frame.filename.startswith(self.folder)]
         if own:
             self.places.append(f"{name} at {own[-1].filename.rpartition('/')[2]}:{own[-1].lineno}")
 

@@ -56,7 +56,9 @@ def make_strategy(name: str) -> Strategy | str:
 
 def whole(tensors: dict[str, Any]) -> dict[str, Tensor]:
     """Every tensor in full, on the CPU and detached."""
-    full = {name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in tensors.items()}
+    full = {
+        name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in tensors.items()
+    }
     return {name: tensor.detach().clone() for name, tensor in full.items()}
 
 
@@ -146,7 +148,9 @@ def test_two_ranks_are_one_run(name: str, free_to_read: bool, tmp_path: Path, mo
     alone = train(tmp_path, "alone", data=list_loader())
     for rank in run_on_ranks(train_on_halves, tmp_path, name):
         torch.testing.assert_close(rank["clipping"]["norms"], alone["clipping"]["norms"], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(rank["clipping"]["thresholds"], alone["clipping"]["thresholds"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            rank["clipping"]["thresholds"], alone["clipping"]["thresholds"], rtol=1e-4, atol=1e-4
+        )
         assert rank["losses"] == pytest.approx(alone["losses"], rel=1e-4)
         if name != "fsdp":
             close(rank["average"], alone["average"])

@@ -9,7 +9,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -140,7 +139,8 @@ class PercentileGradientClipping(pl.Callback):
                 f"{name} replaces Trainer(gradient_clip_val={trainer.gradient_clip_val!r}), which would clip once more"
                 " behind it: unset gradient_clip_val, or use measure_only=True"
             )
-        if is_overridden("configure_gradient_clipping", pl_module):
+        defined_by = next(kind for kind in type(pl_module).__mro__ if "configure_gradient_clipping" in vars(kind))
+        if defined_by.__name__ != "LightningModule":
             raise MisconfigurationException(
                 f"{name} replaces {type(pl_module).__name__}.configure_gradient_clipping, which would clip once more"
                 " behind it: remove that method, or use measure_only=True"

@@ -501,7 +501,7 @@ def test_recompute_with_manual_optimization_is_refused(tmp_path: Path) -> None:
 def test_half_life_as_people_say_it(half_life: int | str, updates: float, tmp_path: Path) -> None:
     ema = EMAWeights(half_life=half_life)
     fit(tmp_path, Regression(), ema, epochs=4, accumulate_grad_batches=4)
-    assert ema.rule[0].decay**updates == pytest.approx(0.5)
+    assert ema.rule[0].decay ** updates == pytest.approx(0.5)
 
 
 def test_half_life_of_an_unknown_length_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,17 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from models import Adversaries, GivenGradients, Regression, fp16, given, quiet_trainer, regression_data, same, weights_of
+from models import (
+    Adversaries,
+    GivenGradients,
+    Regression,
+    fp16,
+    given,
+    quiet_trainer,
+    regression_data,
+    same,
+    weights_of,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
@@ -141,9 +151,7 @@ def test_a_gradient_that_is_not_finite_is_counted_told_and_left_alone(tmp_path: 
 
 
 @pytest.mark.parametrize("free_to_read", [True, False])
-def test_skip_nonfinite_cancels_the_update(
-    free_to_read: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_skip_nonfinite_cancels_the_update(free_to_read: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clipping, "_free_to_read", lambda _: free_to_read)
     callback = PercentileGradientClipping(skip_nonfinite=True)
     with pytest.warns(UserWarning, match="which were cancelled"):
@@ -226,7 +234,9 @@ def test_a_steady_run_has_nothing_to_tell(tmp_path: Path) -> None:
 
 def test_scalars_are_logged_unclipped_at_lightnings_steps(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
-    steps_of([*[1.0] * 19, 50.0, 1.0], PercentileGradientClipping(), tmp_path, weight=4.0, logger=logger, log_every_n_steps=5)
+    steps_of(
+        [*[1.0] * 19, 50.0, 1.0], PercentileGradientClipping(), tmp_path, weight=4.0, logger=logger, log_every_n_steps=5
+    )
     rows = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
     assert set(rows[0].split(",")) == {"step", "grad_norm", "grad_norm_threshold", "clipped_fraction"}
     logged = [dict(zip(rows[0].split(","), map(float, row.split(",")), strict=True)) for row in rows[1:]]

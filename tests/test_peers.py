@@ -1,0 +1,213 @@
+"""Defects of other implementations, each as a test that ours passes and theirs fails; theirs is skipped if absent.
+
+pip install ema-pytorch autoclip smartclip zclip
+"""
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from models import GivenGradients, Regression, fp16, given, quiet_trainer, regression_data, same, weights_of
+
+from lightning_recipes import EMAWeights, PercentileGradientClipping
+from lightning_recipes.core.averaging import ExponentialMovingAverage
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # peers warn of much that is not the point here
+
+
+# ------------------------------------------------------------------------------ averages
+
+
+def lightnings(**kwargs: Any) -> pl.Callback:
+    """Lightning's own, of 2.6 and newer."""
+    callbacks = pytest.importorskip("lightning.pytorch.callbacks")
+    if not hasattr(callbacks, "EMAWeightAveraging"):
+        pytest.skip("this Lightning has no EMAWeightAveraging")
+    return callbacks.EMAWeightAveraging(**kwargs)
+
+
+class Losses(pl.Callback):
+    """The validation losses of a run."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.losses.append(trainer.callback_metrics["val_loss"].item())
+
+
+def validated(folder: Path, *recipes: pl.Callback, module: Any = None) -> tuple[list[float], dict[str, torch.Tensor]]:
+    module = module or Regression()
+    trainer = quiet_trainer(folder, max_epochs=2, callbacks=[*recipes, losses := Losses()])
+    trainer.fit(module, regression_data(), regression_data(2))
+    return losses.losses, weights_of(module)
+
+
+def test_a_start_that_never_comes_validates_and_returns_the_trained_weights(tmp_path: Path) -> None:
+    alone = validated(tmp_path)
+    ours = validated(tmp_path, EMAWeights(start_step=1000))
+    assert ours[0] == alone[0]
+    assert same(ours[1], alone[1])
+    theirs = validated(tmp_path, lightnings(update_starting_at_step=1000))
+    assert theirs[0][0] == theirs[0][1]  # the untrained weights, twice
+    assert same(theirs[1], weights_of(Regression()))
+
+
+class FailsInValidation(pl.Callback):
+    trained: dict[str, torch.Tensor]
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self.trained = weights_of(pl_module)
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if not trainer.sanity_checking:
+            raise RuntimeError("on purpose")
+
+
+def failed(folder: Path, recipe: pl.Callback) -> tuple[bool, bool]:
+    """Whether the module holds the trained weights after a validation that failed, and whether they were saved."""
+    module, fails = Regression(), FailsInValidation()
+    trainer = quiet_trainer(folder, max_epochs=1, callbacks=[recipe, fails, OnExceptionCheckpoint(folder, "failed")])
+    with pytest.raises(RuntimeError, match="on purpose"):
+        trainer.fit(module, regression_data(), regression_data(2))
+    saved = torch.load(folder / "failed.ckpt", weights_only=True)
+    raw = saved.get("raw_weights") or saved["current_model_state"]
+    return same(weights_of(module), fails.trained), same(raw, fails.trained)
+
+
+def test_an_exception_in_validation_mixes_nothing_up(tmp_path: Path) -> None:
+    assert failed(tmp_path / "ours", EMAWeights(0.9)) == (True, True)
+    assert failed(tmp_path / "theirs", lightnings(decay=0.9)) == (False, False)
+
+
+def test_counts_in_buffers_go_on(tmp_path: Path) -> None:
+    _, ours = validated(tmp_path, EMAWeights(0.9), module=Regression(batch_norm=True))
+    assert int(ours["net.1.num_batches_tracked"]) == 24
+    _, theirs = validated(tmp_path, lightnings(decay=0.9), module=Regression(batch_norm=True))
+    assert int(theirs["net.1.num_batches_tracked"]) < 24
+
+
+def lag(update: Any, weight: torch.nn.Parameter, average: Any, steps: int) -> float:
+    """How many updates behind the weight its average is, when the weight grows by one at each update."""
+    with torch.no_grad():
+        for _ in range(steps):
+            weight += 1
+            update()
+    return float(weight - average())
+
+
+def test_a_stride_does_not_change_the_memory() -> None:
+    lags = []
+    for every in (1, 10):
+        weight, ema = torch.nn.Parameter(torch.zeros(())), ExponentialMovingAverage(0.9, every_n_steps=every)
+        lags.append(lag(partial(ema.update, {"w": weight}), weight, lambda e=ema: e.averages["w"], 500 * every + 1))
+    assert lags[0] == pytest.approx(9, abs=0.1)
+    assert lags[1] == pytest.approx(10 * 0.9**10 / (1 - 0.9**10), abs=0.1)  # the same memory, in steps of ten
+
+    peer = pytest.importorskip("ema_pytorch")
+    theirs = []
+    for every in (1, 10):
+        net = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(net.weight)
+        ema = peer.EMA(net, beta=0.9, update_every=every, update_after_step=0, power=100.0)
+        theirs.append(lag(ema.update, net.weight, lambda e=ema: e.ema_model.weight, 500))
+    assert theirs[1] > 5 * theirs[0]
+
+
+# ------------------------------------------------------------------------------ clipping
+
+
+def moved(folder: Path, gradients: list[float], recipe: pl.Callback | None, **settings: Any) -> list[float]:
+    """What each batch moved one weight by at learning rate 1: the gradient as it was clipped, negative."""
+    make_optimizer = settings.pop("make_optimizer", torch.optim.SGD)
+    module = GivenGradients(weight=8.0, make_optimizer=make_optimizer)
+    callbacks = [recipe] if recipe else []
+    trainer = quiet_trainer(folder, max_epochs=1, callbacks=callbacks, log_every_n_steps=1000, **settings)
+    trainer.fit(module, given(gradients))
+    return [before - after for before, after in zip([8.0, *module.weights], module.weights)]
+
+
+def typical(count: int) -> list[float]:
+    return [1 + 0.1 * math.sin(step) for step in range(count)]
+
+
+def recovers(folder: Path, recipe: pl.Callback) -> list[float]:
+    """What is made of two spikes and some healthy gradients, after one that was NaN and left no trace itself."""
+
+    class DropsNaN(pl.Callback):
+        def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
+            if not pl_module.weight.grad.isfinite().all():
+                optimizer.zero_grad(set_to_none=True)
+
+    module = GivenGradients(weight=8.0)
+    trainer = quiet_trainer(folder, max_epochs=1, callbacks=[recipe, DropsNaN()], log_every_n_steps=1000)
+    trainer.fit(module, given([*typical(200), math.nan, 500.0, *typical(3), 500.0, 1.0]))
+    return [before - after for before, after in zip(module.weights[200:], module.weights[201:])]
+
+
+def test_one_nan_changes_nothing_for_the_gradients_after_it(tmp_path: Path) -> None:
+    ours = recovers(tmp_path, PercentileGradientClipping())
+    assert ours == pytest.approx([1.1, *typical(3), 1.1, 1.0], abs=0.15)
+
+    zclip = pytest.importorskip("zclip")
+    theirs = recovers(tmp_path, zclip.ZClipLightningCallback(max_grad_norm=None))
+    assert max(theirs) > 100 or any(map(math.isnan, theirs))  # a spike goes through
+
+
+def test_a_spike_neither_excuses_itself_nor_the_next(tmp_path: Path) -> None:
+    gradients = [*typical(200), 1e5, *typical(20), 500.0]
+    ours = moved(tmp_path, gradients, PercentileGradientClipping(percentile=95))
+    assert ours[200] < 1.2
+    assert ours[221] < 1.2
+
+    smartclip = pytest.importorskip("smartclip")
+
+    class Theirs(pl.Callback):
+        def __init__(self) -> None:
+            self.clipper = smartclip.AutoClip(percentile=95.0)
+
+        def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
+            smartclip.apply(pl_module, self.clipper)
+
+    theirs = moved(tmp_path, gradients, Theirs())
+    assert theirs[200] > 10
+    assert theirs[221] > 10
+
+
+def test_clipping_takes_place_under_lightning(tmp_path: Path) -> None:
+    gradients = [*typical(200), 1e5]
+    assert moved(tmp_path, gradients, PercentileGradientClipping())[200] < 1.2
+
+    autoclip = pytest.importorskip("autoclip.torch")
+
+    def wrapped(parameters: Any, learning_rate: float) -> Any:
+        parameters = list(parameters)
+        return autoclip.QuantileClip.as_optimizer(
+            torch.optim.SGD(parameters, learning_rate), quantile=0.9, history_length=1000
+        )
+
+    assert moved(tmp_path, gradients, None, make_optimizer=wrapped)[200] > 1e4
+
+
+def test_a_fused_optimizer_under_fp16_is_clipped_at_unscaled_norms(tmp_path: Path) -> None:
+    def fused(parameters: Any, learning_rate: float) -> Any:
+        return torch.optim.SGD(parameters, learning_rate, fused=True)
+
+    gradients = [1.0, 0.5] * 30
+    ours, callback = {}, {}
+    for name, make_optimizer in (("plain", torch.optim.SGD), ("fused", fused)):
+        callback[name] = PercentileGradientClipping()
+        ours[name] = moved(tmp_path, gradients, callback[name], make_optimizer=make_optimizer, plugins=[fp16()])
+    assert ours["plain"] == pytest.approx(ours["fused"])
+    assert list(callback["fused"].rule[0].norms.arrived) == pytest.approx(gradients)
+
+    zclip = pytest.importorskip("zclip")
+    theirs = zclip.ZClipLightningCallback(max_grad_norm=1.0)
+    clipped = moved(tmp_path, gradients, theirs, make_optimizer=fused, plugins=[fp16()])
+    assert max(clipped) < 0.1  # a norm of 1 times the scale, taken for a norm
