@@ -332,7 +332,7 @@ def test_after_fit_test_and_predict_use_the_average(tmp_path: Path) -> None:
     loss = module.loss(next(iter(regression_data(1, 16)))).item()
     assert trainer.test(module, regression_data(1, 16), verbose=False)[0]["test_loss"] == pytest.approx(loss)
     assert trainer.validate(module, regression_data(1, 16), verbose=False)[0]["val_loss"] == pytest.approx(loss)
-    scores = trainer.test(ckpt_path="best", dataloaders=regression_data(1, 16), verbose=False, weights_only=False)
+    scores = trainer.test(ckpt_path="best", dataloaders=regression_data(1, 16), verbose=False)
     assert scores[0]["test_loss"] == pytest.approx(loss)
     predicted = trainer.predict(module, regression_data(1, 16))
     assert predicted is not None
