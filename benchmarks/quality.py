@@ -11,6 +11,7 @@ import statistics
 import sys
 import warnings
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +28,19 @@ from lightning_recipes import EMAWeights, PercentileGradientClipping
 
 def perceptron(batch_norm: bool = False) -> nn.Module:
     """64-64-64-10."""
-    norm: Callable[[], list[nn.Module]] = lambda: [nn.BatchNorm1d(64)] if batch_norm else []  # noqa: E731  # used twice
-    first, second = [nn.Linear(64, 64), *norm(), nn.ReLU()], [nn.Linear(64, 64), *norm(), nn.ReLU()]
-    return nn.Sequential(*first, *second, nn.Linear(64, 10))
+    layers: list[nn.Module] = []
+    for _ in range(2):
+        layers += [nn.Linear(64, 64), *([nn.BatchNorm1d(64)] if batch_norm else []), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(64, 10))
 
 
 def convolutional(batch_norm: bool = False) -> nn.Module:
     """Two convolutions, 7,700 parameters."""
-    norm = (lambda width: [nn.BatchNorm2d(width)]) if batch_norm else lambda _: []
-    return nn.Sequential(
-        *(nn.Conv2d(1, 16, 3, padding=1), *norm(16), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(16, 32, 3, padding=1), *norm(32), nn.ReLU(), nn.AdaptiveAvgPool2d(3)),
-        *(nn.Flatten(), nn.Linear(288, 10)),
-    )
+    layers: list[nn.Module] = []
+    for before, width in ((1, 16), (16, 32)):
+        norm = [nn.BatchNorm2d(width)] if batch_norm else []
+        layers += [nn.Conv2d(before, width, 3, padding=1), *norm, nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 3 * 3, 10))
 
 
 class Classifier(pl.LightningModule):
@@ -81,7 +82,7 @@ def score(module: Classifier, data: Data) -> tuple[float, float]:
     """Test error in percent and test loss in nats."""
     module.eval()
     images, labels = data.test
-    logits = torch.cat([module.net(part) for part in images.split(1000)]).nan_to_num()
+    logits = torch.cat([module.net(part) for part in torch.split(images, 1000)]).nan_to_num()
     module.train()
     return 100 * (logits.argmax(1) != labels).float().mean().item(), nn.functional.cross_entropy(logits, labels).item()
 
@@ -119,14 +120,14 @@ def spread(values: list[float], digits_: int = 2) -> str:
     return f"{statistics.fmean(values):.{digits_}f} ± {statistics.stdev(values):.{digits_}f}"
 
 
-def clipping(seeds: int, load: Callable[..., Data], net: Callable[[], nn.Module], rate: float) -> None:
+def clipping(seeds: int, load: Callable[..., Data], net: Callable[[], nn.Module], rate: float, steps: int) -> None:
     kinds: dict[str, dict[str, Any]] = {
         "clean": {},
         "2 % glitches": {"glitches": 0.02},
         "2 %, bursts of 5": {"glitches": 0.02, "burst": 5},
         "9 % glitches": {"glitches": 0.09},
         "15 % glitches": {"glitches": 0.15},
-        "2 % wrong labels, batch 4": {"wrong_labels": 0.02, "batch_size": 4, "learning_rate": rate / 5, "steps": 1200},
+        "2 % wrong labels, batch 4": {"wrong_labels": 0.02, "batch_size": 4, "learning_rate": rate / 5, "steps": steps},
     }
     print(f"\nPercentileGradientClipping, {load().name}; test error in %, {seeds} seeds (of these dead: above 50)")
     print(f"{'':28}{'none':>24}{'clipped':>24}{'share of updates clipped':>28}")
@@ -161,10 +162,10 @@ class Scores(pl.Callback):
                 self.average[trainer.global_step] = score(pl_module, self.data)
 
 
-def averaging(seeds: int, load: Callable[..., Data], net: Callable[[bool], nn.Module]) -> None:
+def averaging(seeds: int, load: Callable[..., Data], net: Callable[[bool], nn.Module], *rates: float) -> None:
     print(f"\nEMAWeights, {load().name}, 10 % wrong labels, batch 8, constant learning rate, {seeds} seeds")
-    header = f"{'error: raw':>18}{'average':>18}{'loss: raw':>18}{'average':>18}{'gain in nats':>18}{'better':>8}{'worst':>8}"
-    print(f"{'':36}{header}")
+    columns = ["error: raw", "average", "loss: raw", "average", "gain in nats"]
+    print(f"{'':36}" + "".join(f"{column:>18}" for column in columns) + f"{'better':>8}{'worst':>8}")
     kinds: list[tuple[str, bool, Any]] = [
         ("plain", False, "average"),
         ("BatchNorm, buffers average", True, "average"),
@@ -176,8 +177,7 @@ def averaging(seeds: int, load: Callable[..., Data], net: Callable[[bool], nn.Mo
         for seed in range(seeds):
             data, ema = load(seed, 0.1), EMAWeights(buffers=buffers)
             scores = Scores((25, 100, 400, 1500), ema, data)
-            rate = 0.1 if batch_norm else 0.05
-            train(data, lambda b=batch_norm: net(b), seed, [ema, scores], 1500, 8, rate)  # type: ignore[misc]
+            train(data, partial(net, batch_norm), seed, [ema, scores], 1500, 8, rates[batch_norm])
             runs.append(scores)
         for step in runs[0].at:
             raw, average = ([getattr(run, kind)[step] for run in runs] for kind in ("raw", "average"))
@@ -200,12 +200,12 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     if "clipping" in options.questions:
-        clipping(options.seeds, digits, perceptron, 0.1)
+        clipping(options.seeds, digits, perceptron, 0.1, 1200)
     if "averaging" in options.questions:
-        averaging(options.seeds, digits, perceptron)
+        averaging(options.seeds, digits, perceptron, 0.05, 0.1)
     if "fashion" in options.questions:
-        clipping(options.seeds, fashion, convolutional, 0.1)
-        averaging(options.seeds, fashion, convolutional)
+        clipping(options.seeds, cache(fashion), convolutional, 0.05, 3000)
+        averaging(options.seeds, cache(fashion), convolutional, 0.02, 0.02)
 
 
 if __name__ == "__main__":

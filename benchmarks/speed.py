@@ -96,7 +96,8 @@ def measure_average(model: str, seconds: float) -> Times:
     module = Holder(tensors)
 
     def lightnings() -> Call:
-        average = torch.optim.swa_utils.AveragedModel(module, avg_fn=torch.optim.swa_utils.get_ema_avg_fn(DECAY))
+        utils: Any = torch.optim.swa_utils
+        average = utils.AveragedModel(module, avg_fn=utils.get_ema_avg_fn(DECAY))
         return lambda: average.update_parameters(module)
 
     def every_fourth() -> None:

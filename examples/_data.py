@@ -68,7 +68,9 @@ def _split(
     name: str, images: Tensor, labels: Tensor, sizes: tuple[int, int, int], seed: int, wrong_labels: float
 ) -> Data:
     generator = torch.Generator().manual_seed(1000 + seed)
-    train, val, test, _ = torch.randperm(len(images), generator=generator).split([*sizes, len(images) - sum(sizes)])
+    train, val, test, _ = torch.split(
+        torch.randperm(len(images), generator=generator), [*sizes, len(images) - sum(sizes)]
+    )
     images = ((images - images[train].mean()) / images[train].std()).float()
     targets = labels[train]
     wrong = torch.randperm(len(train), generator=generator)[: int(wrong_labels * len(train))]

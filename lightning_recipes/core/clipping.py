@@ -9,7 +9,7 @@ both; ``benchmarks/LOG.md`` shows what the alternatives cost.
 import math
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any
 
@@ -25,7 +25,7 @@ FEW = 10  # below this many norms no statistic of them can be trusted, and the w
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
-def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+def total_norm(tensors: list[Tensor]) -> Tensor:
     """L2 norm of all elements of all tensors together, without reading it back from the device.
 
     Args:
@@ -55,7 +55,7 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _norms_of_all_kinds(tensors: Sequence[Tensor]) -> list[Tensor]:
+def _norms_of_all_kinds(tensors: list[Tensor]) -> list[Tensor]:
     """One norm for all DTensors and one for each other tensor, on one device and in at least single precision."""
     sharded = [tensor for tensor in tensors if hasattr(tensor, "full_tensor")]
     others = [tensor for tensor in tensors if not hasattr(tensor, "full_tensor")]
@@ -71,7 +71,7 @@ def _norms_of_all_kinds(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [norm.to(norms[0].device, dtype, non_blocking=True) for norm in norms]
 
 
-def scale_(gradients: Sequence[Tensor], factor: float | Tensor) -> None:
+def scale_(gradients: list[Tensor], factor: float | Tensor) -> None:
     """Multiply all gradients by one factor in place; a tensor factor is not read back from the device."""
     local: list[Any] = [getattr(gradient, "to_local", lambda g=gradient: g)() for gradient in gradients]
     if isinstance(factor, Tensor) and any(gradient.device != factor.device for gradient in local):

@@ -1,0 +1,69 @@
+"""Every example runs, at a small size, from a folder of its own; and the numbers of the demo are what it says."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SMALL = {
+    "do_the_recipes_help.py": ["--seeds", "1", "--epochs", "5"],
+    "digits.py": ["fit", "--config", str(EXAMPLES / "digits.yaml"), "--config", str(EXAMPLES / "recipes.yaml")],
+    "is_the_average_better.py": ["--seeds", "2", "--epochs", "4"],
+    "what_gradient_clip_val.py": ["--epochs", "2"],
+}
+
+
+def run(name: str, *arguments: str) -> str:
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(autouse=True)
+def _data_is_there() -> None:
+    try:
+        import sklearn.datasets  # noqa: F401
+    except ImportError:
+        if os.environ.get("RECIPES_REQUIRE_DATA"):
+            raise
+        pytest.skip("scikit-learn, whose digits the examples use, is not installed")
+
+
+def test_every_example_is_run_here() -> None:
+    assert {path.name for path in EXAMPLES.glob("[!_]*.py")} == SMALL.keys()
+
+
+def test_the_recipes_rescue_the_demo(tmp_path: Path) -> None:
+    lines = run("do_the_recipes_help.py", *SMALL["do_the_recipes_help.py"]).splitlines()
+    assert lines[0].startswith("scikit-learn digits, 1797 images")
+    rows = {line.split()[0]: line.split()[1:] for line in lines[3:7]}
+    error = {name: float(cells[0].rstrip("%")) for name, cells in rows.items()}
+    assert error["nothing"] > 50
+    assert error["PercentileGradientClipping"] < 40
+    assert error["both"] < 20
+    assert (tmp_path / "demo" / "both" / "seed_0").is_dir()
+
+
+def test_the_average_helps_until_the_learning_rate_decays() -> None:
+    lines = run("is_the_average_better.py", *SMALL["is_the_average_better.py"]).splitlines()
+    (_, raw, average, *_), (*_, decayed, decayed_average, _, _) = (line.split() for line in lines[2:4])
+    assert float(average) < float(raw)
+    assert float(decayed_average) == pytest.approx(float(decayed), abs=0.03)
+
+
+def test_a_clip_value_is_recommended(tmp_path: Path) -> None:
+    printed = run("what_gradient_clip_val.py", *SMALL["what_gradient_clip_val.py"])
+    assert "Set Trainer(gradient_clip_val=" in printed
+    assert Path(printed.splitlines()[-1].partition(": ")[2]).exists()
+
+
+def test_the_yaml_files_configure_the_recipes(tmp_path: Path) -> None:
+    run("digits.py", *SMALL["digits.py"], "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false")
+    config = next(tmp_path.rglob("config.yaml")).read_text()
+    assert "class_path: lightning_recipes.EMAWeights" in config
+    assert "decay: 0.99\n" in config
