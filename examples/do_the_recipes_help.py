@@ -5,6 +5,7 @@ python examples/do_the_recipes_help.py [--seeds 2] [--epochs 15] [--folder demo]
 
 import argparse
 import logging
+import shlex
 import statistics
 import sys
 import warnings
@@ -47,7 +48,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="where the logs go")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for library in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     sys.argv = sys.argv[:1]  # LightningCLI is to read its arguments only
 
@@ -61,7 +63,7 @@ def main() -> None:
         print(f"{name:28}{error:>12.1%}{loss:>12.3f}{clipped:>12.1%}", flush=True)
     print(
         f"\nCurves, and the figure of gradient norms under IMAGES:\n"
-        f"    {sys.executable} -m tensorboard.main --logdir {options.folder}"
+        f"    {shlex.quote(sys.executable)} -m tensorboard.main --logdir {shlex.quote(str(options.folder))}"
     )
     for findings in sorted(options.folder.rglob("findings.jsonl")):
         print(f"What was noticed: {findings}")

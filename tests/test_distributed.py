@@ -178,8 +178,10 @@ class SaveAt(pl.Callback):
         if trainer.global_step == 8 and not self.validating:
             trainer.save_checkpoint(self.path)
 
-    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        if trainer.global_step == 6 and self.validating and not self.path.exists():
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if trainer.global_step == 6 and self.validating and batch_idx == 0:
             trainer.save_checkpoint(self.path)
 
 

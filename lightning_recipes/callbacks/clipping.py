@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 PLAYBOOK = "Deep Learning Tuning Playbook, gradient clipping: https://github.com/google-research/tuning_playbook"
 FIRST_FIGURE = 1000  # updates; the next one at twice as many, and so on
+HARMLESS = 0.95  # of their length is left of clipped gradients: the learning rate is not the matter
 ENOUGH = 100  # updates of which a share is told
 BARS_PER_OCTAVE = 8
 
@@ -324,8 +325,11 @@ def _aggressive(rule: PercentileThreshold, index: int, fraction: float) -> Findi
         rule="extremely aggressive clipping",
         severity="warning",
         message=f"{fraction:.0%} of the last {len(rule.thresholds)} updates of optimizer {index} had gradients above"
-        f" the threshold, which is {factor:.2g} of their length at the median.",
-        advice=f"Cut the learning rate instead, to about {factor:.2g} of what it is.",
+        f" the threshold and were cut to {factor:.1%} of their length at the median.",
+        advice=f"Cut the learning rate instead, to about {factor:.0%} of what it is."
+        if factor < HARMLESS
+        else "That hardly shortens them, but their norms keep rising: watch them, and cut the learning rate if the loss"
+        " rises, too.",
         step=rule.count,
         evidence={"clipped_fraction": fraction, "typical_factor": factor},
         source=PLAYBOOK,

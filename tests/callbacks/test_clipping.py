@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -223,8 +224,17 @@ def test_clipping_more_than_half_is_told_with_the_learning_rate_to_take(tmp_path
     (finding,) = findings_of(tmp_path)
     assert finding["evidence"]["clipped_fraction"] > 0.5
     factor = finding["evidence"]["typical_factor"]
-    assert 0 < factor < 1
-    assert f"Cut the learning rate instead, to about {factor:.2g} of what it is." == finding["advice"]
+    assert 0 < factor < 0.95
+    assert f"Cut the learning rate instead, to about {factor:.0%} of what it is." == finding["advice"]
+
+
+def test_norms_that_creep_up_need_no_smaller_learning_rate_yet(tmp_path: Path) -> None:
+    creeping = [1.001**step for step in range(150)]
+    with pytest.warns(UserWarning, match="extremely aggressive clipping"):
+        steps_of(creeping, PercentileGradientClipping(), tmp_path, weight=4.0, log_every_n_steps=10)
+    (finding,) = findings_of(tmp_path)
+    assert re.search(r"were cut to 99\.\d% of their length at the median", finding["message"])
+    assert "hardly shortens" in finding["advice"]
 
 
 def test_a_steady_run_has_nothing_to_tell(tmp_path: Path) -> None:
