@@ -58,6 +58,12 @@ def test_it_is_documented(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
+def test_the_linter_keeps_other_callbacks_from_importing_it(name: str) -> None:
+    rules = (Path(lightning_recipes.__file__).parent / "callbacks" / "ruff.toml").read_text(encoding="utf-8")
+    assert f'"{getattr(lightning_recipes, name).__module__}".msg' in rules
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_its_arguments_are_plain_and_typed(name: str) -> None:
     hints = typing.get_type_hints(getattr(lightning_recipes, name).__init__)
     for parameter in inspect.signature(getattr(lightning_recipes, name)).parameters.values():

@@ -1,6 +1,7 @@
 import copy
 import math
 import pickle
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from models import (
     Adversaries,
     GivenGradients,
@@ -586,3 +588,29 @@ def test_ctrl_c_waits_until_the_weights_are_exchanged(tmp_path: Path, monkeypatc
     with pytest.raises(SystemExit):
         fit(tmp_path, module, EMAWeights(0.9), follow, epochs=5)
     assert same(weights_of(module), follow.raw)
+
+
+def test_a_checkpoint_between_validations_holds_statistics_recomputed_for_the_average(tmp_path: Path) -> None:
+    saves = Saves("on_train_batch_end", tmp_path / "saved.ckpt", weights_only=False)
+    fit(tmp_path, Regression(batch_norm=True), Follow(), saves, EMAWeights(0.9, buffers="recompute"))
+    saved = checkpoint_of(saves.path)["state_dict"]
+    averaged = Regression(batch_norm=True)
+    averaged.load_state_dict(saved)
+    activations = averaged.net[0](torch.cat([inputs for inputs, _ in regression_data()]))
+    torch.testing.assert_close(saved["net.1.running_mean"], activations.mean(0))
+
+
+def test_a_training_in_a_thread(tmp_path: Path) -> None:
+    module, raw = Regression(), Regression()
+    for trained, callbacks in ((module, [EMAWeights(0.9)]), (raw, [])):
+        thread = threading.Thread(target=fit, args=(tmp_path, trained, *callbacks))
+        thread.start()
+        thread.join()
+    assert not same(weights_of(module), weights_of(raw))
+
+
+def test_deepspeed_is_refused(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path)
+    trainer._accelerator_connector.strategy = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
+    with pytest.raises(MisconfigurationException, match="DeepSpeed.*use FSDP or ModelParallel"):
+        EMAWeights().on_fit_start(trainer, Regression())

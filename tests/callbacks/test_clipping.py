@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from models import (
     Adversaries,
     GivenGradients,
@@ -189,6 +190,13 @@ def test_lbfgs_is_refused(tmp_path: Path) -> None:
         trainer.fit(Regression(make_optimizer=torch.optim.LBFGS), regression_data())
 
 
+def test_deepspeed_is_refused(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path)
+    trainer._accelerator_connector.strategy = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
+    with pytest.raises(MisconfigurationException, match="DeepSpeed.*'gradient_clipping' in the DeepSpeed config"):
+        PercentileGradientClipping().on_fit_start(trainer, Regression())
+
+
 def test_a_model_without_trainable_parameters_is_refused(tmp_path: Path) -> None:
     module = Regression()
     module.requires_grad_(False)
@@ -279,6 +287,13 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path: Path, monkeypatch:
     steps_of(WAVE, PercentileGradientClipping(), tmp_path, weight=4.0, logger=CSVLogger(tmp_path))
     (finding,) = findings_of(tmp_path)
     assert "lightning-recipes[plots]" in finding["advice"]
+
+
+def test_a_remote_folder_gets_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match="gradient not finite"):
+        steps_of([1.0, math.nan] * 5, PercentileGradientClipping(), "memory://runs", logger=False)  # type: ignore[arg-type]
+    assert not list(tmp_path.rglob("*"))
 
 
 @pytest.mark.parametrize("settings", [{"fast_dev_run": True}, {"logger": False}])
