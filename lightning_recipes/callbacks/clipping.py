@@ -46,10 +46,11 @@ class PercentileGradientClipping(pl.Callback):
     Runs in ``on_before_optimizer_step``, once an update, on the global norm of the unclipped, unscaled, reduced
     gradients of each optimizer, sharded ones included; the threshold is that of
     :class:`~lightning_recipes.core.clipping.PercentileThreshold`: the exact percentile of the last ``window`` norms,
-    kept within what most of the last 200 allow, so that neither an outlier nor a burst of them moves it. During the
-    first ``warmup_steps`` updates a gradient may be neither longer than twice the upper quartile (or four times the
-    median) of the norms so far nor, during the first ten, than the weights were at the start. Works with automatic and
-    manual optimization, accumulation and a GradScaler, whose skipped steps leave no trace.
+    kept within what most of the last 200 allow, so that neither an outlier nor a burst of them moves it, and right
+    behind an outlier at most their median, so that the harm of a burst does not add up. During the first
+    ``warmup_steps`` updates a gradient may be neither longer than twice the upper quartile (or four times the median)
+    of the norms so far nor, during the first ten, than the weights were at the start. Works with automatic and manual
+    optimization, accumulation and a GradScaler, whose skipped steps leave no trace.
 
     Logs, every ``log_every_n_steps``: ``grad_norm`` (before clipping), ``grad_norm_threshold`` and
     ``clipped_fraction`` (share of the window's updates that were clipped); with several optimizers each with
