@@ -2,5 +2,6 @@
 
 from lightning_recipes.callbacks.averaging import EMAWeights
 from lightning_recipes.callbacks.clipping import PercentileGradientClipping
+from lightning_recipes.callbacks.early_stopping import EarlyStopping
 
-__all__ = ["EMAWeights", "PercentileGradientClipping"]
+__all__ = ["EMAWeights", "EarlyStopping", "PercentileGradientClipping"]

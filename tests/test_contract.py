@@ -20,7 +20,7 @@ import lightning_recipes
 
 NAMES = lightning_recipes.__all__
 RECIPES = [name for name in NAMES if issubclass(getattr(lightning_recipes, name), pl.Callback)]
-ARGUMENTS: dict[str, dict[str, Any]] = {}  # of recipes that cannot do without: the metric to watch, say
+ARGUMENTS: dict[str, dict[str, Any]] = {"EarlyStopping": {"monitor": "val_loss", "strict": False}}  # cannot do without
 
 
 def make(name: str) -> Any:
@@ -65,11 +65,11 @@ def test_the_linter_keeps_other_callbacks_from_importing_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_its_arguments_are_plain_and_typed(name: str) -> None:
-    hints = typing.get_type_hints(getattr(lightning_recipes, name).__init__)
+    hints, needed = typing.get_type_hints(getattr(lightning_recipes, name).__init__), ARGUMENTS.get(name, {})
     for parameter in inspect.signature(getattr(lightning_recipes, name)).parameters.values():
         assert parameter.name in hints
         assert parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        assert isinstance(parameter.default, (int, float, str, bool, types.NoneType))
+        assert isinstance(parameter.default, (int, float, str, bool, types.NoneType)) or parameter.name in needed
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -259,12 +259,13 @@ def test_it_is_configured_from_the_command_line_and_yaml(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = f"lightning_recipes.{name}"
+    given = [f"--trainer.callbacks.{argument}={value}" for argument, value in ARGUMENTS.get(name, {}).items()]
     with pytest.raises(SystemExit):
-        command_line(f"--trainer.callbacks+={path}", "--print_config")
+        command_line(f"--trainer.callbacks+={path}", *given, "--print_config")
     printed = capsys.readouterr().out
     assert f"class_path: {path}\n" in printed
     (tmp_path / "config.yaml").write_text(printed)
-    for arguments in ([f"--trainer.callbacks+={path}"], [f"--config={tmp_path / 'config.yaml'}"]):
+    for arguments in ([f"--trainer.callbacks+={path}", *given], [f"--config={tmp_path / 'config.yaml'}"]):
         trainer: Any = command_line(*arguments).trainer
         assert any(isinstance(callback, getattr(lightning_recipes, name)) for callback in trainer.callbacks)
 

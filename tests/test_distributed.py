@@ -13,7 +13,7 @@ from models import Regression, Resumable, SeedEachStep, quiet_trainer, regressio
 from ranks import run_on_ranks
 from torch import Tensor, nn
 
-from lightning_recipes import EMAWeights, PercentileGradientClipping
+from lightning_recipes import EarlyStopping, EMAWeights, PercentileGradientClipping
 from lightning_recipes.callbacks import clipping as clipping_module
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.distributed warns of much that is not ours
@@ -250,3 +250,56 @@ def test_a_nan_on_one_rank_cancels_the_update_on_all(tmp_path: Path) -> None:
     assert first == second
     assert first[:6] == [4, 4, 4, 0, 4, 4]
     assert all(value == value for value in first)
+
+
+def stop_early(folder: Path, losses: list[list[float]]) -> tuple[int, list[float], dict[str, Tensor]]:
+    class Scripted(Regression):
+        def on_validation_epoch_end(self) -> None:
+            self.log("scripted", losses[self.trainer.global_rank][self.current_epoch])
+
+    module, stopping = Scripted(), EarlyStopping("scripted", patience=2)
+    trainer = quiet_trainer(
+        folder,
+        max_epochs=8,
+        callbacks=[stopping],
+        strategy=make_strategy("ddp"),
+        devices=2,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(module, regression_data(batches=2), regression_data(2))
+    return trainer.current_epoch, stopping.rule.curve.values, whole(dict(module.state_dict()))
+
+
+@pytest.mark.parametrize(
+    ("losses", "epochs"),
+    [
+        ([[5.0, 3.0, 4.0, 5.0, 9.0, 9.0], [5.0, 5.0, 4.9, 3.0, 9.0, 9.0]], 4),  # on the mean the second is best
+        ([[5.0, 4.0, 3.0, 2.0], [5.0, 4.0, float("nan"), 2.0]], 3),
+    ],
+)
+def test_ranks_stop_together_and_leave_with_the_same_weights(
+    losses: list[list[float]], epochs: int, tmp_path: Path
+) -> None:
+    (ended, curve, weights), (other_ended, other_curve, other_weights) = run_on_ranks(stop_early, tmp_path, losses)
+    assert ended == other_ended == epochs
+    assert str(curve) == str(other_curve)
+    assert all(torch.equal(value, other_weights[name]) for name, value in weights.items())
+
+
+def restore_shards(folder: Path, restore: bool) -> None:
+    trainer = quiet_trainer(
+        folder,
+        max_epochs=1,
+        callbacks=[EarlyStopping("val_loss", restore_best_weights=restore)],
+        strategy=make_strategy("one file"),
+        devices=2,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(Sharded(), Resumable(regression_data(batches=2)), regression_data(2))
+
+
+def test_restoring_shards_is_refused_and_stopping_without_it_is_not(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"ModelParallelStrategy\): set restore_best_weights=False"):
+        run_on_ranks(restore_shards, tmp_path, True)
+    run_on_ranks(restore_shards, tmp_path, False)

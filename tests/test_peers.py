@@ -1,6 +1,6 @@
 """Defects of other implementations, each as a test that ours passes and theirs fails; theirs is skipped if absent.
 
-pip install ema-pytorch autoclip smartclip zclip
+pip install ema-pytorch autoclip smartclip zclip pytorch-ignite
 """
 
 import math
@@ -14,8 +14,9 @@ import torch
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from models import GivenGradients, Regression, fp16, given, quiet_trainer, regression_data, same, weights_of
 
-from lightning_recipes import EMAWeights, PercentileGradientClipping
+from lightning_recipes import EarlyStopping, EMAWeights, PercentileGradientClipping
 from lightning_recipes.core.averaging import ExponentialMovingAverage
+from lightning_recipes.core.early_stopping import EarlyStoppingRule, Patience
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # peers warn of much that is not the point here
 
@@ -211,3 +212,52 @@ def test_a_fused_optimizer_under_fp16_is_clipped_at_unscaled_norms(tmp_path: Pat
     theirs = zclip.ZClipLightningCallback(max_grad_norm=1.0)
     clipped = moved(tmp_path, gradients, theirs, make_optimizer=fused, plugins=[fp16()])
     assert max(clipped) < 0.1  # a norm of 1 times the scale, taken for a norm
+
+
+# ------------------------------------------------------------------------------ early stopping
+
+
+class Reports(Regression):
+    def __init__(self, losses: list[float], done: int = 0) -> None:
+        super().__init__()
+        self.losses, self.checks = losses, done
+
+    def on_validation_epoch_end(self) -> None:
+        if not self.trainer.sanity_checking:
+            self.log("scripted", self.losses[self.checks])
+            self.checks += 1
+
+
+def epochs_with(folder: Path, stopping: pl.Callback, losses: list[float], **settings: Any) -> int:
+    trainer = quiet_trainer(folder, max_epochs=len(losses), callbacks=[stopping], **settings)
+    trainer.fit(Reports(losses), regression_data(2), regression_data(2))
+    return trainer.current_epoch
+
+
+def test_a_resumed_run_has_the_patience_that_it_asks_for() -> None:
+    for kind, patience in ((EarlyStopping, 50), (pl.callbacks.EarlyStopping, 3)):
+        resumed = kind("val_loss", patience=50)
+        resumed.load_state_dict(kind("val_loss", patience=3).state_dict())
+        assert resumed.patience == patience
+
+
+def test_a_metric_that_recovers_before_min_epochs_is_not_stopped(tmp_path: Path) -> None:
+    recovers = [5.0, 6.0, 7.0, 4.0, 3.0, 2.0, 1.0, 0.5]
+    assert epochs_with(tmp_path, EarlyStopping("scripted", patience=2), recovers, min_epochs=5) == 8
+    assert epochs_with(tmp_path, pl.callbacks.EarlyStopping("scripted", patience=2), recovers, min_epochs=5) == 5
+
+
+def test_neither_nan_nor_a_worse_negative_value_is_an_improvement() -> None:
+    rule = EarlyStoppingRule(0.0)
+    for value in (1.0, 0.9, math.nan, 5.0):
+        rule.update(value, Patience(10))
+    assert rule.curve.best == 1
+    relative = EarlyStoppingRule("0.01%")
+    assert [relative.update(value, Patience(1)) is not None for value in (-1.0, -0.99995)] == [False, True]
+    handlers = pytest.importorskip("ignite.handlers")
+    engines = pytest.importorskip("ignite.engine")
+    scores = iter([-1.0, -0.9, math.nan, -5.0])
+    theirs = handlers.EarlyStopping(10, lambda _: next(scores), engines.Engine(lambda *_: None))
+    for _ in range(4):
+        theirs(engines.Engine(lambda *_: None))
+    assert (theirs.best_score, theirs.counter) == (-5.0, 0)

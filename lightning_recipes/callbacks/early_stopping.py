@@ -1,0 +1,325 @@
+"""Stop at the right moment and leave with the best weights."""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks.early_stopping import EarlyStopping as LightningEarlyStopping
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_recipes.callbacks.sharding import is_sharded
+from lightning_recipes.callbacks.substitute import substitute
+from lightning_recipes.callbacks.telling import tell
+from lightning_recipes.core.arguments import check_count, check_flag
+from lightning_recipes.core.early_stopping import Criterion, EarlyStoppingRule, Patience, reading
+
+BEST = "best_weights"  # beside state_dict in a checkpoint
+
+
+class EarlyStopping(LightningEarlyStopping):
+    """Stop the training when a metric has stopped improving, and leave with the best weights.
+
+    Takes the place of Lightning's ``EarlyStopping``, with all its arguments and attributes, and checks where that one
+    does. By default the noise of the metric is estimated from its own curve: only what exceeds it is an improvement,
+    and a check counts against ``patience`` by how clearly it is worse than the best (in full from eight standard
+    deviations on, at least a tenth). On a plateau at the start, where the metric wobbles within a tenth of its first
+    value, no check counts. A curve without noise is judged as Lightning does. Nor does a check count without a new
+    value, as after an epoch without validation, and a NaN is never an improvement. A wish to stop before the Trainer's
+    ``min_epochs`` or ``min_steps`` is taken back if a later check finds an improvement. Under DDP the mean over the
+    ranks is judged.
+
+    When fit ends, by itself, stopped, by an exception or Ctrl-C, the model gets the weights back that a checkpoint
+    would have held at the best check: with ``EMAWeights`` those are the averaged ones that were validated. They are
+    kept on the CPU (one copy of the ``state_dict``, made whenever the metric is better than before) and saved in
+    checkpoints, which hold the trained weights as ever.
+
+    At the end it tells what the curves say, if the noise lets them: overfitting and since when, a training loss that
+    rises, a run far too long or too short. Costs a few microseconds a step, for the mean of the training loss, and no
+    host read but at the checks.
+
+    Attributes:
+        rule: The curve of all checks, an :class:`~lightning_recipes.core.early_stopping.EarlyStoppingRule`.
+        best_score: The metric at the last improvement.
+        wait_count: Checks since then.
+        stopped_epoch: The epoch in which the training was stopped, 0 if it was not.
+        stopping_reason: Lightning's ``EarlyStoppingReason``; ``PATIENCE_EXHAUSTED`` for every criterion.
+        stopping_reason_message: The same in words.
+
+    Args:
+        monitor: Name of the metric.
+        min_delta: ``"auto"``: judge by the noise of the curve, as above. Or what an improvement has to exceed: a
+            number, or a share of the absolute best value such as ``"1%"``; then every check counts alike, from the
+            first on, as in Lightning.
+        patience: Checks without an improvement after which to stop, at least 0.
+        verbose: Log each improvement and the reason for the stop.
+        mode: ``"min"`` if lower is better, ``"max"`` if higher is.
+        strict: Raise an error if there is no such metric.
+        check_finite: Stop when the metric is NaN or infinite.
+        stopping_threshold: Stop when the metric is better than this.
+        divergence_threshold: Stop when the metric is worse than this.
+        check_on_train_epoch_end: Check at the end of the training epoch, not of the validation; None to choose.
+        log_rank_zero_only: Log on rank zero only.
+        criterion: Decides in the place of ``patience``: one of those in :mod:`lightning_recipes.core.early_stopping`
+            (``Patience`` with other units, ``GeneralizationLoss``, ``ProgressQuotient``, ``SuccessiveRises``,
+            ``AnyOf``, ``AllOf``) or your own.
+        train_monitor: Name of a metric with the training loss, lower is better; None for the mean of what
+            ``training_step`` returned since the check before.
+        start_epoch: No check before this epoch counts, at least 0.
+        restore_best_weights: Whether to leave with the best weights. Not possible under FSDP, ModelParallel and
+            DeepSpeed.
+
+    Raises:
+        TypeError: If an argument is not of its kind.
+        ValueError: If it is out of its range or unknown.
+        MisconfigurationException: If ``mode`` is unknown, or when fit starts, if the best weights cannot be restored.
+
+    Example:
+        >>> trainer = pl.Trainer(callbacks=[EarlyStopping("val_loss")], logger=False)
+
+    References:
+        Prechelt, Early Stopping - But When?, 1998
+        Godbole et al., Deep Learning Tuning Playbook, 2023: https://github.com/google-research/tuning_playbook
+    """
+
+    def __init__(
+        self,
+        monitor: str,
+        min_delta: float | str = "auto",
+        patience: int = 3,
+        verbose: bool = False,
+        mode: str = "min",
+        strict: bool = True,
+        check_finite: bool = True,
+        stopping_threshold: float | None = None,
+        divergence_threshold: float | None = None,
+        check_on_train_epoch_end: bool | None = None,
+        log_rank_zero_only: bool = False,
+        criterion: Criterion | None = None,
+        train_monitor: str | None = None,
+        start_epoch: int = 0,
+        restore_best_weights: bool = True,
+    ) -> None:
+        super().__init__(
+            monitor,
+            0.0,
+            check_count("patience", patience, 0),
+            verbose,
+            mode,
+            strict,
+            check_finite,
+            stopping_threshold,
+            divergence_threshold,
+            check_on_train_epoch_end,
+            log_rank_zero_only,
+        )
+        self.rule = EarlyStoppingRule(min_delta, mode)
+        self.min_delta = self._signed(self.rule.least_improvement)
+        if criterion is not None and not isinstance(criterion, Criterion):
+            raise TypeError(f"criterion must be one of lightning_recipes.core.early_stopping, got {criterion!r}")
+        self.criterion = criterion
+        self.train_monitor = train_monitor
+        self.start_epoch = check_count("start_epoch", start_epoch, 0)
+        self.restore_best_weights = check_flag("restore_best_weights", restore_best_weights)
+        self.stop_wish = False
+        self._best_weights: dict[str, Any] | None = None
+        self._seen: Any = None  # the metric's tensor at the last check: Lightning never lets go of an old one
+        self._loss_sum: Tensor | float = 0.0  # of the training steps since the last check
+        self._losses = 0
+        self._validated = False
+        self._started = 0.0
+        self._now: dict[str, Any] = {}  # where the training is at the check under way
+        self._put_back: Callable[[], None] | None = None
+
+    def _signed(self, delta: float) -> float:
+        """As Lightning keeps ``min_delta``."""
+        return delta if self.mode == "max" else -delta
+
+    # ---------------------------------------------------------------------------------- fit: start, step, end
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Start anew: what was seen of another training says nothing about this one."""
+        self.rule = EarlyStoppingRule(self.rule.min_delta, self.mode)
+        self.wait_count, self.stopped_epoch, self.best_score = (
+            0,
+            0,
+            torch.tensor(math.inf if self.mode == "min" else -math.inf),
+        )
+        self.stopping_reason, self.stopping_reason_message = EarlyStoppingReason.NOT_STOPPED, None
+        self.stop_wish, self._seen, self._best_weights = False, None, None
+        self._loss_sum, self._losses, self._validated = 0.0, 0, False
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self.restore_best_weights:
+            return
+        if is_sharded(trainer):
+            raise MisconfigurationException(
+                f"{type(self).__name__} cannot restore the best weights of a model in shards"
+                f" ({type(trainer.strategy).__name__}): set restore_best_weights=False and take them from a"
+                f" ModelCheckpoint(monitor={self.monitor!r}, mode={self.mode!r})"
+            )
+        self._finish()
+        teardown = trainer.strategy.teardown  # comes last, after an exception too
+
+        def restore_and_teardown() -> None:
+            if self._best_weights is not None:
+                pl_module.load_state_dict(self._best_weights, strict=False)
+            self._finish()
+            teardown()
+
+        self._put_back = substitute(trainer.strategy, "teardown", restore_and_teardown)
+
+    def _finish(self) -> None:
+        if self._put_back is not None:
+            self._put_back()
+            self._put_back = None
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        spent = self.rule.curve.seconds[-1] if self.rule.curve.seconds else 0.0
+        self._started = time.monotonic() - spent
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if self.train_monitor is None and isinstance(loss, Tensor):
+            self._loss_sum = self._loss_sum + loss.detach().float() * trainer.accumulate_grad_batches
+            self._losses += 1
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        finding = reading(self.rule.curve, self.monitor, self.mode, self.stop_wish)
+        if finding is not None:
+            tell(trainer, finding)
+
+    # ---------------------------------------------------------------------------------- a check
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._validated = self._validated or not self._should_skip_check(trainer)
+        super().on_validation_end(trainer, pl_module)
+
+    @override
+    def _run_early_stopping_check(self, trainer: pl.Trainer) -> None:
+        run: Any = trainer  # connectors set some attributes
+        metrics = trainer.callback_metrics
+        if self.monitor not in metrics and trainer.enable_validation and not self._validated:
+            return  # in epochs before the first validation
+        if run.fast_dev_run or not self._validate_condition_metric(metrics):
+            return
+        value = metrics[self.monitor]
+        if value is self._seen:
+            return
+        self._seen = value
+        self._measure(trainer, metrics)
+        current = _over_ranks(trainer, value.squeeze())
+        should_stop, reason = self._evaluate_stopping_criteria(current)
+        if self._put_back is not None and self.rule.improved:
+            weights = trainer.strategy.lightning_module_state_dict()
+            self._best_weights = {name: _on_cpu(tensor) for name, tensor in weights.items()}
+        self._wish(trainer, trainer.strategy.reduce_boolean_decision(should_stop, all=False), reason)
+        if reason and self.verbose:
+            self._log_info(trainer, reason, self.log_rank_zero_only)
+
+    def _measure(self, trainer: pl.Trainer, metrics: Mapping[str, Tensor]) -> None:
+        """Note where the training is, for the check that follows."""
+        if self.train_monitor is not None:
+            train = metrics.get(self.train_monitor, math.nan)
+        else:
+            train = self._loss_sum / self._losses if self._losses else math.nan
+        self._loss_sum, self._losses = 0.0, 0
+        loop = trainer.fit_loop.epoch_loop
+        batches = trainer.num_training_batches
+        share = min(1.0, loop.batch_progress.current.completed / batches) if 0 < batches < math.inf else 1.0
+        self._now = {
+            "train": float(_over_ranks(trainer, torch.as_tensor(train))),
+            "steps": trainer.global_step,
+            "epochs": trainer.current_epoch + share,
+            "seconds": time.monotonic() - self._started,
+            "counts": trainer.current_epoch >= self.start_epoch,
+        }
+
+    @override
+    def _evaluate_stopping_criteria(self, current: Tensor) -> tuple[bool, str | None]:
+        criterion = self.criterion or Patience(self.patience)
+        verdict = self.rule.update(current.item(), criterion, **self._now)
+        self.min_delta = self._signed(self.rule.least_improvement)
+        self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
+        should_stop, reason = super()._evaluate_stopping_criteria(current)
+        if not self._now["counts"]:
+            self.wait_count, verdict, should_stop = 0, None, False
+        if should_stop and self.stopping_reason != EarlyStoppingReason.PATIENCE_EXHAUSTED:
+            return True, reason  # not finite, or one of the thresholds
+        if verdict is None:
+            self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
+            return False, reason if self.wait_count == 0 else None
+        self.stopping_reason = EarlyStoppingReason.PATIENCE_EXHAUSTED
+        return True, f"Monitored metric {self.monitor} {verdict}. Best score: {self.best_score:.3f}."
+
+    def _wish(self, trainer: pl.Trainer, stop: bool, reason: str | None) -> None:
+        """Ask the Trainer to stop, or take an earlier wish back that it has not followed yet."""
+        others = [other for other in trainer.early_stopping_callbacks if other is not self]
+        if stop:
+            trainer.should_stop = True
+            self.stopped_epoch, self.stopping_reason_message = trainer.current_epoch, reason
+        elif self.stop_wish:
+            trainer.should_stop = any(getattr(other, "stop_wish", trainer.should_stop) for other in others)
+            self.stopped_epoch, self.stopping_reason_message = 0, None
+        self.stop_wish = stop
+
+    # ---------------------------------------------------------------------------------- checkpoints
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        del state["patience"]  # is configuration
+        return {**state, "rule": self.rule.state_dict(), "loss_sum": float(self._loss_sum), "losses": self._losses}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({**state_dict, "patience": self.patience})
+        if "rule" in state_dict:  # Lightning's own has none
+            self.rule.load_state_dict(state_dict["rule"])
+            self._loss_sum, self._losses = state_dict["loss_sum"], state_dict["losses"]
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._best_weights is not None:
+            checkpoint.setdefault(BEST, {})[self.state_key] = dict(self._best_weights)
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._best_weights = checkpoint.get(BEST, {}).get(self.state_key)
+
+
+def _over_ranks(trainer: pl.Trainer, value: Tensor) -> Tensor:
+    """The mean over the ranks."""
+    if trainer.world_size == 1:
+        return value
+    mean: Tensor = trainer.strategy.reduce(value.to(trainer.strategy.root_device, torch.float32), reduce_op="mean")
+    return mean
+
+
+def _on_cpu(value: Any) -> Any:
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)

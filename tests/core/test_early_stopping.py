@@ -1,0 +1,280 @@
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_recipes.core.early_stopping import (
+    AllOf,
+    AnyOf,
+    Criterion,
+    Curve,
+    EarlyStoppingRule,
+    GeneralizationLoss,
+    Patience,
+    ProgressQuotient,
+    SuccessiveRises,
+    noise_of,
+    reading,
+)
+
+# Of perceptrons that overfit digits and breast cancer for 200 epochs, and of a deep one with sigmoids that stays on a
+# plateau for forty epochs before it learns: training loss of each epoch, validation and test loss after it; 4 seeds.
+RECORDED: dict[str, list[dict[str, list[float]]]] = json.loads(
+    (Path(__file__).parent / "overfitting_curves.json").read_text()
+)
+RUNS = [(name, run) for name, runs in RECORDED.items() for run in runs]
+
+
+def stops_at(criterion: Criterion, values: list[float], train: list[float] | None = None, **rule: Any) -> int:
+    """The first check after which to stop, counted from 1; the length of the run if there is none."""
+    judge = EarlyStoppingRule(**rule)
+    for check, value in enumerate(values, 1):
+        if judge.update(value, criterion, math.nan if train is None else train[check - 1], steps=check, epochs=check):
+            return check
+    return len(values)
+
+
+def lost(run: dict[str, list[float]], stop: int) -> float:
+    """By how many percent the test loss at the best check before the stop is above that at the best of all."""
+    validation, test = run["validation"], run["test"]
+    kept, best = validation.index(min(validation[:stop])), validation.index(min(validation))
+    return 100 * (test[kept] / test[best] - 1)
+
+
+@pytest.mark.parametrize("name", ["digits", "breast cancer", "noisy digits"])
+def test_the_default_saves_four_fifths_of_an_overfitting_run_and_loses_nothing(name: str) -> None:
+    stops = [stops_at(Patience(3), run["validation"]) for run in RECORDED[name]]
+    assert statistics.fmean(1 - stop / 200 for stop in stops) > 0.8
+    assert statistics.fmean(lost(run, stop) for run, stop in zip(RECORDED[name], stops)) < 1
+
+
+def test_the_default_survives_a_plateau_at_the_start_on_which_plain_patience_dies() -> None:
+    runs = RECORDED["plateau"]
+    assert statistics.fmean(lost(run, stops_at(Patience(3), run["validation"])) for run in runs) < 2
+    assert statistics.fmean(lost(run, stops_at(Patience(10), run["validation"], min_delta=0)) for run in runs) > 100
+
+
+# ------------------------------------------------------------------------------ criteria against their definitions
+
+
+def gl_by_definition(validation: list[float]) -> float:
+    return 100 * (validation[-1] / min(validation) - 1)
+
+
+def slow_generalization_loss(alpha: float, train: list[float], validation: list[float]) -> int:
+    for t in range(1, len(validation) + 1):
+        if gl_by_definition(validation[:t]) > alpha:
+            return t
+    return len(validation)
+
+
+def slow_progress_quotient(alpha: float, k: int, train: list[float], validation: list[float]) -> int:
+    for t in range(k, len(validation) + 1, k):
+        strip = train[t - k : t]
+        if gl_by_definition(validation[:t]) / (1000 * (sum(strip) / (k * min(strip)) - 1)) > alpha:
+            return t
+    return len(validation)
+
+
+def slow_successive_rises(s: int, k: int, validation: list[float]) -> int:
+    def stops(s: int, t: int) -> bool:
+        if t - k < k:  # there is no strip before the first
+            return False
+        return validation[t - 1] > validation[t - 1 - k] and (s == 1 or stops(s - 1, t - k))
+
+    return next((t for t in range(k, len(validation) + 1, k) if stops(s, t)), len(validation))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 2.0, 5.0])
+def test_generalization_loss_is_prechelts(alpha: float) -> None:
+    for _, run in RUNS:
+        expected = slow_generalization_loss(alpha, run["train"], run["validation"])
+        assert stops_at(GeneralizationLoss(alpha), run["validation"], min_delta=0) == expected
+
+
+@pytest.mark.parametrize(("alpha", "strip"), [(0.5, 5), (1.0, 5), (3.0, 4)])
+def test_progress_quotient_is_prechelts(alpha: float, strip: int) -> None:
+    for _, run in RUNS:
+        expected = slow_progress_quotient(alpha, strip, run["train"], run["validation"])
+        got = stops_at(ProgressQuotient(alpha, strip), run["validation"], run["train"], min_delta=0)
+        assert got == expected
+
+
+@pytest.mark.parametrize(("rises", "strip"), [(1, 5), (2, 5), (3, 5), (4, 3), (2, 1)])
+def test_successive_rises_is_prechelts(rises: int, strip: int) -> None:
+    for _, run in RUNS:
+        expected = slow_successive_rises(rises, strip, run["validation"])
+        assert stops_at(SuccessiveRises(rises, strip), run["validation"], min_delta=0) == expected
+
+
+def test_relative_criteria_know_negative_metrics_and_both_modes() -> None:
+    assert stops_at(GeneralizationLoss(5), [-10.0, -9.8, -9.4, -10.0], min_delta=0) == 3  # 6 % worse than -10
+    assert stops_at(GeneralizationLoss(5), [10.0, 9.8, 9.4, 10.0], mode="max", min_delta=0) == 3
+    worse = [-1.0, -0.99995, -0.9999, -0.99985]  # a share of |best| below it is no improvement
+    assert stops_at(Patience(3), worse, min_delta="0.01%") == 4
+    better = [-1.0, -1.00005, -1.0001, -1.02, -1.04]
+    assert EarlyStoppingRule("1%").update(better[0], Patience(2)) is None
+    assert stops_at(Patience(2), better, min_delta="1%") == 3
+
+
+def test_all_and_any_of_several() -> None:
+    values = [3.0, 1.0, 2.0, 1.5, 1.4, 1.3]
+    three, loss = Patience(3), GeneralizationLoss(60)
+    assert stops_at(AnyOf([three, loss]), values, min_delta=0) == 3
+    assert stops_at(AllOf([Patience(1), loss]), values, min_delta=0) == 3
+    assert stops_at(AllOf([three, loss]), values, min_delta=0) == 6
+    verdict = AllOf([Patience(1), loss]).verdict(Curve([1.0, 2.0]))
+    assert verdict == "did not improve in the last 1 checks and is 100 % worse than its best"
+
+
+# ------------------------------------------------------------------------------------------------------- patience
+
+
+@pytest.mark.parametrize("min_delta", [0.0, "auto"])
+@pytest.mark.parametrize(
+    ("values", "patience", "stop"),
+    [
+        ([6, 5, 5, 5, 5, 5], 3, 5),
+        ([6, 5, 4, 4, 3, 3], 1, 4),
+        ([6, 5, 6, 5, 5, 5], 3, 5),
+        ([8, 4, 2, 3, 4, 5, 8, 10], 3, 6),
+        ([10, 10, 10, 10], 2, 3),
+        ([0, 0, 0, 0, 0], 3, 4),
+        ([5, 4, 4.5, 4.6], 2, 4),
+        ([1, 0.8, 0.9, 1, 1.1, 1.2], 3, 5),
+        ([3, 2, 1], 0, 3),
+        ([3, 2, 2, 1], 0, 3),
+    ],
+)
+def test_without_noise_patience_counts_checks(values: list[float], patience: int, stop: int, min_delta: Any) -> None:
+    assert stops_at(Patience(patience), [float(value) for value in values], min_delta=min_delta) == stop
+
+
+def test_a_smooth_curve_near_its_first_value_is_believed_after_eight_checks() -> None:
+    values = [1.0, *(0.95 + 0.005 * check for check in range(12))]
+    assert stops_at(Patience(3), values, min_delta=0) == 5
+    assert stops_at(Patience(3), values) == 8
+
+
+@pytest.mark.parametrize(("unit", "stop"), [("checks", 6), ("steps", 5), ("epochs", 6), ("seconds", 4)])
+def test_patience_in_every_unit(unit: Any, stop: int) -> None:
+    rule, criterion = EarlyStoppingRule(0.0), Patience(4 if unit == "checks" else 30, unit)
+    for check, value in enumerate([2.0, 1.0, 1.5, 1.4, 1.3, 1.2, 1.1], 1):
+        verdict = rule.update(value, criterion, steps=10 * check, epochs=8 * check, seconds=16.0 * check)
+        if verdict:
+            break
+    assert check == stop
+    assert unit in str(verdict)
+
+
+def test_a_lucky_value_does_not_exhaust_patience_nor_an_insignificant_one_reset_it() -> None:
+    falling = [1.0 - 0.004 * check + 0.03 * (-1) ** (check % 3) for check in range(100)]
+    falling[20] -= 0.08  # as good as what comes twenty checks later
+    assert stops_at(Patience(3), falling, min_delta=0) < 30
+    assert stops_at(Patience(3), falling) == 100
+    flat = [0.5 + 0.3 * 0.5**check + 0.02 * math.sin(7.0 * check * check) - 1e-5 * check for check in range(200)]
+    assert stops_at(Patience(3), flat) < 60
+
+
+def test_nan_is_never_an_improvement() -> None:
+    rule = EarlyStoppingRule(0.0)
+    verdicts = [rule.update(value, Patience(3)) for value in (1.0, 0.9, math.nan, 5.0, math.inf)]
+    assert [verdict is not None for verdict in verdicts] == [False, False, False, False, True]
+    assert rule.curve.best == 1
+    rule = EarlyStoppingRule(0.0, "max")
+    assert [rule.update(value, Patience(2)) is not None for value in (math.nan, 0.5, math.inf, math.nan)][-1]
+    assert rule.curve.best == 1
+
+
+def test_checks_that_do_not_count_are_remembered_all_the_same() -> None:
+    rule = EarlyStoppingRule(0.0)
+    verdicts = [rule.update(1.0 + check, Patience(2), counts=check >= 5) for check in range(8)]
+    assert [verdict is not None for verdict in verdicts] == [False] * 6 + [True, True]
+    assert rule.curve.best == 0
+
+
+def test_a_resumed_rule_goes_on_as_if_nothing_had_been_and_with_its_own_criterion() -> None:
+    for _, run in RUNS[:6]:
+        rule, cut = EarlyStoppingRule(), 15
+        for value in run["validation"][:cut]:
+            rule.update(value, Patience(1000), train=1.0)
+        resumed = EarlyStoppingRule()
+        resumed.load_state_dict(json.loads(json.dumps(rule.state_dict())))
+        for value in run["validation"][cut:40]:
+            assert rule.update(value, Patience(4), 1.0) == resumed.update(value, Patience(4), 1.0)
+        assert rule == resumed
+
+
+# ---------------------------------------------------------------------------------------------------------- noise
+
+
+def test_noise_is_that_of_the_curve_whatever_its_trend() -> None:
+    import random
+
+    chance = random.Random(0)
+    for trend in (lambda x: 0.0, lambda x: -0.5 * x, lambda x: 0.01 * x * x):
+        estimates = [noise_of([trend(x) + chance.gauss(0, 0.3) for x in range(20)]) for _ in range(300)]
+        assert statistics.median(estimates) == pytest.approx(0.3, rel=0.15)
+
+
+# -------------------------------------------------------------------------------------------------------- reading
+
+
+def read(validation: list[float], train: list[float], stop: int = 200, **kwargs: Any) -> str | None:
+    curve = Curve(validation[:stop], train[:stop], list(range(1, stop + 1)), list(range(1, stop + 1)))
+    finding = reading(curve, "val_loss", **kwargs)
+    return finding and finding.rule
+
+
+def test_what_curves_say() -> None:
+    for name in ("digits", "noisy digits"):
+        assert {read(run["validation"], run["train"]) for run in RECORDED[name]} == {"best at the start"}
+    assert [read(run["validation"], run["train"], 45) for run in RECORDED["digits"]] == ["overfitting"] * 4
+    assert [read(run["validation"], run["train"], 70) for run in RECORDED["plateau"]] == ["best at the end"] * 4
+    rising = [0.5 + 0.02 * check for check in range(200)]
+    assert read(rising, rising) == "training loss rises"
+
+
+def test_where_the_noise_forbids_nothing_is_said() -> None:
+    for run in RECORDED["plateau"]:  # so far only noise
+        assert read(run["validation"], run["train"], 20) is None
+    assert read([1.0, 2.0], [1.0, 1.0], 2) is None
+    assert read([0.5] * 100, [0.3] * 100, 100) is None
+
+
+def test_overfitting_is_told_with_the_gap_and_since_when() -> None:
+    run = RECORDED["digits"][0]
+    best = run["validation"].index(min(run["validation"])) + 1
+    curve = Curve(run["validation"][:80], run["train"][:80], list(range(10, 810, 10)), list(range(1, 81)))
+    finding = reading(curve, "val_loss", stopped=True)
+    assert finding is not None
+    assert f"best at step {10 * best} of 800 (epoch {best})" in finding.message
+    assert finding.evidence["gap"] > finding.evidence["got_worse_by"] > 0
+    assert finding.evidence["train_fell_by"] > 0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Patience(-1), "amount must be a number above 0, got -1"),
+        (lambda: Patience(3, "weeks"), "unit must be 'checks' or 'steps' or 'epochs' or 'seconds', got 'weeks'"),  # type: ignore[arg-type]
+        (lambda: GeneralizationLoss(0), "alpha must be a number above 0, got 0"),
+        (lambda: ProgressQuotient(0.5, 1), "strip must be a whole number of at least 2, got 1"),
+        (lambda: SuccessiveRises(0), "rises must be a whole number of at least 1, got 0"),
+        (lambda: EarlyStoppingRule("some"), "min_delta must be a number of at least 0, a share .* got 'some'"),
+        (lambda: EarlyStoppingRule("x%"), "min_delta must be .* got 'x%'"),
+        (lambda: EarlyStoppingRule(-0.1), "min_delta must be .* got -0.1"),
+        (lambda: EarlyStoppingRule(mode="best"), "mode must be 'min' or 'max', got 'best'"),
+    ],
+)
+def test_bad_arguments_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_min_delta_of_another_kind_is_refused() -> None:
+    with pytest.raises(TypeError, match="min_delta must be .* got None"):
+        EarlyStoppingRule(None)  # type: ignore[arg-type]
