@@ -1,6 +1,6 @@
 """What the recipes do for a training: through the Trainer, on real data, several seeds, with the control beside.
 
-    python benchmarks/quality.py [clipping] [averaging] [fashion] [--seeds 8]
+    python benchmarks/quality.py [clipping] [averaging] [rewinding] [fashion] [--seeds 8]
 
 The digits come with scikit-learn; for Fashion-MNIST see examples/_data.py.
 """
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from _data import Data, digits, fashion
 
-from lightning_recipes import EMAWeights, PercentileGradientClipping
+from lightning_recipes import EMAWeights, InstabilityDetector, PercentileGradientClipping
 
 
 def perceptron(batch_norm: bool = False) -> nn.Module:
@@ -51,16 +51,24 @@ class Classifier(pl.LightningModule):
         learning_rate: Constant.
         glitches: Share of glitches.
         burst: How many come in a row.
+        poisoned: Batches that are glitches.
         seed: Of everything.
     """
 
     def __init__(
-        self, net: Callable[[], nn.Module], learning_rate: float, glitches: float, burst: int, seed: int
+        self,
+        net: Callable[[], nn.Module],
+        learning_rate: float,
+        glitches: float,
+        burst: int,
+        seed: int,
+        poisoned: range = range(0),
     ) -> None:
         super().__init__()
         torch.manual_seed(seed)
         self.net, self.learning_rate = net(), learning_rate
         self.glitches, self.burst, self.left = glitches, burst, 0
+        self.poisoned = poisoned
         self.chance = torch.Generator().manual_seed(77 + seed)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -68,8 +76,8 @@ class Classifier(pl.LightningModule):
         draw = torch.rand((), generator=self.chance).item()
         if self.global_step >= 50 and not self.left and draw < self.glitches / self.burst:
             self.left = self.burst
-        if self.left:
-            self.left -= 1
+        if self.left or self.trainer.fit_loop.epoch_loop.total_batch_idx in self.poisoned:
+            self.left -= self.left > 0
             images, labels = 20 * images, labels[torch.randperm(len(labels))]
         return nn.functional.cross_entropy(self.net(images), labels)
 
@@ -97,8 +105,9 @@ def train(
     learning_rate: float = 0.1,
     glitches: float = 0.0,
     burst: int = 1,
+    poisoned: range = range(0),
 ) -> Classifier:
-    module = Classifier(net, learning_rate, glitches, burst, seed)
+    module = Classifier(net, learning_rate, glitches, burst, seed, poisoned)
     order = torch.Generator().manual_seed(seed)
     loader = DataLoader(TensorDataset(*data.train), batch_size, shuffle=True, drop_last=True, generator=order)
     trainer = pl.Trainer(
@@ -190,9 +199,31 @@ def averaging(seeds: int, load: Callable[..., Data], net: Callable[[bool], nn.Mo
             )
 
 
+def rewinding(seeds: int, load: Callable[..., Data], net: Callable[[], nn.Module], rate: float) -> None:
+    """A stretch of poisoned batches in the middle of a run, with and without going back."""
+    print(f"\nInstabilityDetector, {load().name}, batches 300 to 319 poisoned; test error in %, {seeds} seeds (dead)")
+    kinds: dict[str, tuple[range, Callable[[], list[pl.Callback]]]] = {
+        "never poisoned": (range(0), list),
+        "poisoned": (range(300, 320), list),
+        "action='skip'": (range(300, 320), lambda: [InstabilityDetector("skip")]),
+        "action='rewind'": (range(300, 320), lambda: [InstabilityDetector("rewind")]),
+        "rewind, EMA, clipping": (
+            range(300, 320),
+            lambda: [InstabilityDetector("rewind"), EMAWeights(), PercentileGradientClipping()],
+        ),
+    }
+    for name, (poisoned, callbacks) in kinds.items():
+        errors = []
+        for seed in range(seeds):
+            data = load(seed)
+            module = train(data, net, seed, callbacks(), learning_rate=rate, poisoned=poisoned)
+            errors.append(score(module, data)[0])
+        print(f"{name:28}{spread(errors):>24} ({sum(error > 50 for error in errors)})  {[round(e, 1) for e in errors]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    questions = ["clipping", "averaging", "fashion"]
+    questions = ["clipping", "averaging", "rewinding", "fashion"]
     parser.add_argument("questions", nargs="*", default=questions, metavar="question", help=", ".join(questions))
     parser.add_argument("--seeds", type=int, default=8)
     options = parser.parse_args()
@@ -203,6 +234,8 @@ def main() -> None:
         clipping(options.seeds, digits, perceptron, 0.1, 1200)
     if "averaging" in options.questions:
         averaging(options.seeds, digits, perceptron, 0.05, 0.1)
+    if "rewinding" in options.questions:
+        rewinding(options.seeds, digits, perceptron, 0.1)
     if "fashion" in options.questions:
         clipping(options.seeds, cache(fashion), convolutional, 0.05, 3000)
         averaging(options.seeds, cache(fashion), convolutional, 0.02, 0.02)

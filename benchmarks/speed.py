@@ -21,7 +21,7 @@ from _timing import Times, interleave, table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_recipes import EMAWeights, PercentileGradientClipping
+from lightning_recipes import EarlyStopping, EMAWeights, InstabilityDetector, PercentileGradientClipping
 from lightning_recipes.core.averaging import ExponentialMovingAverage
 from lightning_recipes.core.clipping import PercentileThreshold, clipping_factor, scale_, total_norm
 
@@ -241,6 +241,11 @@ def measure_loop(seconds: float) -> None:
         "EMAWeights": lambda: {"callbacks": [EMAWeights()]},
         "PercentileGradientClipping": lambda: {"callbacks": [PercentileGradientClipping()]},
         "both": lambda: {"callbacks": [EMAWeights(), PercentileGradientClipping()]},
+        "InstabilityDetector": lambda: {"callbacks": [InstabilityDetector()]},
+        "InstabilityDetector and clipping": lambda: {
+            "callbacks": [InstabilityDetector(), PercentileGradientClipping()]
+        },
+        "EarlyStopping": lambda: {"callbacks": [EarlyStopping("val_loss", strict=False)]},
         "Lightning: gradient_clip_val": lambda: {"gradient_clip_val": 1.0},
     }
     if hasattr(pl.callbacks, "EMAWeightAveraging"):

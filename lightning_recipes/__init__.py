@@ -3,5 +3,6 @@
 from lightning_recipes.callbacks.averaging import EMAWeights
 from lightning_recipes.callbacks.clipping import PercentileGradientClipping
 from lightning_recipes.callbacks.early_stopping import EarlyStopping
+from lightning_recipes.callbacks.instability import InstabilityDetector
 
-__all__ = ["EMAWeights", "EarlyStopping", "PercentileGradientClipping"]
+__all__ = ["EMAWeights", "EarlyStopping", "InstabilityDetector", "PercentileGradientClipping"]

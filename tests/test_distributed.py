@@ -13,7 +13,7 @@ from models import Regression, Resumable, SeedEachStep, quiet_trainer, regressio
 from ranks import run_on_ranks
 from torch import Tensor, nn
 
-from lightning_recipes import EarlyStopping, EMAWeights, PercentileGradientClipping
+from lightning_recipes import EarlyStopping, EMAWeights, InstabilityDetector, PercentileGradientClipping
 from lightning_recipes.callbacks import clipping as clipping_module
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.distributed warns of much that is not ours
@@ -144,7 +144,7 @@ def test_ddp_has_the_same_thresholds_and_averages_on_both_ranks_bit_for_bit(tmp_
 @pytest.mark.parametrize("name", ["ddp", "sharded", "one file", "fsdp"])
 @pytest.mark.parametrize("free_to_read", [True, False])
 def test_two_ranks_are_one_run(name: str, free_to_read: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clipping_module, "_free_to_read", lambda _: free_to_read)
+    monkeypatch.setattr(clipping_module, "free_to_read", lambda _: free_to_read)
     alone = train(tmp_path, "alone", data=list_loader())
     for rank in run_on_ranks(train_on_halves, tmp_path, name):
         torch.testing.assert_close(rank["clipping"]["norms"], alone["clipping"]["norms"], rtol=1e-4, atol=1e-4)
@@ -303,3 +303,51 @@ def test_restoring_shards_is_refused_and_stopping_without_it_is_not(tmp_path: Pa
     with pytest.raises(RuntimeError, match=r"ModelParallelStrategy\): set restore_best_weights=False"):
         run_on_ranks(restore_shards, tmp_path, True)
     run_on_ranks(restore_shards, tmp_path, False)
+
+
+class PoisonsOneRank(Regression):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        poisoned = batch_idx == 45 and self.trainer.global_rank == 1
+        return loss * float("nan") if poisoned else loss
+
+
+def poison_one_rank(folder: Path, action: Any, log_every: int) -> tuple[int, int, list[int], dict[str, Tensor]]:
+    module, detector = PoisonsOneRank(), InstabilityDetector(action, keep_every=10)
+    noticed: list[int] = []
+    decide = detector._act
+
+    def act(*args: Any) -> None:
+        noticed.append(args[-1].step)
+        decide(*args)
+
+    detector._act = act  # type: ignore[method-assign]
+    callbacks = [detector, EMAWeights(0.9), PercentileGradientClipping()]
+    trainer = quiet_trainer(
+        folder,
+        max_epochs=1,
+        callbacks=callbacks,
+        strategy=make_strategy("ddp"),
+        devices=2,
+        use_distributed_sampler=False,
+        log_every_n_steps=log_every,
+    )
+    trainer.fit(module, regression_data(batches=60))
+    return trainer.global_step, detector.rewinds, noticed, whole(dict(module.state_dict()))
+
+
+@pytest.mark.parametrize(
+    ("action", "steps", "rewinds"), [("skip", 60, 0), ("rewind", 60, 1), ("stop", 50, 0), ("warn", 60, 0)]
+)
+def test_an_instability_on_one_rank_is_everybodys(action: str, steps: int, rewinds: int, tmp_path: Path) -> None:
+    first, second = run_on_ranks(poison_one_rank, tmp_path, action, 10)
+    assert first[:2] == second[:2] == (steps, rewinds)
+    assert first[2] == second[2]
+    assert first[2][0] == 45
+    assert str(first[3]) == str(second[3])
+    assert action == "warn" or all(value.isfinite().all() for value in first[3].values())
+
+
+def test_both_ranks_raise(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="TrainingInstability: not finite at step 45"):
+        run_on_ranks(poison_one_rank, tmp_path, "raise", 10)

@@ -11,8 +11,8 @@ from models import Adversaries, Regression, fp16, quiet_trainer, regression_data
 from torch import Tensor
 
 import lightning_recipes
-from lightning_recipes import EMAWeights, PercentileGradientClipping
-from lightning_recipes.callbacks import clipping
+from lightning_recipes import EMAWeights, InstabilityDetector, PercentileGradientClipping
+from lightning_recipes.callbacks import clipping, instability
 
 PACKAGE = Path(lightning_recipes.__file__).parent
 
@@ -34,7 +34,7 @@ def fused_adam(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, fused=True)
 
 
-@pytest.mark.parametrize("recipe", ["EMAWeights", "PercentileGradientClipping"])
+@pytest.mark.parametrize("recipe", ["EMAWeights", "PercentileGradientClipping", "InstabilityDetector"])
 @pytest.mark.parametrize(
     ("make_module", "settings"),
     [
@@ -48,7 +48,8 @@ def fused_adam(parameters: Any) -> torch.optim.Optimizer:
 def test_a_steady_step_reads_nothing_back(
     recipe: str, make_module: Any, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(clipping, "_free_to_read", lambda _: False)
+    for module in (clipping, instability):
+        monkeypatch.setattr(module, "free_to_read", lambda _: False)
     count = CountBetween(5, 55)
     callbacks = [count, getattr(lightning_recipes, recipe)()]
     if settings.get("plugins") == "fp16":
@@ -60,12 +61,13 @@ def test_a_steady_step_reads_nothing_back(
 
 def test_what_may_be_read_is_read_rarely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a step that logs, and once for all buffers at the start."""
-    monkeypatch.setattr(clipping, "_free_to_read", lambda _: False)
+    for module in (clipping, instability):
+        monkeypatch.setattr(module, "free_to_read", lambda _: False)
     count = CountBetween(0, 59)
-    callbacks = [count, EMAWeights(), PercentileGradientClipping()]
+    callbacks = [count, EMAWeights(), PercentileGradientClipping(), InstabilityDetector()]
     trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=callbacks, log_every_n_steps=50)
     trainer.fit(Regression(batch_norm=True), regression_data(batches=60))
-    assert 1 <= len(count.reads.places) <= 3
+    assert 1 <= len(count.reads.places) <= 4
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,10 @@ import torch
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from models import GivenGradients, Regression, fp16, given, quiet_trainer, regression_data, same, weights_of
 
-from lightning_recipes import EarlyStopping, EMAWeights, PercentileGradientClipping
+from lightning_recipes import EarlyStopping, EMAWeights, InstabilityDetector, PercentileGradientClipping
 from lightning_recipes.core.averaging import ExponentialMovingAverage
 from lightning_recipes.core.early_stopping import EarlyStoppingRule, Patience
+from lightning_recipes.core.instability import InstabilityRule
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # peers warn of much that is not the point here
 
@@ -261,3 +262,40 @@ def test_neither_nan_nor_a_worse_negative_value_is_an_improvement() -> None:
     for _ in range(4):
         theirs(engines.Engine(lambda *_: None))
     assert (theirs.best_score, theirs.counter) == (-5.0, 0)
+
+
+# ------------------------------------------------------------------------------ instability
+
+
+def steady(rule: InstabilityRule, updates: int = 150) -> None:
+    for update in range(updates):
+        assert rule.update(2.0 + 0.1 * math.sin(update), 1.0 + 0.1 * math.cos(update)) is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_value_that_is_not_finite_is_noticed_and_poisons_nothing(value: float) -> None:
+    rule = InstabilityRule()
+    steady(rule)
+    found = rule.update(value, 1.0)
+    assert found is not None
+    assert found.kind == "not finite"
+    steady(rule)
+
+
+def test_a_spike_does_not_excuse_the_next() -> None:
+    rule = InstabilityRule()
+    steady(rule)
+    assert [rule.update(loss, 1.0) is not None for loss in (1e4, 50.0)] == [True, True]
+
+
+def test_what_was_seen_of_spikes_can_be_resumed(tmp_path: Path) -> None:
+    detector, rule = InstabilityDetector(), InstabilityRule()
+    steady(rule)
+    detector.rule.rules[0] = rule
+    resumed = InstabilityDetector()
+    resumed.load_state_dict(detector.state_dict())
+    assert resumed.rule[0].update(1e4, 1.0) is not None
+    spike = pytest.importorskip("lightning.fabric.utilities.spike")
+    theirs = spike.SpikeDetection()
+    with pytest.raises(AttributeError, match="running"):
+        theirs.load_state_dict(theirs.state_dict())

@@ -14,11 +14,12 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_recipes.callbacks.measuring import free_to_read, gradient_norm, index_of, scaler_of, whole_norm
 from lightning_recipes.callbacks.sharding import shard_group
 from lightning_recipes.callbacks.telling import log_histogram, log_scalars, show, tell, time_to_log
 from lightning_recipes.callbacks.tracking import parameters_of
 from lightning_recipes.core.arguments import check_flag
-from lightning_recipes.core.clipping import PercentileThreshold, clipping_factor, scale_, total_norm
+from lightning_recipes.core.clipping import PercentileThreshold, clipping_factor, scale_
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.per_optimizer import PerOptimizer
 
@@ -173,37 +174,33 @@ class PercentileGradientClipping(pl.Callback):
         self._handles = []
 
     @override
-    @torch.no_grad()
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        index = next(i for i, candidate in enumerate(trainer.optimizers) if candidate is optimizer)
+        index, scaler = index_of(trainer, optimizer), scaler_of(trainer)
         self._measured.add(index)
-        parameters = parameters_of(optimizer)
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        group = shard_group(trainer)
-        if not gradients and group is None:
+        norm: Any = gradient_norm(trainer, optimizer, self)
+        if norm is None:
             return
-        rule, scaler = self.rule[index], getattr(trainer.precision_plugin, "scaler", None)
+        parameters = parameters_of(optimizer)
+        rule = self.rule[index]
         rule.counts_nonfinite = scaler is None
-
-        device = trainer.strategy.root_device
-        norm: Any = _whole_norm(gradients, group, device)
-        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-            norm = norm / scaler.scale(torch.ones_like(norm))  # a fused optimizer unscales only inside its step
-        weight_norm: Any = _whole_norm(parameters, group, device) if rule.weight_norm is None else None
+        weight_norm: Any = None
+        if rule.weight_norm is None:
+            weights = [parameter.detach() for parameter in parameters]
+            weight_norm = whole_norm(weights, shard_group(trainer), trainer.strategy.root_device)
         decides = self.skip_nonfinite and scaler is None  # a GradScaler skips such an update by itself
         if decides and trainer.strategy.reduce_boolean_decision(not bool(norm < math.inf), all=False):
             norm = torch.full_like(norm, math.nan)  # on all ranks, so that their thresholds stay the same
             optimizer.zero_grad(set_to_none=True)
-        if _free_to_read(norm):
+        if free_to_read(norm):
             norm, weight_norm = norm.item(), None if weight_norm is None else weight_norm.item()
         threshold = rule.update(norm, weight_norm)
 
         if not self.measure_only:
             factor = clipping_factor(norm, threshold)
             if isinstance(factor, Tensor) or factor < 1:
-                scale_(gradients, factor)
+                scale_([parameter.grad for parameter in parameters if parameter.grad is not None], factor)
         if time_to_log(trainer):
             self._log(trainer, index)
             self._tell(trainer, index)
@@ -282,21 +279,6 @@ def _doublings(updates: int) -> int:
     return (updates // FIRST_FIGURE).bit_length()
 
 
-def _free_to_read(tensor: Tensor) -> bool:
-    """Whether the host can read the tensor without waiting for a device."""
-    return tensor.device.type == "cpu"
-
-
-def _whole_norm(tensors: list[Tensor], group: Any, device: torch.device) -> Tensor:
-    """The norm over all shards; every rank of the group has to call, one that has no shard at all too."""
-    norm = total_norm(tensors)
-    if group is not None:
-        squares = norm.to(device) ** 2
-        torch.distributed.all_reduce(squares, group=group)
-        norm = squares.sqrt()
-    return norm
-
-
 def _unobserved(index: int) -> Finding:
     return Finding(
         rule="optimizer not observed",
@@ -340,7 +322,11 @@ def _aggressive(rule: PercentileThreshold, index: int, fraction: float) -> Findi
 def _recommendation(rule: PercentileThreshold, index: int) -> Finding:
     value = float(f"{rule.history.percentile(rule.percentile):.3g}")
     recent = sum(norm > value for norm in rule.norms.arrived) / max(len(rule.norms.arrived), 1)
-    evidence = {"gradient_clip_val": value, "share_above": rule.history.share_above(value), "share_above_last": recent}
+    evidence: dict[str, float | str] = {
+        "gradient_clip_val": value,
+        "share_above": rule.history.share_above(value),
+        "share_above_last": recent,
+    }
     if rule.count < max(ENOUGH, rule.nonfinite):
         message = f"Only {rule.count} of {rule.count + rule.nonfinite} gradient norms of optimizer {index} were finite."
         advice = f"Too few to recommend a gradient_clip_val: measure a stable run of at least {ENOUGH} updates."

@@ -43,6 +43,11 @@ def log_scalars(trainer: pl.Trainer, scalars: Mapping[str, float | Tensor]) -> N
 def tell(trainer: pl.Trainer, finding: Finding) -> None:
     """Warn of a finding (or just say it), append it to ``findings.jsonl`` in the run's folder, log it as text."""
     (rank_zero_info if finding.severity == "info" else rank_zero_warn)(finding.text)
+    note(trainer, finding)
+
+
+def note(trainer: pl.Trainer, finding: Finding) -> None:
+    """Append a finding to ``findings.jsonl`` and log it as text, without a warning."""
     folder = run_folder(trainer)
     if folder is None:
         return

@@ -73,6 +73,8 @@ def _norms_of_all_kinds(tensors: list[Tensor]) -> list[Tensor]:
 
 def scale_(gradients: list[Tensor], factor: float | Tensor) -> None:
     """Multiply all gradients by one factor in place; a tensor factor is not read back from the device."""
+    if not gradients:
+        return
     local: list[Any] = [getattr(gradient, "to_local", lambda g=gradient: g)() for gradient in gradients]
     if isinstance(factor, Tensor) and any(gradient.device != factor.device for gradient in local):
         for gradient in local:

@@ -423,7 +423,7 @@ def reading(curve: Curve, monitor: str, mode: str = "min", stopped: bool = False
         return None
     sign, best, last = 1 if mode == "min" else -1, curve.best, checks - 1
     when = f"{monitor} was best at step {curve.steps[best]:,} of {curve.steps[last]:,} (epoch {curve.epochs[best]:.3g})"
-    evidence: dict[str, float] = {
+    evidence: dict[str, float | str] = {
         "best_step": curve.steps[best],
         "steps": curve.steps[last],
         "best": sign * curve.values[best],

@@ -16,7 +16,7 @@ class Finding:
         message: One sentence with the measured numbers.
         advice: What to do next, one sentence.
         step: Optimizer updates done when it was noticed.
-        evidence: The numbers behind the message, by name.
+        evidence: The numbers (and names) behind the message, by name.
         source: Where the rule comes from: a section of the playbook or a paper.
 
     Example:
@@ -30,7 +30,7 @@ class Finding:
     message: str
     advice: str
     step: int
-    evidence: dict[str, float] = field(default_factory=dict)
+    evidence: dict[str, float | str] = field(default_factory=dict)
     source: str = ""
 
     @property

@@ -55,6 +55,6 @@ class PerOptimizer(Generic[RuleT]):
         return {optimizer: self.rules[optimizer].state_dict() for optimizer in self}
 
     def load_state_dict(self, state_dict: dict[int, dict[str, Any]]) -> None:
-        self.rules = {}
+        self.rules = {optimizer: self[optimizer] for optimizer in state_dict}
         for optimizer, state in state_dict.items():
             self[optimizer].load_state_dict(state)

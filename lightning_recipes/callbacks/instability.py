@@ -1,0 +1,446 @@
+"""Notice an instability at the step at which it happens, and act on it."""
+
+import copy
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_recipes.callbacks.measuring import free_to_read, gradient_norm, index_of, scaler_of
+from lightning_recipes.callbacks.sharding import is_sharded
+from lightning_recipes.callbacks.telling import note, tell, time_to_log
+from lightning_recipes.core.arguments import check_choice, check_count, check_real
+from lightning_recipes.core.findings import Finding
+from lightning_recipes.core.instability import Instability, InstabilityRule
+from lightning_recipes.core.per_optimizer import PerOptimizer
+
+PLAYBOOK = "Deep Learning Tuning Playbook, optimization failures: https://github.com/google-research/tuning_playbook"
+UNREAD = 1000  # updates at most until they are judged
+AGAIN = 100  # updates until an instability of one kind is told again
+KEPT = 2  # good states to go back to
+JUMPS = ("not finite", "spike", "burst", "exploding gradient")  # of one update, which can be cancelled
+ORDER = "in this order: warmup, gradient clipping, another optimizer, x + f(Norm(x)) instead of Norm(x + f(x)) with f"
+ORDER += " starting at 0, and a lower learning rate last"
+CURES = {
+    "not finite": "Look for an overflow, a division or a logarithm in the loss and for such values in the data.",
+    "spike": f"If it comes again, {ORDER}.",
+    "burst": f"Look at these batches; if they are sound, {ORDER}.",
+    "exploding gradient": f"Clip the gradients (PercentileGradientClipping); else, {ORDER}.",
+    "vanishing gradient": "Units have died or saturated: warm up or cut the learning rate, look at initialisation and"
+    " normalisation, and use residual connections.",
+    "divergence": f"Stabilise the training, {ORDER}.",
+    "early instability": f"Warm the learning rate up, longer if it is already; else, {ORDER}.",
+    "GradScaler storm": "Train in bfloat16, or look for values that half precision cannot hold.",
+}
+
+
+class TrainingInstability(RuntimeError):
+    """Raised by ``InstabilityDetector(action="raise")``."""
+
+
+@dataclass(slots=True)
+class _Update:
+    """What is known of an update when it is about to be made; tensors are not read yet."""
+
+    optimizer: int
+    loss: Any
+    norm: Any
+    rate: float
+    step: int
+    epoch: int
+    batch_idx: int
+
+
+class InstabilityDetector(pl.Callback):
+    """Judge the loss and the gradient norm of every update, tell the kinds of instability apart, and act.
+
+    What is noticed, and by which rule, is said in :class:`~lightning_recipes.core.instability.InstabilityRule`. Seen is
+    the loss of each optimizer's update (the mean of its micro-batches, unscaled, over all ranks) and the norm of its
+    unclipped gradient, which ``PercentileGradientClipping`` and this callback measure once for both.
+
+    Each instability is a finding, with the cure in the playbook's order, and a line of ``findings.jsonl``: step, epoch,
+    batch index, signal, value, expected range and what was decided. One kind is told again after 100 updates at the
+    earliest. Where it can be read at once (``action`` other than ``"warn"`` and ``"stop"``, or on a CPU), it also says
+    where a value is not finite: in which tensor of the batch, parameter, gradient or optimizer state, or else in the
+    forward pass; and of an exploding gradient which parameters have most of it.
+
+    The actions:
+
+    - ``"warn"``: only tell. Reads nothing back but at the steps that log, and on a CPU.
+    - ``"skip"``: cancel an update with a value that is not finite, a spike, a burst or an exploding gradient, on all
+      ranks together, by setting the gradients to None. Costs a host read an update, and over ranks a collective.
+    - ``"rewind"``: go back to the last good state: parameters, buffers, optimizers, learning rate schedules, GradScaler
+      and the rules of the other recipes (the average of ``EMAWeights``, too). The batches since then are not seen
+      again, and those right behind that are as bad are skipped. Costs what ``"skip"`` does, and memory for two states
+      on their device.
+    - ``"stop"``: end the training, on all ranks together, with the last good state. Noticed at the steps that log;
+      costs the memory of ``"rewind"``.
+    - ``"raise"``: raise :class:`TrainingInstability` on all ranks. Costs what ``"skip"`` does.
+
+    Attributes:
+        rule: An :class:`~lightning_recipes.core.instability.InstabilityRule` for each optimizer.
+        rewinds: How often the training went back.
+
+    Args:
+        action: ``"warn"``, ``"skip"``, ``"rewind"``, ``"stop"`` or ``"raise"``.
+        max_rewinds: How often to go back before stopping instead, at least 0.
+        keep_every: Updates from one good state that is kept to the next, at least 1.
+        lr_factor: Multiplies the learning rate at each rewind, above 0 and at most 1.
+
+    Raises:
+        TypeError: If an argument is not of its kind.
+        ValueError: If it is out of its range or unknown.
+        MisconfigurationException: When fit starts, under DeepSpeed, or with ``"rewind"`` or ``"stop"`` of a model in
+            shards.
+
+    Example:
+        >>> trainer = pl.Trainer(callbacks=[InstabilityDetector(action="skip")], logger=False)
+
+    References:
+        Godbole et al., Deep Learning Tuning Playbook, 2023: https://github.com/google-research/tuning_playbook
+        Chowdhery et al., PaLM, 2022 (going back behind a spike): https://arxiv.org/abs/2204.02311
+    """
+
+    def __init__(
+        self,
+        action: Literal["warn", "skip", "rewind", "stop", "raise"] = "warn",
+        max_rewinds: int = 3,
+        keep_every: int = 50,
+        lr_factor: float = 1.0,
+    ) -> None:
+        self.action = check_choice("action", action, ("warn", "skip", "rewind", "stop", "raise"))
+        self.max_rewinds = check_count("max_rewinds", max_rewinds, 0)
+        self.keep_every = check_count("keep_every", keep_every, 1)
+        self.lr_factor = lr_factor if lr_factor == 1 else check_real("lr_factor", lr_factor, 0, 1)
+        self.rule: PerOptimizer[InstabilityRule] = PerOptimizer(InstabilityRule)
+        self.rewinds = 0
+        self._told: dict[str, int] = {}  # the step at which each kind was told last
+        self._losses: list[Tensor] = []  # of the backward passes since the last update
+        self._unread: list[_Update] = []
+        self._batch: Any = None
+        self._good: deque[dict[str, Any]] = deque(maxlen=KEPT)
+        self._updates = self._kept_at = 0
+        self._is_back = False  # whether the training has gone back since it kept a state
+        self._back: int | None = None  # to which of the good states to go back when the batch is done
+        self._stopped = False
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        name = type(self).__name__
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            raise MisconfigurationException(f"{name} cannot see the gradients of DeepSpeed, whose engine keeps them")
+        if self.action in ("rewind", "stop") and is_sharded(trainer):
+            raise MisconfigurationException(
+                f"{name}(action={self.action!r}) cannot keep the states of a model in shards"
+                f" ({type(trainer.strategy).__name__}): use action='skip' or 'raise'"
+            )
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:  # what was seen of another training says nothing about this one
+            self.rule.rules, self._told, self._losses, self._unread = {}, {}, [], []
+            self.rewinds = self._updates = 0
+            self._back, self._is_back, self._stopped, self._kept_at = None, False, False, 0
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._good.clear()
+        if self.action in ("rewind", "stop"):
+            self._keep(trainer, pl_module)
+
+    # ---------------------------------------------------------------------------------- measure
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._batch = batch
+
+    @override
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        self._losses.append(loss.detach())
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        losses, self._losses = self._losses, []
+        norm = gradient_norm(trainer, optimizer, self)
+        if norm is None or not losses:
+            return
+        rate = optimizer.param_groups[0]["lr"]  # on the device if it is a tensor
+        update = _Update(
+            optimizer=index_of(trainer, optimizer),
+            loss=self._loss(trainer, losses),
+            norm=norm,
+            rate=rate if isinstance(rate, float) else 0.0,
+            step=self._updates,
+            epoch=trainer.current_epoch,
+            batch_idx=trainer.fit_loop.epoch_loop.batch_idx,
+        )
+        self._updates += 1
+        self._unread.append(update)
+        at_once = self.action in ("skip", "rewind", "raise") or (free_to_read(norm) and trainer.world_size == 1)
+        if at_once or time_to_log(trainer) or len(self._unread) >= UNREAD:
+            self._judge(trainer, pl_module, optimizer if at_once else None)
+
+    def _loss(self, trainer: pl.Trainer, losses: list[Tensor]) -> Tensor:
+        """The mean over an update's micro-batches of what ``training_step`` returned."""
+        total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        scaler, share = scaler_of(trainer), trainer.accumulate_grad_batches / len(losses)
+        if scaler is not None:
+            total = total / scaler.scale(torch.ones_like(total))
+        return total if share == 1 else total * share
+
+    # ---------------------------------------------------------------------------------- ask, act, tell
+
+    def _judge(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer | None) -> None:
+        """Read what has not been read and ask the rules; ``optimizer`` is the one about to step, if it may be held."""
+        unread, self._unread = self._unread, []
+        if not unread:
+            return
+        if len(unread) == trainer.world_size == 1:
+            measured = [(float(unread[0].loss), float(unread[0].norm))]
+        else:
+            measured = self._read(trainer, unread)
+        scaled = scaler_of(trainer) is not None
+        for update, (loss, norm) in zip(unread, measured, strict=True):
+            found = self.rule[update.optimizer].update(loss, norm, update.rate, scaled)
+            if found is not None:
+                self._act(trainer, pl_module, optimizer, update, found)
+
+    def _read(self, trainer: pl.Trainer, unread: list[_Update]) -> list[tuple[float, float]]:
+        """Loss and norm of each update, the means over the ranks."""
+        device = trainer.strategy.root_device
+        values = [torch.as_tensor(value, device=device).float() for each in unread for value in (each.loss, each.norm)]
+        measured = torch.stack(values).view(-1, 2)
+        if trainer.world_size > 1:
+            measured = trainer.strategy.reduce(measured, reduce_op="mean")
+        return [(loss, norm) for loss, norm in measured.tolist()]
+
+    def _act(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        optimizer: Optimizer | None,
+        update: _Update,
+        found: Instability,
+    ) -> None:
+        decision = self._decide(found)
+        where = self._locate(pl_module, optimizer, found) if optimizer is not None else ""
+        finding = _finding(update, found, decision, where)
+        if update.step - self._told.get(found.kind, -AGAIN) >= AGAIN or decision not in ("told", "cancelled"):
+            self._told[found.kind] = update.step
+            tell(trainer, finding)
+        elif decision == "cancelled":
+            note(trainer, finding)
+        if decision == "raised":
+            raise TrainingInstability(finding.text)
+        if decision in ("went back", "stopped"):
+            self._back = 0 if found.kind not in JUMPS else -1
+        if decision == "stopped":
+            trainer.should_stop = self._stopped = True
+        if decision == "went back":
+            self.rewinds += 1
+        if optimizer is not None and decision in ("cancelled", "went back", "stopped"):
+            optimizer.zero_grad(set_to_none=True)
+
+    def _decide(self, found: Instability) -> str:
+        if found.kind == "GradScaler storm" or self.action == "warn":
+            return "told"
+        if self.action == "skip":
+            return "cancelled" if found.kind in JUMPS else "told"
+        just_back = self._updates - self._kept_at <= self.keep_every and self._is_back
+        if self.action == "rewind" and (self._back is not None or (just_back and found.kind in JUMPS)):
+            return "cancelled"  # the same trouble, in the batches that follow
+        if self.action == "rewind":
+            return "went back" if self.rewinds < self.max_rewinds else "stopped"
+        return "stopped" if self.action == "stop" else "raised"
+
+    def _locate(self, pl_module: pl.LightningModule, optimizer: Optimizer, found: Instability) -> str:
+        """Where the trouble is, as far as it can be seen at the update itself."""
+        gradients = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
+        if found.kind == "exploding gradient":
+            norms = {name: float(torch.linalg.vector_norm(gradient)) for name, gradient in gradients.items()}
+            largest = sorted(norms, key=norms.__getitem__, reverse=True)[:3]
+            return "most of it in " + ", ".join(f"{name} ({norms[name]:.3g})" for name in largest)
+        if found.kind != "not finite":
+            return ""
+        states = {
+            f"{key} of {name}": value
+            for name, parameter in pl_module.named_parameters()
+            for key, value in optimizer.state.get(parameter, {}).items()
+        }
+        for kind, tensors in (
+            ("in the batch", dict(_tensors("batch", self._batch))),
+            ("in the optimizer's state", states),
+            ("in the weights", dict(pl_module.named_parameters())),
+        ):
+            for name, tensor in tensors.items():
+                if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                    return f"first {kind}: {name}"
+        if found.signal == "loss":
+            return "first in the forward pass: batch and weights are finite"
+        broken = next((name for name, gradient in gradients.items() if not bool(gradient.isfinite().all())), "")
+        return f"first in the gradient of {broken}" if broken else ""
+
+    # ---------------------------------------------------------------------------------- keep good states, go back
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._batch = None
+        if self._back is not None:
+            self._go_back(trainer, pl_module)
+        elif self._is_time_to_keep(trainer):
+            self._keep(trainer, pl_module)
+
+    def _is_time_to_keep(self, trainer: pl.Trainer) -> bool:
+        all_judged = not self._unread and not self._losses  # and not within an accumulation
+        return (
+            self.action in ("rewind", "stop")
+            and not self._stopped
+            and all_judged
+            and self._updates - self._kept_at >= self.keep_every
+        )
+
+    def _keep(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._kept_at, self._is_back = self._updates, False
+        state = {
+            "weights": {name: value for name, value in pl_module.state_dict().items() if isinstance(value, Tensor)},
+            "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
+            "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+            "precision": trainer.precision_plugin.state_dict(),
+            "rules": [each.rule.state_dict() for each in self._others(trainer)],
+            "own": self.rule.state_dict(),
+            "rewinds": self.rewinds,
+        }
+        self._good.append(copy.deepcopy(state))
+
+    @torch.no_grad()
+    def _go_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._back is not None
+        state, self._back = copy.deepcopy(self._good[self._back]), None
+        pl_module.load_state_dict(state["weights"], strict=False)
+        for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+            optimizer.zero_grad(set_to_none=True)
+        for config, saved in zip(trainer.lr_scheduler_configs, state["schedulers"], strict=True):
+            config.scheduler.load_state_dict(saved)
+        trainer.precision_plugin.load_state_dict(state["precision"])
+        for each, saved in zip(self._others(trainer), state["rules"], strict=True):
+            each.rule.load_state_dict(saved)
+        self._cut_learning_rate(trainer, self.lr_factor ** (self.rewinds - state["rewinds"]))
+        self.rule.load_state_dict(state["own"])
+        self._kept_at, self._is_back, self._losses = self._updates, True, []
+        if len(self._good) > 1:
+            self._good.pop()  # a state that leads here a second time is not good
+
+    def _cut_learning_rate(self, trainer: pl.Trainer, factor: float) -> None:
+        if factor == 1:
+            return
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"] * factor
+                if "initial_lr" in group:
+                    group["initial_lr"] = group["initial_lr"] * factor
+        for config in trainer.lr_scheduler_configs:
+            scheduler: Any = config.scheduler
+            if hasattr(scheduler, "base_lrs"):
+                scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
+
+    def _others(self, trainer: pl.Trainer) -> list[Any]:
+        """The other recipes that learn from every update."""
+        run: Any = trainer  # connectors set some attributes
+        others = (each for each in run.callbacks if each is not self)
+        return [each for each in others if isinstance(getattr(each, "rule", None), PerOptimizer)]
+
+    # ---------------------------------------------------------------------------------- ends and checkpoints
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._judge(trainer, pl_module, None)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._judge(trainer, pl_module, None)
+        if self._back is not None:
+            self._go_back(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._finish()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._finish()
+
+    def _finish(self) -> None:
+        """Let go of what belongs to the training."""
+        self._good.clear()
+        self._batch, self._losses, self._unread = None, [], []
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        unread = [{**asdict(each), "loss": float(each.loss), "norm": float(each.norm)} for each in self._unread]
+        return {"rule": self.rule.state_dict(), "rewinds": self.rewinds, "updates": self._updates, "unread": unread}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rule.load_state_dict(state_dict["rule"])
+        self.rewinds, self._updates = state_dict["rewinds"], state_dict["updates"]
+        self._unread = [_Update(**each) for each in state_dict["unread"]]
+
+
+def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in a batch, each with where it stands."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from _tensors(f"{name}[{key!r}]", each)
+    elif isinstance(value, list | tuple):
+        for index, each in enumerate(value):
+            yield from _tensors(f"{name}[{index}]", each)
+
+
+def _finding(update: _Update, found: Instability, decision: str, where: str) -> Finding:
+    bound = "" if math.isinf(found.expected) else f", where {found.expected:.3g} would have been normal"
+    did = {
+        "told": "",
+        "cancelled": " The update was cancelled.",
+        "went back": " The training went back to the last good state.",
+        "stopped": " The training was stopped with the last good state.",
+        "raised": "",
+    }[decision]
+    return Finding(
+        rule=found.kind,
+        severity="warning",
+        message=f"The {found.signal} was {found.value:.3g} at batch {update.batch_idx} of epoch {update.epoch}{bound}"
+        f"{f'; {where}' if where else ''}.{did}",
+        advice=CURES[found.kind],
+        step=update.step,
+        evidence={
+            "optimizer": update.optimizer,
+            "epoch": update.epoch,
+            "batch_idx": update.batch_idx,
+            "signal": found.signal,
+            "value": found.value,
+            "expected": found.expected,
+            "learning_rate": update.rate,
+            "where": where,
+            "decision": decision,
+        },
+        source=PLAYBOOK,
+    )

@@ -1,0 +1,69 @@
+"""The gradient norm of an update, measured once however many callbacks ask."""
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_recipes.callbacks.sharding import shard_group
+from lightning_recipes.callbacks.tracking import parameters_of
+from lightning_recipes.core.clipping import total_norm
+
+# For each optimizer the newest norm and who has seen it: whoever asks for it again is at the next update.
+_newest: WeakKeyDictionary[Optimizer, tuple[Tensor | None, set[int]]] = WeakKeyDictionary()
+
+
+def index_of(trainer: pl.Trainer, optimizer: Optimizer) -> int:
+    """The optimizer's place among those of the trainer."""
+    optimizers = trainer.optimizers
+    return 0 if optimizers[0] is optimizer else next(i for i, each in enumerate(optimizers) if each is optimizer)
+
+
+def scaler_of(trainer: pl.Trainer) -> Any:
+    """The GradScaler of a training in half precision, or None."""
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def gradient_norm(trainer: pl.Trainer, optimizer: Optimizer, asker: object) -> Tensor | None:
+    """L2 norm of the unclipped, unscaled, reduced gradients that an optimizer is about to use, over all shards.
+
+    For ``on_before_optimizer_step``. A scalar tensor, not read back; None if there is no gradient. Callbacks that ask
+    after another has clipped get the norm from before.
+    """
+    norm, seen = _newest.get(optimizer) or (None, {id(asker)})
+    if id(asker) not in seen:
+        seen.add(id(asker))
+        return norm
+    norm = _measure(trainer, optimizer)
+    _newest[optimizer] = norm, {id(asker)}
+    return norm
+
+
+def _measure(trainer: pl.Trainer, optimizer: Optimizer) -> Tensor | None:
+    gradients = [parameter.grad for parameter in parameters_of(optimizer) if parameter.grad is not None]
+    group = shard_group(trainer)
+    if not gradients and group is None:
+        return None
+    norm = whole_norm(gradients, group, trainer.strategy.root_device)
+    scaler = scaler_of(trainer)
+    if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+        norm = norm / scaler.scale(torch.ones_like(norm))  # a fused optimizer unscales only inside its step
+    return norm
+
+
+def whole_norm(tensors: list[Tensor], group: Any, device: torch.device) -> Tensor:
+    """The norm over all shards; every rank of the group has to call, one that has no shard at all too."""
+    norm = total_norm(tensors)
+    if group is not None:
+        squares = norm.to(device) ** 2
+        torch.distributed.all_reduce(squares, group=group)
+        norm = squares.sqrt()
+    return norm
+
+
+def free_to_read(tensor: Tensor) -> bool:
+    """Whether the host can read the tensor without waiting for a device."""
+    return tensor.device.type == "cpu"

@@ -1,0 +1,285 @@
+"""Notice that a training becomes unstable, from the loss and the gradient norm of every update.
+
+All rules judge a value by those before it, with medians and quartiles of the last hundred, into which what was flagged
+does not enter. They know neither the sign nor the unit of the loss: what counts is how far it moves against its own
+noise and against what the training has gained so far (the *gain*: from the first losses down to the best level).
+``benchmarks/instability.py`` says how often they are right.
+"""
+
+import math
+from bisect import bisect_left, insort
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Kind = Literal[
+    "not finite",
+    "spike",
+    "burst",
+    "exploding gradient",
+    "vanishing gradient",
+    "divergence",
+    "early instability",
+    "GradScaler storm",
+]
+Signal = Literal["loss", "gradient norm"]
+
+WINDOW = 100  # updates that medians and quartiles are taken of
+ENOUGH = 30  # updates before anything but what is not finite or has vanished is judged
+HEAD = 5  # first losses, from which the gain is measured
+SETTLED = 20  # updates before there is a best level
+RESTART = 60  # likewise after the learning rate has jumped up to where it has been before
+TAIL = 3.0  # times as far as the highest of the last hundred is above the median, the gain is at least
+EARLY = 100  # updates within which a divergence is an early instability
+ROSE = 5.0  # times as high as the first losses: an early instability before there are statistics
+FAR = 6.0  # robust standard deviations: a loss or log norm this far up is flagged
+VERY_FAR = 10.0  # a loss this far up, and twice the gain above its best level, is a spike
+TENFOLD = math.log(10)  # and twice as far: a norm explodes whatever the loss does
+SPREAD = 0.1  # least standard deviation of the log norm
+LEVEL = 0.05  # share of the newest loss in its level, a moving average
+GIVEN_BACK = 0.3  # of the gain: that much is a divergence
+SHORT = 15  # updates in a short median
+EVERY = 3  # updates from one look at that to the next
+FALL = 50  # updates within which a gradient has to collapse to have vanished
+COLLAPSE = math.log(5)  # by how much its log norm falls then, and by how much more than the log loss
+DRIFT, DRIFTED = 0.6, 7.0  # standard deviations: what a cumulative sum is allowed at an update, and where it alarms
+DRIFTED_BY = 0.04  # share of the gain that the level has to be worse by, too
+HOT_DRIFT, HOT_DRIFTED = 0.2, 3.0  # likewise while the learning rate is higher than ever before:
+HOT, BACK = 1.3, 30  # above 1.3 times its highest value up to thirty updates ago
+SKIPS, OF_LAST = 10, 20  # updates that a GradScaler skipped, a storm
+
+
+@dataclass(frozen=True)
+class Instability:
+    """What was noticed at one update.
+
+    Args:
+        kind: What it is.
+        signal: Where it was seen.
+        step: The update, counted from 0.
+        value: Of the signal.
+        expected: Up to which value (down to which for a vanishing gradient) it would have been normal.
+    """
+
+    kind: Kind
+    signal: Signal
+    step: int
+    value: float
+    expected: float
+
+
+class _Window:
+    """Median and spread of the last values."""
+
+    def __init__(self) -> None:
+        self.arrived: deque[float] = deque(maxlen=WINDOW)
+        self.ascending: list[float] = []
+
+    def add(self, value: float) -> None:
+        if len(self.arrived) == WINDOW:
+            del self.ascending[bisect_left(self.ascending, self.arrived[0])]
+        self.arrived.append(value)
+        insort(self.ascending, value)
+
+    @property
+    def median(self) -> float:
+        return self.ascending[len(self.ascending) // 2]
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation, from the quartiles."""
+        count = len(self.ascending)
+        return (self.ascending[3 * count // 4] - self.ascending[count // 4]) / 1.349
+
+
+class InstabilityRule:
+    """Says at each update of one optimizer whether the training has become unstable, and how.
+
+    =================== ================================================================================================
+    not finite          the loss or the gradient norm is NaN or infinite
+    spike               one loss ten deviations above the median and twice the gain above the best level
+    burst               three of four losses six deviations up, or two high above
+    exploding gradient  log norm six deviations above its median while the loss is up, too, or twelve and tenfold
+    divergence          the level of the loss gives back a third of the gain; or loss and norm drift up together (two
+                        cumulative sums), watched more closely while the learning rate is higher than ever before
+    early instability   the same within the first hundred updates, or a fivefold rise within the first thirty
+    vanishing gradient  within fifty updates the norm falls to a fifth, and five times as far as the loss: dead units
+    GradScaler storm    ten of the last twenty updates were skipped by a GradScaler
+    =================== ================================================================================================
+
+    Takes about seven microseconds. Memory is constant. After a divergence or a vanished gradient the rule starts anew:
+    what was normal before is no longer.
+
+    Example:
+        >>> rule = InstabilityRule()
+        >>> for step in range(60):
+        ...     assert rule.update(1 / (1 + step) + 0.01 * (step % 3), 1.0 + 0.1 * (step % 4)) is None
+        >>> rule.update(80.0, 500.0).kind
+        'spike'
+        >>> rule.update(float("nan"), 1.0).kind
+        'not finite'
+    """
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.skips: deque[bool] = deque(maxlen=OF_LAST)
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew, but for the count of updates."""
+        self.seen = 0
+        self.first = self.level = 0.0  # mean of the first losses; moving average
+        self.highest = 0.0  # of the first three losses
+        self.best = math.inf  # lowest level since the training has settled
+        self.settling = SETTLED
+        self.losses, self.norms = _Window(), _Window()
+        self.flagged: deque[bool] = deque(maxlen=3)
+        self.short: deque[tuple[float, float]] = deque(maxlen=SHORT)
+        self.recent: deque[tuple[float, float]] = deque(maxlen=FALL // EVERY)
+        self.drift = self.norm_drift = self.hot_drift = self.hot_norm_drift = 0.0
+        self.rates: deque[float] = deque(maxlen=BACK)
+        self.rate = self.highest_rate = 0.0
+
+    def update(self, loss: float, norm: float, rate: float = 0.0, scaled: bool = False) -> Instability | None:
+        """Take in an update that is about to be made and say what is wrong with it, or nothing.
+
+        Args:
+            loss: Of the update's batch.
+            norm: L2 norm of its unclipped gradient.
+            rate: Learning rate; 0 if it is not known.
+            scaled: Whether a GradScaler skips an update whose gradient is not finite, which is normal.
+        """
+        step, self.step = self.step, self.step + 1
+        skipped = scaled and math.isfinite(loss) and not math.isfinite(norm)
+        self.skips.append(skipped)
+        if skipped:
+            storm = self.skips.count(True) == SKIPS and len(self.skips) == OF_LAST
+            return Instability("GradScaler storm", "gradient norm", step, norm, math.inf) if storm else None
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            signal: Signal = "gradient norm" if math.isfinite(loss) else "loss"
+            return Instability("not finite", signal, step, norm if math.isfinite(loss) else loss, math.inf)
+        found = self._judge(loss, math.log(max(norm, 1e-30)), rate)
+        if found is None:
+            return None
+        kind, value, expected = found
+        of_norm = kind in ("exploding gradient", "vanishing gradient")
+        if kind in ("divergence", "early instability", "vanishing gradient"):
+            self.forget()
+        if not of_norm:
+            return Instability(kind, "loss", step, value, expected)
+        return Instability(kind, "gradient norm", step, math.exp(value), math.exp(expected))
+
+    def _judge(self, loss: float, log_norm: float, rate: float) -> tuple[Kind, float, float] | None:
+        self.seen += 1
+        if self.seen <= HEAD:
+            self.first += (loss - self.first) / self.seen
+            self.highest = loss if self.seen == 1 else max(self.highest, loss) if self.seen <= 3 else self.highest
+        hot = self._is_hot(rate)
+        ready = len(self.losses.ascending) >= ENOUGH
+        found, far, norm_far, at_most, gain = None, False, False, math.inf, 0.0
+        if ready:
+            losses = self.losses
+            low = min(self.best, losses.median)
+            gain = max(self.first - low, 4 * losses.deviation, TAIL * (losses.ascending[-1] - losses.median))
+            found, far, norm_far = self._jump(loss, log_norm, low, gain, hot)
+            at_most = low + gain  # one loss alone, however high, moves the level by little
+        self.level = loss if self.seen == 1 else self.level + LEVEL * (min(loss, at_most) - self.level)
+        self.flagged.append(far)
+        if self.settling:
+            self.settling -= 1
+            self.drift = self.norm_drift = 0.0
+        else:
+            self.best = min(self.best, self.level)
+        found = found or self._vanished(loss, log_norm) or (self._diverged(gain, hot) if ready else self._rose())
+        if not far:
+            self.losses.add(loss)
+        if not norm_far:
+            self.norms.add(log_norm)
+        return found
+
+    def _is_hot(self, rate: float) -> bool:
+        """Whether the learning rate is higher than ever before; after a restart the level may rise once."""
+        hot = len(self.rates) == BACK and rate > HOT * self.rates[0]
+        if rate > HOT * self.rate and rate <= self.highest_rate:
+            self.best, self.settling = math.inf, RESTART
+        self.rate = rate
+        if rate > self.highest_rate:
+            self.highest_rate = rate
+        self.rates.append(self.highest_rate)
+        return hot
+
+    def _jump(
+        self, loss: float, log_norm: float, low: float, gain: float, hot: bool
+    ) -> tuple[tuple[Kind, float, float] | None, bool, bool]:
+        """What one value says, and whether loss and norm are to be kept out of the windows."""
+        median, middle, spread = self.losses.median, self.norms.median, max(self.norms.deviation, SPREAD)
+        deviation = self.losses.deviation
+        bound, norm_bound = median + FAR * deviation, middle + FAR * spread
+        self._drift((loss - median) / max(deviation, 0.02 * gain, 1e-30), (log_norm - middle) / spread, hot)
+        far = loss > bound and loss > low + GIVEN_BACK * gain
+        norm_far = log_norm > norm_bound and loss > low + GIVEN_BACK / 2 * gain
+        found: Any = None
+        if loss > median + VERY_FAR * deviation and loss > low + 2 * gain:
+            found = "spike", loss, bound
+        elif (norm_far and loss > median + deviation) or log_norm > middle + max(2 * FAR * spread, TENFOLD):
+            found = "exploding gradient", log_norm, norm_bound
+        elif far and sum(self.flagged) >= (1 if loss > low + 1.2 * gain else 2):
+            found = "burst", loss, bound
+        return found, far, norm_far
+
+    def _drift(self, z: float, norm_z: float, hot: bool) -> None:
+        """Two-fold cumulative sums of clipped standard scores; Page 1954."""
+        z, norm_z = max(-3.0, min(3.0, z)), max(-3.0, min(3.0, norm_z))
+        self.drift = max(0.0, self.drift + z - DRIFT)
+        self.norm_drift = max(0.0, self.norm_drift + norm_z - DRIFT)
+        self.hot_drift = max(0.0, self.hot_drift + z - HOT_DRIFT) if hot else 0.0
+        self.hot_norm_drift = max(0.0, self.hot_norm_drift + norm_z - HOT_DRIFT) if hot else 0.0
+
+    def _diverged(self, gain: float, hot: bool) -> tuple[Kind, float, float] | None:
+        allowed = GIVEN_BACK * gain
+        worse = self.level - self.best
+        drifted = self.drift > DRIFTED and self.norm_drift > DRIFTED and worse > DRIFTED_BY * gain
+        hot_drifted = hot and self.hot_drift > HOT_DRIFTED and self.hot_norm_drift > HOT_DRIFTED
+        if not (drifted or hot_drifted or worse > allowed):
+            return None
+        return "early instability" if self.seen <= EARLY else "divergence", self.level, self.best + allowed
+
+    def _rose(self) -> tuple[Kind, float, float] | None:
+        """Within the first updates, where no statistic tells normal from not, the loss has risen fivefold."""
+        if len(self.short) < HEAD or self.highest <= 0:
+            return None
+        loss = sorted(loss for loss, _ in self.short)[len(self.short) // 2]
+        return ("early instability", loss, ROSE * self.highest) if loss > ROSE * self.highest else None
+
+    def _vanished(self, loss: float, log_norm: float) -> tuple[Kind, float, float] | None:
+        """The gradient has collapsed, and not because the loss has; looked at every third update."""
+        self.short.append((loss, log_norm))
+        if len(self.short) < HEAD or self.seen % EVERY:
+            return None
+        loss, log_norm = (sorted(values)[len(values) // 2] for values in zip(*self.short, strict=True))
+        self.recent.append((log_norm, loss))
+        highest, loss_then = max(self.recent)
+        if highest - log_norm < COLLAPSE:
+            return None
+        if loss > 0 and loss_then > 0:
+            with_the_loss = highest - log_norm - math.log(loss_then / loss) < COLLAPSE
+        else:
+            with_the_loss = loss < loss_then
+        return None if with_the_loss else ("vanishing gradient", log_norm, highest - COLLAPSE)
+
+    def state_dict(self) -> dict[str, Any]:
+        state = {name: value for name, value in vars(self).items() if isinstance(value, int | float)}
+        lists = {name: list(value) for name, value in vars(self).items() if isinstance(value, list | deque)}
+        return {**state, **lists, "losses": list(self.losses.arrived), "norms": list(self.norms.arrived)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        vars(self).update(vars(type(self)()))
+        for name, value in state_dict.items():
+            held = getattr(self, name)
+            if isinstance(held, _Window):
+                for measured in value:
+                    held.add(measured)
+            elif isinstance(held, deque | list):
+                held.extend(tuple(each) if isinstance(each, list) else each for each in value)
+            else:
+                setattr(self, name, value)

@@ -1,0 +1,354 @@
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from models import Adversaries, Regression, Resumable, fp16, quiet_trainer, regression_data, same, weights_of
+from torch import Tensor, nn
+
+from lightning_recipes import EMAWeights, InstabilityDetector, PercentileGradientClipping
+from lightning_recipes.callbacks import instability as module_under_test
+from lightning_recipes.callbacks import measuring
+from lightning_recipes.callbacks.instability import TrainingInstability
+from lightning_recipes.core.instability import Instability
+
+
+class Troubled(Regression):
+    """Something happens at given batches."""
+
+    def __init__(self, trouble: dict[int, str], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.trouble = trouble
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        what = self.trouble.get(batch_idx, "")
+        inputs, targets = batch
+        if what == "batch":
+            inputs = inputs.clone().fill_(math.nan)
+            self.trainer.callbacks[0]._batch = [inputs, targets]  # type: ignore[attr-defined]  # as if the loader had
+        loss = self.loss((inputs, 200 * targets if what == "spike" else targets))
+        return loss * math.nan if what == "forward" else loss
+
+    def on_after_backward(self) -> None:
+        if self.trouble.get(self.trainer.fit_loop.epoch_loop.batch_idx) == "gradient":
+            self.net[0].bias.grad.fill_(math.inf)
+
+
+def fit(folder: Path, module: pl.LightningModule, *callbacks: Any, batches: int = 80, **settings: Any) -> pl.Trainer:
+    torch.manual_seed(2)
+    trainer = quiet_trainer(folder, **{"max_epochs": 1, "callbacks": list(callbacks), **settings})
+    trainer.fit(module, regression_data(batches))
+    return trainer
+
+
+def findings_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for file in folder.rglob("findings.jsonl") for line in file.read_text().splitlines()]
+
+
+class Record:
+    """A rule that writes down what it is asked."""
+
+    asked: list[tuple[float, ...]]
+
+    def __init__(self) -> None:
+        self.asked = []
+
+    def update(self, *measured: Any) -> Instability | None:
+        self.asked.append(measured)
+        return None
+
+    def forget(self) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+class ByHand(pl.Callback):
+    """Loss and gradient norm of every update, the slow way."""
+
+    def __init__(self) -> None:
+        self.micro: list[float] = []
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
+        self.losses.append(sum(pl_module.reported) / len(pl_module.reported))
+        pl_module.reported.clear()
+        gradients = [p.grad.double().flatten() for group in optimizer.param_groups for p in group["params"]]
+        self.norms.append(float(torch.cat(gradients).norm()))
+
+
+class Reports(Regression):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.reported: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.reported.append(loss.item())
+        return loss
+
+
+# ---------------------------------------------------------------------------------------------------------- measure
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"accumulate_grad_batches": 3}, {"plugins": "fp16"}])
+def test_it_sees_the_true_loss_and_norm_of_every_update(
+    settings: dict[str, Any], deferred: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module_under_test, "free_to_read", lambda _: not deferred)
+    if settings.get("plugins"):
+        settings = {"plugins": [fp16(16.0)]}
+    detector, by_hand = InstabilityDetector(), ByHand()
+    detector.rule.make = Record  # type: ignore[assignment]
+    clipping = PercentileGradientClipping(window=2, warmup_steps=0)
+    fit(tmp_path, Reports(), by_hand, clipping, detector, batches=20, **settings)
+    asked = detector.rule[0].asked  # type: ignore[attr-defined]
+    tolerance = 1e-2 if "plugins" in settings else 1e-5
+    assert [each[0] for each in asked] == pytest.approx(by_hand.losses, rel=tolerance)
+    assert [each[1] for each in asked] == pytest.approx(by_hand.norms, rel=tolerance)  # from before the clipping
+    assert {each[2] for each in asked} == {0.01}
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_norm_is_measured_once_for_both(first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+
+    def count(tensors: list[Tensor]) -> Tensor:
+        measured.append(len(tensors))
+        return total_norm(tensors)
+
+    total_norm = measuring.total_norm
+    monkeypatch.setattr(measuring, "total_norm", count)
+    callbacks = [InstabilityDetector(), PercentileGradientClipping()]
+    fit(tmp_path, Regression(), *(callbacks if first else reversed(callbacks)), batches=10)
+    assert measured == [4] * 11  # once more at the start, for the weights
+
+
+def test_each_optimizer_has_its_own_rule(tmp_path: Path) -> None:
+    detector = InstabilityDetector()
+    fit(tmp_path, Adversaries(), detector, batches=12)
+    assert detector.rule[0].step > detector.rule[1].step > 0
+
+
+# ------------------------------------------------------------------------------------------------------------- tell
+
+
+@pytest.mark.parametrize(
+    ("trouble", "kind", "where"),
+    [
+        ("batch", "not finite", "first in the batch: batch[0]"),
+        ("forward", "not finite", "first in the forward pass"),
+        ("gradient", "not finite", "first in the gradient of net.0.bias"),
+        ("spike", "spike", ""),
+    ],
+)
+def test_what_happened_is_told_with_the_place_the_numbers_and_the_cure(
+    trouble: str, kind: str, where: str, tmp_path: Path
+) -> None:
+    with pytest.warns(UserWarning, match=f"{kind} at step 60: The .* at batch 60 of epoch 0"):
+        fit(tmp_path, Troubled({60: trouble}), InstabilityDetector("skip"))
+    (finding,) = findings_of(tmp_path)
+    assert (finding["rule"], finding["step"]) == (kind, 60)
+    evidence = finding["evidence"]
+    assert (evidence["epoch"], evidence["batch_idx"], evidence["decision"]) == (0, 60, "cancelled")
+    assert where in evidence["where"]
+    assert evidence["learning_rate"] == 0.01
+    assert finding["advice"]
+
+
+def test_it_is_attributed_to_its_step_where_it_is_read_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module_under_test, "free_to_read", lambda _: False)
+    with pytest.warns(UserWarning, match="spike at step 60"):
+        fit(tmp_path, Troubled({60: "spike"}), InstabilityDetector(), log_every_n_steps=50)
+    assert [finding["step"] for finding in findings_of(tmp_path)] == [60]
+
+
+def test_a_kind_is_not_told_at_every_step(tmp_path: Path) -> None:
+    trouble = dict.fromkeys(range(40, 80), "forward")
+    with pytest.warns(UserWarning, match="not finite at step 40") as warned:
+        fit(tmp_path, Troubled(trouble), InstabilityDetector("skip"))
+    assert len([each for each in warned if "not finite" in str(each.message)]) == 1
+    assert [finding["step"] for finding in findings_of(tmp_path)] == list(range(40, 80))  # all in the journal
+
+
+def test_a_healthy_run_is_told_nothing(tmp_path: Path) -> None:
+    fit(tmp_path, Regression(batch_norm=True, dropout=0.2), InstabilityDetector(), batches=300)
+    assert not findings_of(tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------------------- act
+
+
+@pytest.mark.filterwarnings("ignore:not finite")
+@pytest.mark.parametrize("settings", [{}, {"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}])
+def test_skip_cancels_the_update(settings: dict[str, Any], tmp_path: Path) -> None:
+    module, skipped = Troubled({51: "forward"}), InstabilityDetector("skip")
+    ema = EMAWeights(0.9)
+    fit(tmp_path, module, skipped, ema, **settings)
+    assert all(value.isfinite().all() for value in weights_of(module).values())
+    updates = 80 // settings.get("accumulate_grad_batches", 1)
+    assert ema.rule[0].updates == updates - 1
+
+
+def everything(trainer: pl.Trainer, module: nn.Module, ema: EMAWeights, clipping: Any) -> dict[str, Any]:
+    return copy.deepcopy(
+        {
+            "weights": weights_of(module),
+            "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
+            "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+            "precision": trainer.precision_plugin.state_dict(),
+            "ema": [ema.rule[index].state_dict() for index in ema.rule],
+            "clipping": clipping.rule.state_dict(),
+        }
+    )
+
+
+class Photograph(pl.Callback):
+    """The whole state after some batches."""
+
+    def __init__(self, *at: int) -> None:
+        self.at, self.taken = at, {}  # type: ignore[var-annotated]
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx in self.at:
+            ema, clipping = (
+                next(each for each in trainer.callbacks if isinstance(each, kind))  # type: ignore[attr-defined]
+                for kind in (EMAWeights, PercentileGradientClipping)
+            )
+            self.taken[batch_idx] = str(everything(trainer, pl_module, ema, clipping))
+
+
+@pytest.mark.filterwarnings("ignore:not finite")
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("settings", [{}, {"accumulate_grad_batches": 2}, {"plugins": "fp16"}, {"two": True}])
+def test_a_rewind_brings_everything_back_bit_for_bit(settings: dict[str, Any], before: bool, tmp_path: Path) -> None:
+    torch.set_printoptions(precision=17)
+    every = 10
+    if settings.get("plugins"):
+        settings = {"plugins": [fp16(16.0)]}
+    module: Any = Troubled({57: "forward"}, schedule=True)
+    if settings.pop("two", False):
+        module, every = Adversaries(), 20
+
+        def poisoned(batch: Any, batch_idx: int) -> Any:
+            if batch_idx == 57:
+                batch = [batch[0] * math.nan, batch[1]]
+            return step(batch, batch_idx)
+
+        step, module.training_step = module.training_step, poisoned
+    detector = InstabilityDetector("rewind", keep_every=every)
+    others = [EMAWeights(0.9), PercentileGradientClipping(window=20)]
+    callbacks = [detector, *others] if before else [*others, detector]
+    photograph = Photograph(*range(40, 58))
+    fit(tmp_path, module, *callbacks, photograph, **settings)
+    assert detector.rewinds == 1
+    back = [batch for batch in range(40, 57) if photograph.taken[batch] == photograph.taken[57]]
+    assert len(back) >= 1
+    assert all(value.isfinite().all() for value in weights_of(module).values())
+
+
+@pytest.mark.filterwarnings("ignore:(not finite|spike|burst|exploding|divergence)")
+def test_a_rewind_cuts_the_learning_rate_as_often_as_it_goes_back_and_then_stops(tmp_path: Path) -> None:
+    module = Troubled(dict.fromkeys((40, 60, 70), "forward"), schedule=True)
+    detector = InstabilityDetector("rewind", max_rewinds=2, keep_every=5, lr_factor=0.5)
+    rates: list[float] = []
+
+    class Rates(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            rates.append(trainer.lr_scheduler_configs[0].scheduler.base_lrs[0])
+
+    trainer = fit(tmp_path, module, detector, Rates())
+    assert rates == pytest.approx([0.01] * 40 + [0.005] * 20 + [0.0025] * 11)
+    assert trainer.global_step == 71
+    assert [finding["evidence"]["decision"] for finding in findings_of(tmp_path)] == ["went back"] * 2 + ["stopped"]
+    assert all(value.isfinite().all() for value in weights_of(module).values())
+
+
+@pytest.mark.filterwarnings("ignore:not finite")
+@pytest.mark.parametrize("deferred", [False, True])
+def test_stop_ends_the_run_with_the_last_good_state(
+    deferred: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module_under_test, "free_to_read", lambda _: not deferred)
+    module = Troubled({51: "forward"})
+    detector = InstabilityDetector("stop", keep_every=10)
+    trainer = fit(tmp_path, module, detector, EMAWeights(0.9), log_every_n_steps=10)
+    assert trainer.global_step == (60 if deferred else 52)
+    assert all(value.isfinite().all() for value in weights_of(module).values())
+
+
+@pytest.mark.filterwarnings("ignore:not finite")
+def test_raise_raises(tmp_path: Path) -> None:
+    module = Troubled({51: "forward"})
+    with pytest.raises(TrainingInstability, match="not finite at step 51"):
+        fit(tmp_path, module, InstabilityDetector("raise"))
+    assert all(value.isfinite().all() for value in weights_of(module).values())
+
+
+def test_a_second_fit_starts_anew(tmp_path: Path) -> None:
+    detector = InstabilityDetector()
+    for _ in range(2):
+        fit(tmp_path, Regression(), detector, batches=20)
+        assert detector.rule[0].step == 20
+
+
+def test_nothing_of_the_training_is_kept_after_it(tmp_path: Path) -> None:
+    detector = InstabilityDetector("rewind")
+    fit(tmp_path, Regression(), detector, batches=20)
+    assert (len(detector._good), detector._batch, detector._unread) == (0, None, [])
+
+
+@pytest.mark.filterwarnings("ignore:You.re resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.parametrize("action", ["warn", "rewind"])
+def test_a_resumed_run_goes_on_with_what_was_seen(action: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module_under_test, "free_to_read", lambda _: False)
+
+    class SaveAt(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.global_step == 20:
+                trainer.save_checkpoint(tmp_path / "cut.ckpt")
+
+    def run(*callbacks: Any, ckpt_path: Any = None) -> tuple[Any, InstabilityDetector]:
+        detector, module = InstabilityDetector(action), Regression()
+        trainer = quiet_trainer(tmp_path, max_epochs=2, callbacks=[detector, *callbacks], log_every_n_steps=50)
+        trainer.fit(module, Resumable(regression_data(33)), ckpt_path=ckpt_path)
+        return module, detector
+
+    whole, resumed = run(SaveAt()), run(ckpt_path=tmp_path / "cut.ckpt")
+    assert same(weights_of(whole[0]), weights_of(resumed[0]))
+    assert str(whole[1].rule.state_dict()) == str(resumed[1].rule.state_dict())
+
+
+# ----------------------------------------------------------------------------------------------------------- refuse
+
+
+def test_deepspeed_is_refused(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path)
+    trainer._accelerator_connector.strategy = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
+    with pytest.raises(MisconfigurationException, match="DeepSpeed"):
+        InstabilityDetector().on_fit_start(trainer, Regression())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"action": "panic"}, ValueError, "action must be 'warn' or .* got 'panic'"),
+        ({"max_rewinds": -1}, ValueError, "max_rewinds must be a whole number of at least 0, got -1"),
+        ({"keep_every": 0}, ValueError, "keep_every must be a whole number of at least 1, got 0"),
+        ({"lr_factor": 2.0}, ValueError, "lr_factor must be a number above 0 and below 1, got 2.0"),
+        ({"lr_factor": "half"}, TypeError, "lr_factor must be a number"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        InstabilityDetector(**arguments)

@@ -1,0 +1,155 @@
+import json
+import math
+import random
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from lightning_recipes.core.instability import Instability, InstabilityRule
+
+
+def healthy(steps: int = 300, seed: int = 0) -> list[tuple[float, float]]:
+    """A loss that falls from 2.3 to 0.3 with some noise, and a gradient norm about 1."""
+    chance = random.Random(seed)
+    return [
+        (0.3 + 2 * math.exp(-step / 80) + 0.05 * chance.gauss(0, 1), math.exp(0.3 * chance.gauss(0, 1)))
+        for step in range(steps)
+    ]
+
+
+def judged(values: list[tuple[float, float]], rates: list[float] | None = None, **kwargs: Any) -> list[Instability]:
+    rule = InstabilityRule()
+    rates = rates or [0.1] * len(values)
+    found = [rule.update(*value, rate, **kwargs) for value, rate in zip(values, rates, strict=True)]
+    return [each for each in found if each is not None]
+
+
+def with_event(at: int, change: Callable[[int, float, float], tuple[float, float]]) -> list[tuple[float, float]]:
+    """A healthy run that ``change`` acts on from a step on, with the steps since then."""
+    return [
+        change(step - at, loss, norm) if step >= at else (loss, norm) for step, (loss, norm) in enumerate(healthy())
+    ]
+
+
+EVENTS: dict[str, tuple[Callable[[int, float, float], tuple[float, float]], str, str, int]] = {
+    "NaN loss": (lambda t, loss, norm: (math.nan if t == 0 else loss, norm), "not finite", "loss", 0),
+    "infinite gradient": (lambda t, loss, norm: (loss, math.inf if t == 0 else norm), "not finite", "gradient norm", 0),
+    "spike": (lambda t, loss, norm: (6.0 if t == 0 else loss, norm), "spike", "loss", 0),
+    "burst": (lambda t, loss, norm: (3.6 if t < 5 else loss, norm), "burst", "loss", 2),
+    "explosion": (lambda t, loss, norm: (loss, 90.0 if t == 0 else norm), "exploding gradient", "gradient norm", 0),
+    "divergence": (lambda t, loss, norm: (loss + 0.02 * t, norm * 1.01**t), "divergence", "loss", 60),
+    "dead units": (lambda t, loss, norm: (loss + 0.3, 0.05 * norm), "vanishing gradient", "gradient norm", 10),
+}  # fmt: skip
+
+
+# While the loss falls as fast as at step 60, a burst at 3.6 is hardly out of the way.
+CASES = [(name, at) for name in EVENTS for at in (60, 131, 200) if (name, at) != ("burst", 60)]
+
+
+@pytest.mark.parametrize(("name", "at"), CASES)
+def test_each_kind_is_told_from_the_others_and_soon(name: str, at: int) -> None:
+    change, kind, signal, soon = EVENTS[name]
+    first, *_ = judged(with_event(at, change))
+    assert (first.kind, first.signal) == (kind, signal)
+    assert 0 <= first.step - at <= soon
+
+
+@pytest.mark.parametrize("name", ["spike", "burst", "explosion", "divergence"])
+@pytest.mark.parametrize(("scale", "shift"), [(1000.0, 0.0), (1e-4, 0.0), (1.0, -50.0), (3.0, 1e4)])
+def test_scale_and_sign_of_the_loss_do_not_matter(name: str, scale: float, shift: float) -> None:
+    values = with_event(150, EVENTS[name][0])
+    moved = [(scale * loss + shift, norm) for loss, norm in values]
+    expected, got = judged(values), judged(moved)
+    assert [(each.kind, each.step) for each in got] == [(each.kind, each.step) for each in expected]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_healthy_run_is_left_alone(seed: int) -> None:
+    assert judged(healthy(600, seed)) == []
+
+
+def test_heavy_tails_are_left_alone() -> None:
+    chance = random.Random(1)
+    for _ in range(10):
+        losses = [0.5 + 2 * math.exp(-step / 100) + 0.1 * chance.lognormvariate(0, 0.8) for step in range(600)]
+        assert judged([(loss, chance.lognormvariate(0, 0.8)) for loss in losses]) == []
+
+
+def test_a_run_that_interpolates_is_left_alone() -> None:
+    """Loss and norm fall together by orders of magnitude: nothing has vanished."""
+    chance = random.Random(2)
+    falls = [math.exp(-step / 30) * chance.lognormvariate(0, 0.5) for step in range(400)]
+    assert judged([(2.3 * fall, fall) for fall in falls]) == []
+
+
+def test_an_early_rise_is_an_early_instability() -> None:
+    rising = [
+        (2.3 + (0.05 * (step - 40) if step > 40 else -0.02 * step), 1.0 + 0.01 * (step % 7)) for step in range(99)
+    ]
+    first, *_ = judged(rising)
+    assert first.kind == "early instability"
+
+
+def test_outliers_never_enter_the_reference() -> None:
+    rule = InstabilityRule()
+    for value in healthy(150):
+        rule.update(*value)
+    for each in (1e6, math.nan, 1e6, math.inf, 1e6):
+        assert rule.update(each, 1.0) is not None
+    assert max(rule.losses.arrived) < 5
+    assert rule.update(6.0, 1.0) is not None  # as far up as before
+
+
+def test_median_and_deviation_are_those_of_the_last_hundred() -> None:
+    rule, values = InstabilityRule(), healthy(260)
+    for value in values:
+        rule.update(*value)
+    last = sorted(loss for loss, _ in values[-100:])
+    assert rule.losses.median == last[50]
+    assert rule.losses.deviation == pytest.approx((last[75] - last[25]) / 1.349)
+    assert rule.norms.median == pytest.approx(sorted(math.log(norm) for _, norm in values[-100:])[50])
+
+
+def test_a_learning_rate_that_rises_sharpens_the_attention() -> None:
+    def creeping(t: int, loss: float, norm: float) -> tuple[float, float]:
+        return loss + 0.003 * t, norm * (1 + 0.008 * t)
+
+    delays: dict[bool, list[int]] = {True: [], False: []}
+    for seed in range(10):
+        values = [
+            creeping(step - 150, *value) if step > 150 else value for step, value in enumerate(healthy(500, seed))
+        ]
+        for known in (True, False):
+            rates = [0.1 * 1.02 ** max(0, step - 150) if known else 0.1 for step in range(500)]
+            delays[known].append(judged(values, rates)[0].step)
+    assert statistics.median(delays[True]) < statistics.median(delays[False]) - 5
+
+
+def test_steps_that_a_gradscaler_skips_are_normal_until_they_are_a_storm() -> None:
+    def update(step: int, value: tuple[float, float]) -> tuple[float, float]:
+        return value[0], math.inf if step % 50 == 49 or step >= 200 else value[1]
+
+    found = judged([update(step, value) for step, value in enumerate(healthy(230))], scaled=True)
+    assert (found[0].kind, found[0].step) == ("GradScaler storm", 208)
+
+
+def test_a_resumed_rule_goes_on_as_if_nothing_had_been() -> None:
+    values = with_event(200, EVENTS["divergence"][0])
+    rule = InstabilityRule()
+    for value in values[:170]:
+        rule.update(*value, 0.1)
+    resumed = InstabilityRule()
+    resumed.load_state_dict(json.loads(json.dumps(rule.state_dict())))
+    assert [rule.update(*value, 0.1) for value in values[170:]] == [resumed.update(*v, 0.1) for v in values[170:]]
+    assert str(rule.state_dict()) == str(resumed.state_dict())
+
+
+def test_memory_is_constant() -> None:
+    rule = InstabilityRule()
+    sizes = []
+    for value in healthy(1000) * 3:
+        rule.update(*value)
+        sizes.append(len(json.dumps(rule.state_dict())))
+    assert max(sizes[1500:]) < 1.05 * max(sizes[:1500])
