@@ -416,7 +416,8 @@ def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _finding(update: _Update, found: Instability, decision: str, where: str) -> Finding:
-    bound = "" if math.isinf(found.expected) else f", where {found.expected:.3g} would have been normal"
+    towards = "down" if found.kind == "vanishing gradient" else "up"
+    bound = "" if math.isinf(found.expected) else f", where {towards} to {found.expected:.3g} would have been normal"
     did = {
         "told": "",
         "cancelled": " The update was cancelled.",
