@@ -146,3 +146,43 @@ def test_a_resumed_run_has_its_own_configuration(tmp_path: Path) -> None:
     trainer.fit(Regression(), regression_data(), ckpt_path=tmp_path / "run.ckpt")
     assert (ema.rule[0].decay, ema.rule[0].updates) == (0.5, 36)
     assert (len(clipping.rule[0].norms.arrived), clipping.rule[0].count) == (6, 36)
+
+
+class SaveEveryThird(pl.Callback):
+    """Save after the same batches in a resumed run, too: what is saved is what a run may go back to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx % 3 == 0:
+            trainer.save_checkpoint(self.path)
+
+
+class PoisonedOnce(Regression):
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * torch.nan if self.trainer.fit_loop.epoch_loop.total_batch_idx == 14 else loss
+
+
+def train_and_rewind(folder: Path, kill_at: int | None, resume: bool) -> str:
+    ema, clipping = EMAWeights(0.9), PercentileGradientClipping(window=10, warmup_steps=3)
+    detector = InstabilityDetector("rewind", keep_every=5, lr_factor=0.5)
+    callbacks = [SeedEachStep(), ema, clipping, detector, SaveEveryThird(folder / "last.ckpt")]
+    if kill_at is not None:
+        callbacks.append(KillAt(kill_at))
+    module = PoisonedOnce(dropout=0.2, schedule=True)
+    trainer = quiet_trainer(folder, max_epochs=EPOCHS, callbacks=callbacks, log_every_n_steps=7)
+    loader = Resumable(regression_data(batches=11))
+    trainer.fit(module, loader, ckpt_path=folder / "last.ckpt" if resume else None)
+    states = [optimizer.state_dict() for optimizer in trainer.optimizers]
+    return str([weights_of(module), states, clipping.state_dict(), ema.state_dict(), detector.rewinds])
+
+
+@pytest.mark.filterwarnings("ignore:not finite")
+@pytest.mark.parametrize("kill_at", [15, 18, 25])
+def test_a_run_that_is_killed_right_after_it_went_back_resumes_bit_for_bit(kill_at: int, tmp_path: Path) -> None:
+    whole = train_and_rewind(tmp_path / "whole", None, False)
+    assert whole.endswith(", 1]")
+    assert run_until_killed(train_and_rewind, tmp_path / "cut", kill_at, False) == -signal.SIGKILL
+    assert train_and_rewind(tmp_path / "cut", None, True) == whole

@@ -7,15 +7,11 @@ from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning.pytorch.utilities.seed import isolate_rng
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchmetrics import Metric
 
-from lightning_recipes.callbacks.substitute import substituted
+from lightning_recipes.callbacks.replay import step_arguments, without_trace
 
 
 def statistics(model: nn.Module) -> dict[str, Tensor]:
@@ -27,7 +23,6 @@ def statistics(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-@torch.no_grad()
 def recompute_(trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int) -> None:
     """Replace the running statistics by their means over training batches, and leave no other trace.
 
@@ -37,23 +32,16 @@ def recompute_(trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int)
     """
     layers = _layers(pl_module).values()
     with ExitStack() as put_back:
-        put_back.enter_context(isolate_rng())
-        put_back.enter_context(substituted(pl_module, log=_drop, log_dict=_drop))
-        put_back.enter_context(_same_modes(pl_module))
-        put_back.enter_context(_same_buffers(pl_module, but=set(layers)))
-        for module in pl_module.modules():
-            if isinstance(module, Metric):
-                put_back.enter_context(_same_metric(module))
+        put_back.enter_context(without_trace(pl_module, but=set(layers)))
         for layer in layers:
             layer.reset_running_stats()
             put_back.callback(setattr, layer, "momentum", layer.momentum)
             layer.momentum = None  # the mean over all batches instead of a moving average
         pl_module.train()
-        numbered = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
         for index, batch in enumerate(put_back.enter_context(_training_batches(trainer, batches))):
             batch = trainer.precision_plugin.convert_input(batch)
             batch = trainer.strategy.batch_to_device(pl_module._on_before_batch_transfer(batch, dataloader_idx=0))
-            trainer.strategy.training_step(*((batch, index) if numbered else (batch,)))
+            trainer.strategy.training_step(*step_arguments(pl_module, batch, index))
 
 
 def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -62,46 +50,6 @@ def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and module.running_mean is not None
     }
-
-
-def _drop(*_: object, **__: object) -> None:
-    """In the place of a method whose effect is not wanted."""
-
-
-@contextmanager
-def _same_modes(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@contextmanager
-def _same_buffers(model: nn.Module, but: set[_BatchNorm]) -> Iterator[None]:
-    before = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        if module not in but
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
-    try:
-        yield
-    finally:
-        for module, name, buffer, value in before:
-            setattr(module, name, buffer.copy_(value))
-
-
-@contextmanager
-def _same_metric(metric: Metric) -> Iterator[None]:
-    states = (*metric._defaults, "_update_count", "_computed", "_forward_cache")
-    before = {state: copy.deepcopy(getattr(metric, state)) for state in states}
-    try:
-        yield
-    finally:
-        for state, value in before.items():
-            setattr(metric, state, value)
 
 
 @contextmanager

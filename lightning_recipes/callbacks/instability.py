@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_recipes.callbacks.measuring import free_to_read, gradient_norm, index_of, scaler_of
+from lightning_recipes.callbacks.replay import first_broken_module
 from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.telling import note, tell, time_to_log
 from lightning_recipes.core.arguments import check_choice, check_count, check_real
@@ -71,8 +72,9 @@ class InstabilityDetector(pl.Callback):
     Each instability is a finding, with the cure in the playbook's order, and a line of ``findings.jsonl``: step, epoch,
     batch index, signal, value, expected range and what was decided. One kind is told again after 100 updates at the
     earliest. Where it can be read at once (``action`` other than ``"warn"`` and ``"stop"``, or on a CPU), it also says
-    where a value is not finite: in which tensor of the batch, parameter, gradient or optimizer state, or else in the
-    forward pass; and of an exploding gradient which parameters have most of it.
+    where a value is not finite: in which tensor of the batch, parameter, gradient or optimizer state, or else, by one
+    more ``training_step`` that leaves no trace, in which module of the forward pass; and of an exploding gradient which
+    parameters have most of it.
 
     The actions:
 
@@ -81,7 +83,8 @@ class InstabilityDetector(pl.Callback):
       ranks together, by setting the gradients to None. Costs a host read an update, and over ranks a collective.
     - ``"rewind"``: go back to the last good state: parameters, buffers, optimizers, learning rate schedules, GradScaler
       and the rules of the other recipes (the average of ``EMAWeights``, too). The batches since then are not seen
-      again, and those right behind that are as bad are skipped. Costs what ``"skip"`` does, and memory for two states
+      again, and those right behind that are as bad are skipped. A checkpoint holds none of the good states: what it
+      saves becomes one. Costs what ``"skip"`` does, and memory for two states
       on their device.
     - ``"stop"``: end the training, on all ranks together, with the last good state. Noticed at the steps that log;
       costs the memory of ``"rewind"``.
@@ -133,6 +136,7 @@ class InstabilityDetector(pl.Callback):
         self._is_back = False  # whether the training has gone back since it kept a state
         self._back: int | None = None  # to which of the good states to go back when the batch is done
         self._stopped = False
+        self._keeps_next = False  # whether to keep the present state before anything changes it
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -150,13 +154,12 @@ class InstabilityDetector(pl.Callback):
         if trainer.state.fn == TrainerFn.FITTING:  # what was seen of another training says nothing about this one
             self.rule.rules, self._told, self._losses, self._unread = {}, {}, [], []
             self.rewinds = self._updates = 0
-            self._back, self._is_back, self._stopped, self._kept_at = None, False, False, 0
+            self._back, self._is_back, self._stopped, self._keeps_next, self._kept_at = None, False, False, False, 0
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._good.clear()
-        if self.action in ("rewind", "stop"):
-            self._keep(trainer, pl_module)
+        self._keeps_next = self.action in ("rewind", "stop")
 
     # ---------------------------------------------------------------------------------- measure
 
@@ -165,6 +168,9 @@ class InstabilityDetector(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._batch = batch
+        if self._keeps_next:
+            self._keeps_next = False
+            self._keep(trainer, pl_module)
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -237,7 +243,7 @@ class InstabilityDetector(pl.Callback):
         found: Instability,
     ) -> None:
         decision = self._decide(found)
-        where = self._locate(pl_module, optimizer, found) if optimizer is not None else ""
+        where = self._locate(pl_module, optimizer, update, found) if optimizer is not None else ""
         finding = _finding(update, found, decision, where)
         if update.step - self._told.get(found.kind, -AGAIN) >= AGAIN or decision not in ("told", "cancelled"):
             self._told[found.kind] = update.step
@@ -267,7 +273,7 @@ class InstabilityDetector(pl.Callback):
             return "went back" if self.rewinds < self.max_rewinds else "stopped"
         return "stopped" if self.action == "stop" else "raised"
 
-    def _locate(self, pl_module: pl.LightningModule, optimizer: Optimizer, found: Instability) -> str:
+    def _locate(self, pl_module: pl.LightningModule, optimizer: Optimizer, update: _Update, found: Instability) -> str:
         """Where the trouble is, as far as it can be seen at the update itself."""
         gradients = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
         if found.kind == "exploding gradient":
@@ -290,7 +296,10 @@ class InstabilityDetector(pl.Callback):
                 if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                     return f"first {kind}: {name}"
         if found.signal == "loss":
-            return "first in the forward pass: batch and weights are finite"
+            again = pl_module.automatic_optimization  # a manual step would update
+            module = first_broken_module(pl_module, self._batch, update.batch_idx) if again else ""
+            elsewhere = " or on another rank" if pl_module.trainer.world_size > 1 else ""
+            return f"first in the forward pass, in {module}" if module else f"first in the loss{elsewhere}"
         broken = next((name for name, gradient in gradients.items() if not bool(gradient.isfinite().all())), "")
         return f"first in the gradient of {broken}" if broken else ""
 
@@ -344,8 +353,6 @@ class InstabilityDetector(pl.Callback):
         self._cut_learning_rate(trainer, self.lr_factor ** (self.rewinds - state["rewinds"]))
         self.rule.load_state_dict(state["own"])
         self._kept_at, self._is_back, self._losses = self._updates, True, []
-        if len(self._good) > 1:
-            self._good.pop()  # a state that leads here a second time is not good
 
     def _cut_learning_rate(self, trainer: pl.Trainer, factor: float) -> None:
         if factor == 1:
@@ -390,6 +397,13 @@ class InstabilityDetector(pl.Callback):
         """Let go of what belongs to the training."""
         self._good.clear()
         self._batch, self._losses, self._unread = None, [], []
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # A run resumed from here has this as its newest good state: so does this one, once no average is in its place.
+        self._keeps_next = self.action in ("rewind", "stop") and self._back is None
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ class Troubled(Regression):
     def __init__(self, trouble: dict[int, str], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.trouble = trouble
+        self.handles: list[Any] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         what = self.trouble.get(batch_idx, "")
@@ -32,6 +33,12 @@ class Troubled(Regression):
         if what == "batch":
             inputs = inputs.clone().fill_(math.nan)
             self.trainer.callbacks[0]._batch = [inputs, targets]  # type: ignore[attr-defined]  # as if the loader had
+        if what == "module":
+            handle = self.net[1].register_forward_hook(lambda module, inputs, output: output / 0)
+            self.handles.append(handle)
+        else:
+            while self.handles:
+                self.handles.pop().remove()
         loss = self.loss((inputs, 200 * targets if what == "spike" else targets))
         return loss * math.nan if what == "forward" else loss
 
@@ -147,7 +154,8 @@ def test_each_optimizer_has_its_own_rule(tmp_path: Path) -> None:
     ("trouble", "kind", "where"),
     [
         ("batch", "not finite", "first in the batch: batch[0]"),
-        ("forward", "not finite", "first in the forward pass"),
+        ("forward", "not finite", "first in the loss"),
+        ("module", "not finite", "first in the forward pass, in net.1 (Tanh)"),
         ("gradient", "not finite", "first in the gradient of net.0.bias"),
         ("spike", "spike", ""),
     ],

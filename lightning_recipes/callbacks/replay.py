@@ -1,0 +1,99 @@
+"""Run a training step once more, for what can be seen on the way, and leave no trace of it."""
+
+import copy
+from collections.abc import Iterator, Set
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_recipes.callbacks.substitute import substituted
+
+
+@contextmanager
+def without_trace(pl_module: pl.LightningModule, but: Set[nn.Module] = frozenset()) -> Iterator[None]:
+    """Within the context no gradient is taken and nothing is logged; when it ends, random states, training and
+    evaluation modes, buffers (but those of the modules ``but``) and torchmetrics are as they were.
+    """
+    with ExitStack() as put_back:
+        put_back.enter_context(torch.no_grad())
+        put_back.enter_context(isolate_rng())
+        put_back.enter_context(substituted(pl_module, log=_drop, log_dict=_drop))
+        put_back.enter_context(_same_modes(pl_module))
+        put_back.enter_context(_same_buffers(pl_module, but))
+        for module in pl_module.modules():
+            if isinstance(module, Metric):
+                put_back.enter_context(_same_metric(module))
+        yield
+
+
+def step_arguments(pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> tuple[Any, ...]:
+    """What ``training_step`` is called with."""
+    numbered = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
+    return (batch, batch_idx) if numbered else (batch,)
+
+
+def first_broken_module(pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> str:
+    """Name and kind of the first module whose output is not finite; empty if none is, this time."""
+    broken: list[str] = []
+
+    def look(name: str, module: nn.Module, _: Any, output: Any) -> None:
+        for tensor in output if isinstance(output, list | tuple) else [output]:
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                broken.append(f"{name} ({type(module).__name__})")
+
+    leaves = [(name, module) for name, module in pl_module.named_modules() if name and not list(module.children())]
+    handles = [module.register_forward_hook(partial(look, name)) for name, module in leaves]
+    try:
+        with without_trace(pl_module):
+            pl_module.training_step(*step_arguments(pl_module, batch, batch_idx))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return broken[0] if broken else ""
+
+
+def _drop(*_: object, **__: object) -> None:
+    """In the place of a method whose effect is not wanted."""
+
+
+@contextmanager
+def _same_modes(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def _same_buffers(model: nn.Module, but: Set[nn.Module]) -> Iterator[None]:
+    before = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        if module not in but
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, value in before:
+            setattr(module, name, buffer.copy_(value))
+
+
+@contextmanager
+def _same_metric(metric: Metric) -> Iterator[None]:
+    states = (*metric._defaults, "_update_count", "_computed", "_forward_cache")
+    before = {state: copy.deepcopy(getattr(metric, state)) for state in states}
+    try:
+        yield
+    finally:
+        for state, value in before.items():
+            setattr(metric, state, value)
