@@ -334,7 +334,8 @@ class EarlyStoppingRule:
     @property
     def improved(self) -> bool:
         """Whether the last value is the best so far."""
-        return self.curve.best == len(self.curve.values) - 1 and self.curve.values[-1] < math.inf
+        values = self.curve.values
+        return bool(values) and self.curve.best == len(values) - 1 and values[-1] < math.inf
 
     def update(
         self,

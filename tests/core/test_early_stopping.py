@@ -181,6 +181,7 @@ def test_a_lucky_value_does_not_exhaust_patience_nor_an_insignificant_one_reset_
 
 def test_nan_is_never_an_improvement() -> None:
     rule = EarlyStoppingRule(0.0)
+    assert not rule.improved
     verdicts = [rule.update(value, Patience(3)) for value in (1.0, 0.9, math.nan, 5.0, math.inf)]
     assert [verdict is not None for verdict in verdicts] == [False, False, False, False, True]
     assert rule.curve.best == 1
