@@ -19,7 +19,9 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     monkeypatch.chdir(tmp_path)
     environment = dict(os.environ)
     torch.manual_seed(0)
+    torch.set_printoptions(precision=17, threshold=10**6)  # so that states may be compared as they print
     yield
+    torch.set_printoptions(profile="default")
     for key in os.environ.keys() - environment.keys():
         del os.environ[key]
     os.environ.update(environment)

@@ -13,6 +13,7 @@ SMALL = {
     "digits.py": ["fit", "--config", str(EXAMPLES / "digits.yaml"), "--config", str(EXAMPLES / "recipes.yaml")],
     "is_the_average_better.py": ["--seeds", "2", "--epochs", "4"],
     "what_gradient_clip_val.py": ["--epochs", "2"],
+    "when_to_stop.py": ["--epochs", "60", "--seeds", "1"],
 }
 
 
@@ -60,6 +61,13 @@ def test_a_clip_value_is_recommended(tmp_path: Path) -> None:
     printed = run("what_gradient_clip_val.py", *SMALL["what_gradient_clip_val.py"])
     assert "Set Trainer(gradient_clip_val=" in printed
     assert Path(printed.splitlines()[-1].partition(": ")[2]).exists()
+
+
+def test_the_best_weights_are_better_than_the_last_and_cost_less() -> None:
+    lines = run("when_to_stop.py", *SMALL["when_to_stop.py"]).splitlines()
+    (*_, all_epochs, last), _, (*_, epochs, best) = (line.split() for line in lines[2:5])
+    assert float(best) < float(last)
+    assert int(epochs) < int(all_epochs)
 
 
 def test_the_yaml_files_configure_the_recipes(tmp_path: Path) -> None:

@@ -240,7 +240,6 @@ class Photograph(pl.Callback):
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("settings", [{}, {"accumulate_grad_batches": 2}, {"plugins": "fp16"}, {"two": True}])
 def test_a_rewind_brings_everything_back_bit_for_bit(settings: dict[str, Any], before: bool, tmp_path: Path) -> None:
-    torch.set_printoptions(precision=17)
     every = 10
     if settings.get("plugins"):
         settings = {"plugins": [fp16(16.0)]}
