@@ -247,9 +247,8 @@ def measure_loop(seconds: float) -> None:
         },
         "EarlyStopping": lambda: {"callbacks": [EarlyStopping("val_loss", strict=False)]},
         "Lightning: gradient_clip_val": lambda: {"gradient_clip_val": 1.0},
+        "Lightning: EMAWeightAveraging": lambda: {"callbacks": [pl.callbacks.EMAWeightAveraging()]},
     }
-    if hasattr(pl.callbacks, "EMAWeightAveraging"):
-        kinds["Lightning: EMAWeightAveraging"] = lambda: {"callbacks": [pl.callbacks.EMAWeightAveraging()]}
     torch.set_num_threads(1)
     fast: dict[str, list[float]] = {kind: [] for kind in kinds}
     names, order, end = list(kinds), random.Random(0), time.perf_counter() + seconds

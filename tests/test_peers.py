@@ -25,14 +25,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # peers warn of much that is 
 # ------------------------------------------------------------------------------ averages
 
 
-def lightnings(**kwargs: Any) -> pl.Callback:
-    """Lightning's own, of 2.6 and newer."""
-    callbacks = pytest.importorskip("lightning.pytorch.callbacks")
-    if not hasattr(callbacks, "EMAWeightAveraging"):
-        pytest.skip("this Lightning has no EMAWeightAveraging")
-    return callbacks.EMAWeightAveraging(**kwargs)
-
-
 class Losses(pl.Callback):
     """The validation losses of a run."""
 
@@ -56,7 +48,7 @@ def test_a_start_that_never_comes_validates_and_returns_the_trained_weights(tmp_
     ours = validated(tmp_path, EMAWeights(start_step=1000))
     assert ours[0] == alone[0]
     assert same(ours[1], alone[1])
-    theirs = validated(tmp_path, lightnings(update_starting_at_step=1000))
+    theirs = validated(tmp_path, pl.callbacks.EMAWeightAveraging(update_starting_at_step=1000))
     assert theirs[0][0] == theirs[0][1]  # the untrained weights, twice
     assert same(theirs[1], weights_of(Regression()))
 
@@ -85,13 +77,13 @@ def failed(folder: Path, recipe: pl.Callback) -> tuple[bool, bool]:
 
 def test_an_exception_in_validation_mixes_nothing_up(tmp_path: Path) -> None:
     assert failed(tmp_path / "ours", EMAWeights(0.9)) == (True, True)
-    assert failed(tmp_path / "theirs", lightnings(decay=0.9)) == (False, False)
+    assert failed(tmp_path / "theirs", pl.callbacks.EMAWeightAveraging(decay=0.9)) == (False, False)
 
 
 def test_counts_in_buffers_go_on(tmp_path: Path) -> None:
     _, ours = validated(tmp_path, EMAWeights(0.9), module=Regression(batch_norm=True))
     assert int(ours["net.1.num_batches_tracked"]) == 24
-    _, theirs = validated(tmp_path, lightnings(decay=0.9), module=Regression(batch_norm=True))
+    _, theirs = validated(tmp_path, pl.callbacks.EMAWeightAveraging(decay=0.9), module=Regression(batch_norm=True))
     assert int(theirs["net.1.num_batches_tracked"]) < 24
 
 
