@@ -39,6 +39,7 @@ CURES = {
     "exploding gradient": f"Clip the gradients (PercentileGradientClipping); else, {ORDER}.",
     "vanishing gradient": "Units have died or saturated: warm up or cut the learning rate, look at initialisation and"
     " normalisation, and use residual connections.",
+    "no progress": "Check labels and loss (can a small sample be overfitted?), and warm up or cut the learning rate.",
     "divergence": f"Stabilise the training, {ORDER}.",
     "early instability": f"Warm the learning rate up, longer if it is already; else, {ORDER}.",
     "GradScaler storm": "Train in bfloat16, or look for values that half precision cannot hold.",

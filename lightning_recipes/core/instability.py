@@ -20,6 +20,7 @@ Kind = Literal[
     "vanishing gradient",
     "divergence",
     "early instability",
+    "no progress",
     "GradScaler storm",
 ]
 Signal = Literal["loss", "gradient norm"]
@@ -41,6 +42,7 @@ GIVEN_BACK = 0.3  # of the gain: that much is a divergence
 SHORT = 15  # updates in a short median
 EVERY = 3  # updates from one look at that to the next
 FALL = 50  # updates within which a gradient has to collapse to have vanished
+STALL = math.log(3)  # by how much it falls, however slowly, where a training that gains nothing makes no progress
 COLLAPSE = math.log(5)  # by how much its log norm falls then, and by how much more than the log loss
 DRIFT, DRIFTED = 0.6, 7.0  # standard deviations: what a cumulative sum is allowed at an update, and where it alarms
 DRIFTED_BY = 0.04  # share of the gain that the level has to be worse by, too
@@ -104,6 +106,7 @@ class InstabilityRule:
                         cumulative sums), watched more closely while the learning rate is higher than ever before
     early instability   the same within the first hundred updates, or a fivefold rise within the first thirty
     vanishing gradient  within fifty updates the norm falls to a fifth, and five times as far as the loss: dead units
+    no progress         after a hundred updates the loss has not fallen by its noise, and the norm to a third
     GradScaler storm    ten of the last twenty updates were skipped by a GradScaler
     =================== ================================================================================================
 
@@ -130,6 +133,7 @@ class InstabilityRule:
         self.seen = 0
         self.first = self.level = 0.0  # mean of the first losses; moving average
         self.highest = 0.0  # of the first three losses
+        self.top = (-math.inf, 0.0)  # the highest short median of the log norm, and of the loss then
         self.best = math.inf  # lowest level since the training has settled
         self.settling = SETTLED
         self.losses, self.norms = _Window(), _Window()
@@ -163,7 +167,7 @@ class InstabilityRule:
             return None
         kind, value, expected = found
         of_norm = kind in ("exploding gradient", "vanishing gradient")
-        if kind in ("divergence", "early instability", "vanishing gradient"):
+        if kind in ("divergence", "early instability", "vanishing gradient", "no progress"):
             self.forget()
         if not of_norm:
             return Instability(kind, "loss", step, value, expected)
@@ -258,19 +262,22 @@ class InstabilityRule:
             return None
         loss, log_norm = (sorted(values)[len(values) // 2] for values in zip(*self.short, strict=True))
         self.recent.append((log_norm, loss))
-        highest, loss_then = max(self.recent)
-        if highest - log_norm < COLLAPSE:
-            return None
-        if loss > 0 and loss_then > 0:
-            with_the_loss = highest - log_norm - math.log(loss_then / loss) < COLLAPSE
-        else:
-            with_the_loss = loss < loss_then
-        return None if with_the_loss else ("vanishing gradient", log_norm, highest - COLLAPSE)
+        highest = max(self.recent)
+        if highest > self.top:
+            self.top = highest
+        if _fell_alone(highest, log_norm, loss, COLLAPSE):
+            return "vanishing gradient", log_norm, highest[0] - COLLAPSE
+        gained_nothing = self.best < math.inf and self.first - self.best < 2 * self.losses.deviation
+        if self.seen >= EARLY and gained_nothing and _fell_alone(self.top, log_norm, loss, STALL):
+            return "no progress", self.level, self.first
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         state = {name: value for name, value in vars(self).items() if isinstance(value, int | float)}
-        lists = {name: list(value) for name, value in vars(self).items() if isinstance(value, list | deque)}
-        return {**state, **lists, "losses": list(self.losses.arrived), "norms": list(self.norms.arrived)}
+        kept = (list, deque, tuple)
+        lists = {name: list(value) for name, value in vars(self).items() if isinstance(value, kept)}
+        lists |= {"losses": list(self.losses.arrived), "norms": list(self.norms.arrived)}
+        return {**state, **lists}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         vars(self).update(vars(type(self)()))
@@ -279,7 +286,18 @@ class InstabilityRule:
             if isinstance(held, _Window):
                 for measured in value:
                     held.add(measured)
+            elif isinstance(held, tuple):
+                setattr(self, name, tuple(value))
             elif isinstance(held, deque | list):
                 held.extend(tuple(each) if isinstance(each, list) else each for each in value)
             else:
                 setattr(self, name, value)
+
+
+def _fell_alone(before: tuple[float, float], log_norm: float, loss: float, least: float) -> bool:
+    """Whether the log norm has fallen that far, and that much further than the loss, since it was with a loss before."""
+    log_norm_then, loss_then = before
+    fell = log_norm_then - log_norm
+    if loss > 0 and loss_then > 0:
+        return fell > least and fell - math.log(loss_then / loss) > least
+    return fell > least and loss >= loss_then

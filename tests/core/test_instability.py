@@ -92,6 +92,15 @@ def test_an_early_rise_is_an_early_instability() -> None:
     assert first.kind == "early instability"
 
 
+def test_a_loss_that_does_not_move_while_the_gradient_dies_slowly_makes_no_progress() -> None:
+    chance = random.Random(3)
+    values = [(2.3 + 0.1 * chance.gauss(0, 1), math.exp(-step / 60 + 0.2 * chance.gauss(0, 1))) for step in range(150)]
+    first, *_ = judged(values)
+    assert first.kind == "no progress"
+    steady = [(2.3 + 0.1 * chance.gauss(0, 1), math.exp(0.2 * chance.gauss(0, 1))) for _ in range(600)]
+    assert judged(steady) == []  # as in a fine-tuning with nothing to learn
+
+
 def test_outliers_never_enter_the_reference() -> None:
     rule = InstabilityRule()
     for value in healthy(150):
