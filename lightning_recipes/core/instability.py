@@ -295,7 +295,7 @@ class InstabilityRule:
 
 
 def _fell_alone(before: tuple[float, float], log_norm: float, loss: float, least: float) -> bool:
-    """Whether the log norm has fallen that far, and that much further than the loss, since it was with a loss before."""
+    """Whether the log norm has fallen that far since ``before``, and that much further than the loss has."""
     log_norm_then, loss_then = before
     fell = log_norm_then - log_norm
     if loss > 0 and loss_then > 0:
