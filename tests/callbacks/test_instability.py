@@ -181,6 +181,16 @@ def test_it_is_attributed_to_its_step_where_it_is_read_later(tmp_path: Path, mon
     assert [finding["step"] for finding in findings_of(tmp_path)] == [60]
 
 
+def test_a_storm_of_skipped_updates_is_told_and_single_ones_are_not(tmp_path: Path) -> None:
+    once, always = dict.fromkeys((5, 33), "gradient"), dict.fromkeys(range(40, 80), "gradient")
+    fit(tmp_path, Troubled(once), InstabilityDetector("skip"), plugins=[fp16()])
+    assert not findings_of(tmp_path)
+    with pytest.warns(UserWarning, match=r"GradScaler storm at step 4\d"):
+        fit(tmp_path, Troubled(always), InstabilityDetector("skip"), plugins=[fp16()])
+    (finding,) = findings_of(tmp_path)
+    assert finding["evidence"]["decision"] == "told"
+
+
 def test_a_kind_is_not_told_at_every_step(tmp_path: Path) -> None:
     trouble = dict.fromkeys(range(40, 80), "forward")
     with pytest.warns(UserWarning, match="not finite at step 40") as warned:
