@@ -9,6 +9,7 @@ import argparse
 import logging
 import statistics
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
@@ -119,6 +120,7 @@ def train(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        default_root_dir=tempfile.gettempdir(),
         log_every_n_steps=10**6,
     )
     trainer.fit(module, loader)

@@ -10,6 +10,7 @@ import importlib
 import logging
 import random
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -264,6 +265,7 @@ def measure_loop(seconds: float) -> None:
                 enable_checkpointing=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
+                default_root_dir=tempfile.gettempdir(),
                 **kinds[name](),
             )
             trainer.fit(module, DataLoader(Batches(), batch_size=None))

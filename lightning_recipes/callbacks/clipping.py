@@ -295,7 +295,7 @@ def _nonfinite(rule: PercentileThreshold, index: int, skipped: bool) -> Finding:
         rule="gradient not finite",
         severity="warning",
         message=f"The gradient of optimizer {index} was NaN or infinite in {rule.nonfinite} of"
-        f" {rule.count + rule.nonfinite} updates, which were {'cancelled' if skipped else 'made all the same'}.",
+        f" {rule.count + rule.nonfinite} updates, which {'were cancelled' if skipped else 'clipping left as they were'}.",
         advice=f"Look for an overflow, division or logarithm in the loss and for such values in the data; {cure}.",
         step=rule.count + rule.nonfinite,
         evidence={"nonfinite": rule.nonfinite, "updates": rule.count + rule.nonfinite},

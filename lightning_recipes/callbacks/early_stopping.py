@@ -42,8 +42,8 @@ class EarlyStopping(LightningEarlyStopping):
     checkpoints, which hold the trained weights as ever.
 
     At the end it tells what the curves say, if the noise lets them: overfitting and since when, a training loss that
-    rises, a run far too long or too short. Costs a few microseconds a step, for the mean of the training loss, and no
-    host read but at the checks.
+    rises, a run far too long or too short. Costs an addition a step, for the mean of the training loss, and host reads
+    at the checks alone.
 
     Attributes:
         rule: The curve of all checks, an :class:`~lightning_recipes.core.early_stopping.EarlyStoppingRule`.
@@ -121,22 +121,16 @@ class EarlyStopping(LightningEarlyStopping):
             log_rank_zero_only,
         )
         self.rule = EarlyStoppingRule(min_delta, mode)
-        self.min_delta = self._signed(self.rule.least_improvement)
         if criterion is not None and not isinstance(criterion, Criterion):
             raise TypeError(f"criterion must be one of lightning_recipes.core.early_stopping, got {criterion!r}")
         self.criterion = criterion
         self.train_monitor = train_monitor
         self.start_epoch = check_count("start_epoch", start_epoch, 0)
         self.restore_best_weights = check_flag("restore_best_weights", restore_best_weights)
-        self.stop_wish = False
-        self._best_weights: dict[str, Any] | None = None
-        self._seen: Any = None  # the metric's tensor at the last check: Lightning never lets go of an old one
-        self._loss_sum: Tensor | float = 0.0  # of the training steps since the last check
-        self._losses = 0
-        self._validated = False
         self._started = 0.0
         self._now: dict[str, Any] = {}  # where the training is at the check under way
         self._put_back: Callable[[], None] | None = None
+        self._forget()
 
     def _signed(self, delta: float) -> float:
         """As Lightning keeps ``min_delta``."""
@@ -153,14 +147,16 @@ class EarlyStopping(LightningEarlyStopping):
     def _forget(self) -> None:
         """Start anew: what was seen of another training says nothing about this one."""
         self.rule = EarlyStoppingRule(self.rule.min_delta, self.mode)
-        self.wait_count, self.stopped_epoch, self.best_score = (
-            0,
-            0,
-            torch.tensor(math.inf if self.mode == "min" else -math.inf),
-        )
+        self.min_delta = self._signed(self.rule.least_improvement)
+        self.best_score = torch.tensor(-self._signed(math.inf))
+        self.wait_count = self.stopped_epoch = 0
         self.stopping_reason, self.stopping_reason_message = EarlyStoppingReason.NOT_STOPPED, None
-        self.stop_wish, self._seen, self._best_weights = False, None, None
-        self._loss_sum, self._losses, self._validated = 0.0, 0, False
+        self.stop_wish = False
+        self._best_weights: dict[str, Any] | None = None
+        self._seen: Any = None  # the metric's tensor at the last check: Lightning never lets go of an old one
+        self._loss_sum: Tensor | float = 0.0  # of the training steps since the last check
+        self._losses = 0
+        self._validated = False
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -199,7 +195,7 @@ class EarlyStopping(LightningEarlyStopping):
     ) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if self.train_monitor is None and isinstance(loss, Tensor):
-            self._loss_sum = self._loss_sum + loss.detach().float() * trainer.accumulate_grad_batches
+            self._loss_sum = self._loss_sum + loss.detach().float()  # half precision does not add up
             self._losses += 1
 
     @override
@@ -242,7 +238,7 @@ class EarlyStopping(LightningEarlyStopping):
         if self.train_monitor is not None:
             train = metrics.get(self.train_monitor, math.nan)
         else:
-            train = self._loss_sum / self._losses if self._losses else math.nan
+            train = self._loss_sum / self._losses * trainer.accumulate_grad_batches if self._losses else math.nan
         self._loss_sum, self._losses = 0.0, 0
         loop = trainer.fit_loop.epoch_loop
         batches = trainer.num_training_batches

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_recipes.callbacks.learning_rates import scale_learning_rates
 from lightning_recipes.callbacks.measuring import free_to_read, gradient_norm, index_of, scaler_of
 from lightning_recipes.callbacks.replay import first_broken_module
 from lightning_recipes.callbacks.sharding import is_sharded
@@ -85,8 +86,7 @@ class InstabilityDetector(pl.Callback):
     - ``"rewind"``: go back to the last good state: parameters, buffers, optimizers, learning rate schedules, GradScaler
       and the rules of the other recipes (the average of ``EMAWeights``, too). The batches since then are not seen
       again, and those right behind that are as bad are skipped. A checkpoint holds none of the good states: what it
-      saves becomes one. Costs what ``"skip"`` does, and memory for two states
-      on their device.
+      saves becomes one. Costs what ``"skip"`` does, and memory for two states on their device.
     - ``"stop"``: end the training, on all ranks together, with the last good state. Noticed at the steps that log;
       costs the memory of ``"rewind"``.
     - ``"raise"``: raise :class:`TrainingInstability` on all ranks. Costs what ``"skip"`` does.
@@ -127,17 +127,26 @@ class InstabilityDetector(pl.Callback):
         self.keep_every = check_count("keep_every", keep_every, 1)
         self.lr_factor = lr_factor if lr_factor == 1 else check_real("lr_factor", lr_factor, 0, 1)
         self.rule: PerOptimizer[InstabilityRule] = PerOptimizer(InstabilityRule)
-        self.rewinds = 0
+        self._good: deque[dict[str, Any]] = deque(maxlen=KEPT)
+        self._batch: Any = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Start anew: what was seen of another training says nothing about this one."""
+        self.rule.rules = {}
+        self.rewinds = self._updates = self._kept_at = 0
         self._told: dict[str, int] = {}  # the step at which each kind was told last
         self._losses: list[Tensor] = []  # of the backward passes since the last update
         self._unread: list[_Update] = []
-        self._batch: Any = None
-        self._good: deque[dict[str, Any]] = deque(maxlen=KEPT)
-        self._updates = self._kept_at = 0
-        self._is_back = False  # whether the training has gone back since it kept a state
         self._back: int | None = None  # to which of the good states to go back when the batch is done
-        self._stopped = False
+        self._is_back = False  # whether the training has gone back since it kept a state
         self._keeps_next = False  # whether to keep the present state before anything changes it
+        self._stopped = False
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._forget()
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -151,13 +160,6 @@ class InstabilityDetector(pl.Callback):
             )
 
     @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:  # what was seen of another training says nothing about this one
-            self.rule.rules, self._told, self._losses, self._unread = {}, {}, [], []
-            self.rewinds = self._updates = 0
-            self._back, self._is_back, self._stopped, self._keeps_next, self._kept_at = None, False, False, False, 0
-
-    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._good.clear()
         self._keeps_next = self.action in ("rewind", "stop")
@@ -169,7 +171,7 @@ class InstabilityDetector(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._batch = batch
-        if self._keeps_next:
+        if self._keeps_next and not (self._unread and self._good):  # what is not judged may not be good
             self._keeps_next = False
             self._keep(trainer, pl_module)
 
@@ -263,7 +265,7 @@ class InstabilityDetector(pl.Callback):
             optimizer.zero_grad(set_to_none=True)
 
     def _decide(self, found: Instability) -> str:
-        if found.kind == "GradScaler storm" or self.action == "warn":
+        if found.kind == "GradScaler storm" or self.action == "warn" or self._stopped:
             return "told"
         if self.action == "skip":
             return "cancelled" if found.kind in JUMPS else "told"
@@ -311,6 +313,7 @@ class InstabilityDetector(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._batch = None
+        trainer.should_stop = trainer.should_stop or self._stopped  # whoever has taken a wish of its own back
         if self._back is not None:
             self._go_back(trainer, pl_module)
         elif self._is_time_to_keep(trainer):
@@ -351,22 +354,9 @@ class InstabilityDetector(pl.Callback):
         trainer.precision_plugin.load_state_dict(state["precision"])
         for each, saved in zip(self._others(trainer), state["rules"], strict=True):
             each.rule.load_state_dict(saved)
-        self._cut_learning_rate(trainer, self.lr_factor ** (self.rewinds - state["rewinds"]))
+        scale_learning_rates(trainer, self.lr_factor ** (self.rewinds - state["rewinds"]))
         self.rule.load_state_dict(state["own"])
         self._kept_at, self._is_back, self._losses = self._updates, True, []
-
-    def _cut_learning_rate(self, trainer: pl.Trainer, factor: float) -> None:
-        if factor == 1:
-            return
-        for optimizer in trainer.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["lr"] * factor
-                if "initial_lr" in group:
-                    group["initial_lr"] = group["initial_lr"] * factor
-        for config in trainer.lr_scheduler_configs:
-            scheduler: Any = config.scheduler
-            if hasattr(scheduler, "base_lrs"):
-                scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
 
     def _others(self, trainer: pl.Trainer) -> list[Any]:
         """The other recipes that learn from every update."""

@@ -51,7 +51,7 @@ def first_broken_module(pl_module: pl.LightningModule, batch: Any, batch_idx: in
     leaves = [(name, module) for name, module in pl_module.named_modules() if name and not list(module.children())]
     handles = [module.register_forward_hook(partial(look, name)) for name, module in leaves]
     try:
-        with without_trace(pl_module):
+        with without_trace(pl_module), pl_module.trainer.precision_plugin.train_step_context():
             pl_module.training_step(*step_arguments(pl_module, batch, batch_idx))
     finally:
         for handle in handles:

@@ -52,7 +52,7 @@ def note(trainer: pl.Trainer, finding: Finding) -> None:
     if folder is None:
         return
     with (folder / "findings.jsonl").open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(finding.as_dict()) + "\n")
+        lines.write(json.dumps(finding.as_dict(), allow_nan=False) + "\n")
     for experiment in _experiments(trainer, "add_text"):
         experiment.add_text(f"findings/{finding.rule}", f"{finding.message} **{finding.advice}**", finding.step)
 

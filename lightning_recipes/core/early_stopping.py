@@ -154,6 +154,10 @@ class GeneralizationLoss(Criterion):
     Args:
         alpha: In percent, above 0. Prechelt tried 1 to 5.
 
+    Raises:
+        TypeError: If it is not a number.
+        ValueError: If it is out of its range.
+
     References:
         Prechelt, Early Stopping - But When?, 1998
     """
@@ -193,6 +197,10 @@ class ProgressQuotient(Criterion):
     Args:
         alpha: Above 0. Prechelt tried 0.5 to 3.
         strip: Checks in a strip, at least 2.
+
+    Raises:
+        TypeError: If an argument is not a number of its kind.
+        ValueError: If it is out of its range.
 
     References:
         Prechelt, Early Stopping - But When?, 1998
@@ -235,6 +243,10 @@ class SuccessiveRises(Criterion):
         rises: At least 1. Prechelt tried 2 to 8.
         strip: Checks in a strip, at least 1.
 
+    Raises:
+        TypeError: If an argument is not a whole number.
+        ValueError: If it is out of its range.
+
     References:
         Prechelt, Early Stopping - But When?, 1998
     """
@@ -264,9 +276,15 @@ class AnyOf(Criterion):
 
     Args:
         criteria: At least one.
+
+    Raises:
+        ValueError: If there is none.
     """
 
     criteria: list[Criterion]
+
+    def __post_init__(self) -> None:
+        _check_any(self.criteria)
 
     @override
     def verdict(self, curve: Curve) -> str | None:
@@ -279,14 +297,25 @@ class AllOf(Criterion):
 
     Args:
         criteria: At least one.
+
+    Raises:
+        ValueError: If there is none.
     """
 
     criteria: list[Criterion]
 
+    def __post_init__(self) -> None:
+        _check_any(self.criteria)
+
     @override
     def verdict(self, curve: Curve) -> str | None:
         verdicts = [criterion.verdict(curve) for criterion in self.criteria]
-        return " and ".join(map(str, verdicts)) if verdicts and all(verdicts) else None
+        return " and ".join(map(str, verdicts)) if all(verdicts) else None
+
+
+def _check_any(criteria: list[Criterion]) -> None:
+    if not criteria:
+        raise ValueError("criteria must have at least one, got []")
 
 
 @dataclass

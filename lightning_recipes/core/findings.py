@@ -1,5 +1,6 @@
 """What a recipe saw and what to do about it, as data."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -39,5 +40,9 @@ class Finding:
         return f"{self.rule} at step {self.step}: {self.message} {self.advice}"
 
     def as_dict(self) -> dict[str, Any]:
-        """The finding as plain values, as a line of ``findings.jsonl`` has it."""
-        return asdict(self)
+        """The finding as plain values, as a line of ``findings.jsonl`` has it; JSON has no NaN, which is a string."""
+        evidence = {
+            name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in self.evidence.items()
+        }
+        return {**asdict(self), "evidence": evidence}

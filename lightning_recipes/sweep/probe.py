@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_recipes.callbacks.instability import InstabilityDetector
+from lightning_recipes.callbacks.learning_rates import scale_learning_rates
 from lightning_recipes.core.arguments import check_count, check_real
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.instability import Instability
@@ -55,7 +56,8 @@ def early_instability_probe(
     """Train a copy for some steps at a multiple of its learning rate, look at every step, and say what was seen.
 
     An early instability from which a training recovers, slowed down, is missed where the loss is looked at every now
-    and then. The module, its data module, the random states and the folder of the run are left as they are.
+    and then: here every step is read back. The module, its data module, the random states and the folder of the run
+    are left as they are.
 
     Args:
         module: Not trained yet, or wherever the training is to start from.
@@ -112,15 +114,7 @@ class _Watch(pl.Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for optimizer in trainer.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["lr"] * self.factor
-                if "initial_lr" in group:
-                    group["initial_lr"] = group["initial_lr"] * self.factor
-        for config in trainer.lr_scheduler_configs:
-            scheduler: Any = config.scheduler
-            if hasattr(scheduler, "base_lrs"):
-                scheduler.base_lrs = [rate * self.factor for rate in scheduler.base_lrs]
+        scale_learning_rates(trainer, self.factor)
 
     @override
     def on_train_batch_end(

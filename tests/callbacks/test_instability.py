@@ -54,8 +54,16 @@ def fit(folder: Path, module: pl.LightningModule, *callbacks: Any, batches: int 
     return trainer
 
 
+def refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
 def findings_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for file in folder.rglob("findings.jsonl") for line in file.read_text().splitlines()]
+    return [
+        json.loads(line, parse_constant=refuse)
+        for file in folder.rglob("findings.jsonl")
+        for line in file.read_text().splitlines()
+    ]
 
 
 class Record:
@@ -302,6 +310,34 @@ def test_stop_ends_the_run_with_the_last_good_state(
     trainer = fit(tmp_path, module, detector, EMAWeights(0.9), log_every_n_steps=10)
     assert trainer.global_step == (60 if deferred else 52)
     assert all(value.isfinite().all() for value in weights_of(module).values())
+    assert [finding["evidence"]["decision"] for finding in findings_of(tmp_path)] == ["stopped"]
+
+
+@pytest.mark.filterwarnings("ignore:not finite")
+def test_what_is_saved_before_it_is_judged_does_not_count_as_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module_under_test, "free_to_read", lambda _: False)
+
+    class SaveAt(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.global_step == 55:
+                trainer.save_checkpoint(tmp_path / "broken.ckpt")
+
+    module = Troubled({51: "forward"})
+    fit(tmp_path, module, InstabilityDetector("stop", keep_every=10), SaveAt(), log_every_n_steps=10)
+    assert all(value.isfinite().all() for value in weights_of(module).values())
+
+
+@pytest.mark.filterwarnings("ignore:not finite")
+def test_its_stop_outlives_a_wish_that_another_takes_back(tmp_path: Path) -> None:
+    class TakesBack(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            trainer.should_stop = False
+
+    callbacks = TakesBack(), InstabilityDetector("stop")
+    trainer = fit(tmp_path, Troubled({51: "forward"}), *callbacks, min_epochs=2, max_epochs=4, batches=60)
+    assert trainer.global_step == 120
 
 
 @pytest.mark.filterwarnings("ignore:not finite")

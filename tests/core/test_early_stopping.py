@@ -264,6 +264,8 @@ def test_overfitting_is_told_with_the_gap_and_since_when() -> None:
         (lambda: Patience(3, "weeks"), "unit must be 'checks' or 'steps' or 'epochs' or 'seconds', got 'weeks'"),  # type: ignore[arg-type]
         (lambda: GeneralizationLoss(0), "alpha must be a number above 0, got 0"),
         (lambda: ProgressQuotient(0.5, 1), "strip must be a whole number of at least 2, got 1"),
+        (lambda: AnyOf([]), "criteria must have at least one"),
+        (lambda: AllOf([]), "criteria must have at least one"),
         (lambda: SuccessiveRises(0), "rises must be a whole number of at least 1, got 0"),
         (lambda: EarlyStoppingRule("some"), "min_delta must be a number of at least 0, a share .* got 'some'"),
         (lambda: EarlyStoppingRule("x%"), "min_delta must be .* got 'x%'"),
