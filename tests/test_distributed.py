@@ -348,6 +348,27 @@ def test_an_instability_on_one_rank_is_everybodys(action: str, steps: int, rewin
     assert action == "warn" or all(value.isfinite().all() for value in first[3].values())
 
 
+def watch_halves(folder: Path, action: Any) -> str:
+    detector = InstabilityDetector(action)
+    trainer = quiet_trainer(
+        folder,
+        max_epochs=2,
+        callbacks=[detector],
+        strategy=make_strategy("ddp"),
+        devices=2,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(Regression(), SplitData())
+    return str(detector.rule.state_dict())
+
+
+@pytest.mark.parametrize("action", ["warn", "skip"])
+def test_ranks_with_data_of_their_own_see_the_same_losses(action: str, tmp_path: Path) -> None:
+    first, second = run_on_ranks(watch_halves, tmp_path, action)
+    assert first == second
+    assert "'step': 12" in first
+
+
 def test_both_ranks_raise(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="TrainingInstability: not finite at step 45"):
         run_on_ranks(poison_one_rank, tmp_path, "raise", 10)

@@ -290,12 +290,13 @@ def _unobserved(index: int) -> Finding:
 
 
 def _nonfinite(rule: PercentileThreshold, index: int, skipped: bool) -> Finding:
+    fate = "were cancelled" if skipped else "clipping left as they were"
     cure = "warm the learning rate up or cut it" if skipped else "skip_nonfinite=True cancels such updates"
     return Finding(
         rule="gradient not finite",
         severity="warning",
         message=f"The gradient of optimizer {index} was NaN or infinite in {rule.nonfinite} of"
-        f" {rule.count + rule.nonfinite} updates, which {'were cancelled' if skipped else 'clipping left as they were'}.",
+        f" {rule.count + rule.nonfinite} updates, which {fate}.",
         advice=f"Look for an overflow, division or logarithm in the loss and for such values in the data; {cure}.",
         step=rule.count + rule.nonfinite,
         evidence={"nonfinite": rule.nonfinite, "updates": rule.count + rule.nonfinite},

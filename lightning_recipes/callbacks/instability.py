@@ -5,6 +5,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -126,7 +127,9 @@ class InstabilityDetector(pl.Callback):
         self.max_rewinds = check_count("max_rewinds", max_rewinds, 0)
         self.keep_every = check_count("keep_every", keep_every, 1)
         self.lr_factor = lr_factor if lr_factor == 1 else check_real("lr_factor", lr_factor, 0, 1)
-        self.rule: PerOptimizer[InstabilityRule] = PerOptimizer(InstabilityRule)
+        self.rule: PerOptimizer[InstabilityRule] = PerOptimizer(
+            partial(InstabilityRule, cancels=self.action in ("skip", "rewind"))
+        )
         self._good: deque[dict[str, Any]] = deque(maxlen=KEPT)
         self._batch: Any = None
         self._forget()

@@ -113,6 +113,10 @@ class InstabilityRule:
     Takes about seven microseconds. Memory is constant. After a divergence or a vanished gradient the rule starts anew:
     what was normal before is no longer.
 
+    Args:
+        cancels: Whether an update with a spike, a burst or an exploding gradient will be cancelled: then the training
+            is where it was, and the rule learns nothing from it.
+
     Example:
         >>> rule = InstabilityRule()
         >>> for step in range(60):
@@ -123,7 +127,8 @@ class InstabilityRule:
         'not finite'
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cancels: bool = False) -> None:
+        self.cancels = cancels
         self.step = 0
         self.skips: deque[bool] = deque(maxlen=OF_LAST)
         self.forget()
@@ -185,10 +190,13 @@ class InstabilityRule:
             losses = self.losses
             low = min(self.best, losses.median)
             gain = max(self.first - low, 4 * losses.deviation, TAIL * (losses.ascending[-1] - losses.median))
-            found, far, norm_far = self._jump(loss, log_norm, low, gain, hot)
+            found, far, norm_far = self._jump(loss, log_norm, low, gain)
+            self.flagged.append(far)
+            if found and self.cancels:
+                return found
+            self._drift(loss, log_norm, gain, hot)
             at_most = low + gain  # one loss alone, however high, moves the level by little
         self.level = loss if self.seen == 1 else self.level + LEVEL * (min(loss, at_most) - self.level)
-        self.flagged.append(far)
         if self.settling:
             self.settling -= 1
             self.drift = self.norm_drift = 0.0
@@ -213,13 +221,12 @@ class InstabilityRule:
         return hot
 
     def _jump(
-        self, loss: float, log_norm: float, low: float, gain: float, hot: bool
+        self, loss: float, log_norm: float, low: float, gain: float
     ) -> tuple[tuple[Kind, float, float] | None, bool, bool]:
         """What one value says, and whether loss and norm are to be kept out of the windows."""
         median, middle, spread = self.losses.median, self.norms.median, max(self.norms.deviation, SPREAD)
         deviation = self.losses.deviation
         bound, norm_bound = median + FAR * deviation, middle + FAR * spread
-        self._drift((loss - median) / max(deviation, 0.02 * gain, 1e-30), (log_norm - middle) / spread, hot)
         far = loss > bound and loss > low + GIVEN_BACK * gain
         norm_far = log_norm > norm_bound and loss > low + GIVEN_BACK / 2 * gain
         found: Any = None
@@ -231,8 +238,10 @@ class InstabilityRule:
             found = "burst", loss, bound
         return found, far, norm_far
 
-    def _drift(self, z: float, norm_z: float, hot: bool) -> None:
+    def _drift(self, loss: float, log_norm: float, gain: float, hot: bool) -> None:
         """Two-fold cumulative sums of clipped standard scores; Page 1954."""
+        z = (loss - self.losses.median) / max(self.losses.deviation, 0.02 * gain, 1e-30)
+        norm_z = (log_norm - self.norms.median) / max(self.norms.deviation, SPREAD)
         z, norm_z = max(-3.0, min(3.0, z)), max(-3.0, min(3.0, norm_z))
         self.drift = max(0.0, self.drift + z - DRIFT)
         self.norm_drift = max(0.0, self.norm_drift + norm_z - DRIFT)
@@ -268,19 +277,21 @@ class InstabilityRule:
         if _fell_alone(highest, log_norm, loss, COLLAPSE):
             return "vanishing gradient", log_norm, highest[0] - COLLAPSE
         gained_nothing = self.best < math.inf and self.first - self.best < 2 * self.losses.deviation
-        if self.seen >= EARLY and gained_nothing and _fell_alone(self.top, log_norm, loss, STALL):
+        least = max(STALL, 2 * self.norms.deviation)
+        if self.seen >= EARLY and gained_nothing and _fell_alone(self.top, log_norm, loss, least):
             return "no progress", self.level, self.first
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        state = {name: value for name, value in vars(self).items() if isinstance(value, int | float)}
+        seen = {name: value for name, value in vars(self).items() if name != "cancels"}  # is configuration
+        state = {name: value for name, value in seen.items() if isinstance(value, int | float)}
         kept = (list, deque, tuple)
-        lists = {name: list(value) for name, value in vars(self).items() if isinstance(value, kept)}
+        lists = {name: list(value) for name, value in seen.items() if isinstance(value, kept)}
         lists |= {"losses": list(self.losses.arrived), "norms": list(self.norms.arrived)}
         return {**state, **lists}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        vars(self).update(vars(type(self)()))
+        vars(self).update(vars(type(self)(self.cancels)))
         for name, value in state_dict.items():
             held = getattr(self, name)
             if isinstance(held, _Window):

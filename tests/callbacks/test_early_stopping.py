@@ -136,7 +136,7 @@ def test_one_that_takes_its_wish_back_leaves_that_of_another_alone(first: bool, 
             self.log("other", 1.0)
             super()._report()
 
-    trainer = fit(tmp_path, Two([5.0, 6.0, 4.0, 3.0, 2.0, 1.0]), *callbacks, min_epochs=4)
+    trainer = fit(tmp_path, Two([5.0, 4.0, 6.0, 3.0, 2.0, 1.0]), *callbacks, min_epochs=4)
     assert trainer.current_epoch == 4
     assert fickle.stopped_epoch == 0
 

@@ -299,6 +299,16 @@ def test_a_rewind_cuts_the_learning_rate_as_often_as_it_goes_back_and_then_stops
     assert all(value.isfinite().all() for value in weights_of(module).values())
 
 
+@pytest.mark.filterwarnings("ignore:spike")
+def test_the_bad_batches_right_behind_are_skipped_and_cost_no_further_rewind(tmp_path: Path) -> None:
+    module = Troubled(dict.fromkeys(range(60, 76), "spike"))
+    detector = InstabilityDetector("rewind", keep_every=20)
+    trainer = fit(tmp_path, module, detector)
+    assert (trainer.global_step, detector.rewinds) == (80, 1)
+    told = [(finding["step"], finding["evidence"]["decision"]) for finding in findings_of(tmp_path)]
+    assert told == [(60, "went back"), *((step, "cancelled") for step in range(61, 76))]
+
+
 @pytest.mark.filterwarnings("ignore:not finite")
 @pytest.mark.parametrize("deferred", [False, True])
 def test_stop_ends_the_run_with_the_last_good_state(

@@ -101,6 +101,45 @@ def test_a_loss_that_does_not_move_while_the_gradient_dies_slowly_makes_no_progr
     assert judged(steady) == []  # as in a fine-tuning with nothing to learn
 
 
+def test_a_rise_before_there_are_statistics_is_an_early_instability() -> None:
+    first, *_ = judged([(0.05, 1.0)] * 4 + [(1.0, 5.0)] * 10)
+    assert (first.kind, first.signal) == ("early instability", "loss")
+    assert first.step < 12
+
+
+def test_a_learning_rate_restart_may_raise_the_loss_once() -> None:
+    chance = random.Random(4)
+    rates = [0.05 * (1 + math.cos(math.pi * (step % 150) / 150)) for step in range(300)]
+    losses = [
+        0.4 + 2 * math.exp(-step / 40) if step < 150 else 0.5 + min(0.8, (step - 150) / 20) for step in range(300)
+    ]
+    values = [(loss + 0.03 * chance.gauss(0, 1), math.exp(0.2 * chance.gauss(0, 1))) for loss in losses]
+    assert judged(values, rates) == []
+    assert [each.kind for each in judged(values)][:1] == ["divergence"]
+
+
+def test_a_heavy_tail_at_a_low_loss_is_left_alone() -> None:
+    """As in a fine-tuning that has nothing to gain: no loss so far says what a bad one would be."""
+    for seed in range(5):
+        chance = random.Random(seed)
+        values = [(0.01 * chance.lognormvariate(0, 0.8), chance.lognormvariate(0, 0.8)) for _ in range(600)]
+        assert judged(values) == []
+
+
+def test_a_rule_whose_jumps_are_cancelled_learns_nothing_from_them() -> None:
+    values = healthy(150)
+    rule, untouched = InstabilityRule(cancels=True), InstabilityRule(cancels=True)
+    for value in values:
+        rule.update(*value)
+        untouched.update(*value)
+    kinds = [rule.update(6.0 + wobble % 3, 1.0) for wobble in range(50)]
+    assert {found.kind for found in kinds if found} == {"spike"}
+    assert len([found for found in kinds if found]) == 50
+    for value in healthy(50, seed=1):
+        assert (rule.update(0.6, value[1]) is None) == (untouched.update(0.6, value[1]) is None)
+    assert rule.level == untouched.level
+
+
 def test_outliers_never_enter_the_reference() -> None:
     rule = InstabilityRule()
     for value in healthy(150):
