@@ -4,5 +4,12 @@ from lightning_recipes.callbacks.averaging import EMAWeights
 from lightning_recipes.callbacks.clipping import PercentileGradientClipping
 from lightning_recipes.callbacks.early_stopping import EarlyStopping
 from lightning_recipes.callbacks.instability import InstabilityDetector
+from lightning_recipes.callbacks.schedules import LearningRateSchedule
 
-__all__ = ["EMAWeights", "EarlyStopping", "InstabilityDetector", "PercentileGradientClipping"]
+__all__ = [
+    "EMAWeights",
+    "EarlyStopping",
+    "InstabilityDetector",
+    "LearningRateSchedule",
+    "PercentileGradientClipping",
+]

@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from models import Adversaries, Regression, fp16, quiet_trainer, regression_data, same, weights_of
@@ -149,7 +150,10 @@ def test_an_iterable_without_length(name: str, tmp_path: Path) -> None:
             return iter(regression_data())
 
     trainer = quiet_trainer(tmp_path, max_epochs=2, callbacks=[make(name)])
-    trainer.fit(Regression(), torch.utils.data.DataLoader(Stream(), batch_size=None), regression_data(2))
+    try:
+        trainer.fit(Regression(), torch.utils.data.DataLoader(Stream(), batch_size=None), regression_data(2))
+    except MisconfigurationException as error:
+        assert "needs the length of the run" in str(error)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -1,7 +1,6 @@
 """Evaluate and save an average of the weights, go on training with the raw ones."""
 
 import copy
-import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_recipes.callbacks.batch_norm import recompute_, statistics
+from lightning_recipes.callbacks.learning_rates import length_of
 from lightning_recipes.callbacks.sharding import copied, is_sharded, load_beside, reshard_, save_beside
 from lightning_recipes.callbacks.substitute import substitute, substituted
 from lightning_recipes.callbacks.tracking import Tracked, same_tensors, track
@@ -161,7 +161,6 @@ class EMAWeights(pl.Callback):
                 f"{type(self).__name__} has nothing to average: no optimizer has a parameter of the model that"
                 " requires a gradient"
             )
-        self._set_decay(trainer)
         self._substitute(trainer, pl_module)
 
     def _refuse_conflicts(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -192,9 +191,8 @@ class EMAWeights(pl.Callback):
         if self.half_life.unit == "updates":
             half_life = self.half_life.amount
         else:
-            per_run = trainer.estimated_stepping_batches  # sets the loaders up, too
-            per_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
-            half_life = self.half_life.in_updates(math.ceil(per_epoch) if per_epoch < math.inf else per_epoch, per_run)
+            run = length_of(trainer)
+            half_life = self.half_life.in_updates(run.steps_per_epoch, run.steps)
         decay = decay_from_half_life(half_life)
         for index in range(len(trainer.optimizers)):
             self.rule[index].decay = decay
@@ -222,6 +220,7 @@ class EMAWeights(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._set_decay(trainer)
         if self._loaded is not None:
             for index, tracked in enumerate(self._tracked):
                 self.rule[index].averages = {

@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_recipes.callbacks.measuring import mean_over_ranks
 from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.substitute import substitute
 from lightning_recipes.callbacks.telling import tell
@@ -224,7 +225,7 @@ class EarlyStopping(LightningEarlyStopping):
             return
         self._seen = value
         self._measure(trainer, metrics)
-        current = _over_ranks(trainer, value.squeeze())
+        current = mean_over_ranks(trainer, value.squeeze())
         should_stop, reason = self._evaluate_stopping_criteria(current)
         if self._put_back is not None and self.rule.improved:
             weights = trainer.strategy.lightning_module_state_dict()
@@ -244,7 +245,7 @@ class EarlyStopping(LightningEarlyStopping):
         batches = trainer.num_training_batches
         share = min(1.0, loop.batch_progress.current.completed / batches) if 0 < batches < math.inf else 1.0
         self._now = {
-            "train": float(_over_ranks(trainer, torch.as_tensor(train))),
+            "train": float(mean_over_ranks(trainer, torch.as_tensor(train))),
             "steps": trainer.global_step,
             "epochs": trainer.current_epoch + share,
             "seconds": time.monotonic() - self._started,
@@ -307,14 +308,6 @@ class EarlyStopping(LightningEarlyStopping):
     ) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
             self._best_weights = checkpoint.get(BEST, {}).get(self.state_key)
-
-
-def _over_ranks(trainer: pl.Trainer, value: Tensor) -> Tensor:
-    """The mean over the ranks."""
-    if trainer.world_size == 1:
-        return value
-    mean: Tensor = trainer.strategy.reduce(value.to(trainer.strategy.root_device, torch.float32), reduce_op="mean")
-    return mean
 
 
 def _on_cpu(value: Any) -> Any:

@@ -1,18 +1,138 @@
-"""Change the learning rates of a training that is under way."""
+"""Learning rates of a training under Lightning: factors laid on them, and runs made longer by a warmup."""
 
+import math
+from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.optim import Optimizer
+
+from lightning_recipes.core.per_optimizer import PerOptimizer
+from lightning_recipes.core.schedules import LearningRates, Run
+
+# What lies on the learning rates of an optimizer, whoever has laid it there, and by whom it is used.
+_on: WeakKeyDictionary[Optimizer, tuple[LearningRates, list[Callable[[], None]]]] = WeakKeyDictionary()
+# Epochs and steps that were to end a run that is made longer, and by how many updates it is.
+_ends: WeakKeyDictionary[pl.Trainer, tuple[int | None, int, int]] = WeakKeyDictionary()
 
 
 def scale_learning_rates(trainer: pl.Trainer, factor: float) -> None:
     """Multiply the learning rates of all optimizers, and those that the schedulers go by."""
     for optimizer in trainer.optimizers:
         for group in optimizer.param_groups:
-            for name in ("lr", "initial_lr"):
+            for name in ("lr", "initial_lr", "max_lr", "min_lr"):  # the last two are OneCycleLR's
                 if name in group:
                     group[name] = group[name] * factor
     for config in trainer.lr_scheduler_configs:
         scheduler: Any = config.scheduler
         if hasattr(scheduler, "base_lrs"):
             scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
+
+
+def length_of(trainer: pl.Trainer) -> Run:
+    """The length of the run as it was asked for, in updates of each optimizer.
+
+    For ``on_train_start`` or later: to set the loaders up sooner would lose the place from which a resumed run goes on
+    in them. Where several optimizers are stepped by hand, each is taken to be stepped once a batch.
+    """
+    epochs, steps, _ = _ends.get(trainer, (trainer.max_epochs, trainer.max_steps, 0))
+    batches = trainer.num_training_batches / trainer.accumulate_grad_batches
+    per_epoch = math.ceil(batches) if batches < math.inf else math.inf
+    by_epochs = math.inf if epochs is None or epochs < 0 else per_epoch * epochs
+    by_steps = math.inf if steps < 0 else steps / max(1, len(trainer.optimizers))
+    return Run(min(by_epochs, by_steps), per_epoch)
+
+
+def leave_end_open(trainer: pl.Trainer) -> None:
+    """For ``on_fit_start``, if :func:`lengthen` may follow: a run that is resumed behind its old end is not over."""
+    if trainer not in _ends:
+        _ends[trainer] = trainer.max_epochs, trainer.max_steps, 0
+        trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = -1, -1
+
+
+def lengthen(trainer: pl.Trainer, updates: int) -> None:
+    """Make a run longer by so many updates of each optimizer, for ``on_train_start``, until :func:`restore_end`.
+
+    Whatever ends it: a number of steps, of epochs, or both. A run that a time ends is left alone. Where several
+    optimizers are stepped by hand and epochs end the run, it gets longer by whole epochs.
+    """
+    epochs, steps, added = _ends[trainer]
+    added += updates
+    _ends[trainer] = epochs, steps, added
+    run, loop, optimizers = length_of(trainer), trainer.fit_loop, max(1, len(trainer.optimizers))
+    loop.max_epochs, loop.epoch_loop.max_steps = epochs, steps
+    if added and epochs is not None and epochs >= 0 and run.steps_per_epoch < math.inf:
+        loop.max_epochs = epochs + math.ceil(added / run.steps_per_epoch)
+    if added and steps >= 0:
+        loop.epoch_loop.max_steps = steps + added * optimizers
+    if added and optimizers == 1 and run.steps < math.inf:
+        loop.epoch_loop.max_steps = int(run.steps) + added
+
+
+def restore_end(trainer: pl.Trainer) -> None:
+    """Give the run back the end that was asked for; harmless if that has been done."""
+    if trainer in _ends:
+        trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps, _ = _ends.pop(trainer)
+
+
+def take_hold(name: str, trainer: pl.Trainer, rule: PerOptimizer[LearningRates]) -> None:
+    """Have ``rule`` say what lies on the learning rates of each optimizer; what it has loaded is taken over.
+
+    For ``on_train_start``, when everything is restored. Several callbacks may; each has to let go again. From then on
+    the parameter groups have the product, at every moment but while a scheduler of the module is stepped.
+
+    Raises:
+        MisconfigurationException: If an optimizer has no step hooks.
+    """
+    for index, optimizer in enumerate(trainer.optimizers):
+        if not hasattr(optimizer, "register_step_post_hook"):
+            raise MisconfigurationException(
+                f"{name} counts updates by step hooks, which {type(optimizer).__name__} does not have: derive it from"
+                " torch.optim.Optimizer"
+            )
+        if optimizer not in _on:
+            rates = LearningRates()
+
+            def stepped(*_: object, rates: LearningRates = rates) -> None:
+                rates.update()
+
+            _on[optimizer] = rates, [optimizer.register_step_post_hook(stepped).remove]
+            for config in trainer.lr_scheduler_configs:
+                if config.scheduler.optimizer is optimizer:
+                    _on[optimizer][1].append(_unscaled(config.scheduler, rates))
+        rates, _ = _on[optimizer]
+        if index in rule.rules:
+            rates.load_state_dict(rule[index].state_dict())
+        rule.rules[index] = rates
+
+
+def let_go(trainer: pl.Trainer) -> None:
+    """Leave the optimizers with the learning rates that they have by themselves; harmless if that has been done."""
+    for optimizer in trainer.optimizers:
+        if optimizer in _on:
+            rates, put_back = _on.pop(optimizer)
+            rates.finish()
+            while put_back:
+                put_back.pop()()
+
+
+def _unscaled(scheduler: Any, rates: LearningRates) -> Callable[[], None]:
+    """Have a scheduler step from the learning rates by themselves, and not at all within a prepended warmup.
+
+    By a class of its own: an attribute of the scheduler would get into its ``state_dict``.
+    """
+    kind = type(scheduler)
+
+    def step(self: Any, *args: Any, **kwargs: Any) -> None:
+        if not rates.holds_schedulers:
+            with rates.unscaled():
+                kind.step(self, *args, **kwargs)
+
+    scheduler.__class__ = type(kind.__name__, (kind,), {"step": step, "__module__": kind.__module__})
+
+    def restore() -> None:
+        scheduler.__class__ = kind
+
+    return restore

@@ -1,4 +1,4 @@
-"""The gradient norm of an update, measured once however many callbacks ask."""
+"""What callbacks measure: the gradient norm of an update, once however many ask, and means over the ranks."""
 
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -67,3 +67,11 @@ def whole_norm(tensors: list[Tensor], group: Any, device: torch.device) -> Tenso
 def free_to_read(tensor: Tensor) -> bool:
     """Whether the host can read the tensor without waiting for a device."""
     return tensor.device.type == "cpu"
+
+
+def mean_over_ranks(trainer: pl.Trainer, value: Tensor) -> Tensor:
+    """The mean over the ranks, all of which have to ask."""
+    if trainer.world_size == 1:
+        return value
+    mean: Tensor = trainer.strategy.reduce(value.to(trainer.strategy.root_device, torch.float32), reduce_op="mean")
+    return mean

@@ -1,8 +1,9 @@
-"""Durations as people say them: ``500``, ``"2 epochs"``, ``"0.1 of the run"``."""
+"""Durations as people say them: ``500``, ``"2 epochs"``, ``"0.1 of the run"`` or just ``0.1``."""
 
 import math
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from lightning_recipes.core.arguments import check_real
@@ -50,6 +51,8 @@ class Duration:
 def parse_duration(name: str, value: float | str) -> Duration:
     """Read a duration: a number of updates, ``"500 updates"``, ``"2 epochs"`` or ``"0.1 of the run"``.
 
+    A number below 1 is a share of the run.
+
     Args:
         name: The argument it was given as, for the error.
         value: What was given; "steps" is read as "updates".
@@ -67,10 +70,16 @@ def parse_duration(name: str, value: float | str) -> Duration:
         ValueError: half_life must be a number of updates, '2 epochs' or '0.1 of the run', got '2 weeks'
     """
     if not isinstance(value, str):
-        return Duration(check_real(name, value, 0, math.inf), "updates")
+        amount = check_real(name, value, 0, math.inf)
+        return Duration(amount, "runs" if amount < 1 else "updates")
+    return _read(name, value)
+
+
+@lru_cache(maxsize=256)  # schedules ask at every step
+def _read(name: str, value: str) -> Duration:
     match = _PATTERN.fullmatch(value.strip())
     if match is None:
         raise ValueError(f"{name} must be a number of updates, '2 epochs' or '0.1 of the run', got {value!r}")
     amount = check_real(name, float(match["amount"]), 0, math.inf)
-    word = (match["unit"] or "updates").lower()
+    word = (match["unit"] or ("updates" if amount >= 1 else "of the run")).lower()
     return Duration(amount, "epochs" if word.startswith("epoch") else "runs" if word == "of the run" else "updates")

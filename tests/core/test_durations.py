@@ -19,6 +19,9 @@ from lightning_recipes.core.durations import Duration, parse_duration
         ("0.5 epochs", 25),
         ("0.1 of the run", 100),
         (".1 of the run", 100),
+        ("0.1", 100),
+        (0.1, 100),
+        ("0.5 updates", 0.5),
     ],
 )
 def test_durations_as_people_say_them(said: float | str, updates: float) -> None:

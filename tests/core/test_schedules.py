@@ -1,0 +1,299 @@
+import copy
+import math
+import pickle
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_recipes.core.schedules import (
+    SCHEDULES,
+    Constant,
+    Cosine,
+    CyclicCosine,
+    InverseSquareRoot,
+    LearningRates,
+    Linear,
+    OneCycle,
+    PiecewiseConstant,
+    PlateauRule,
+    Polynomial,
+    ReduceOnPlateau,
+    Run,
+    Schedule,
+    StepDecay,
+    Warmup,
+    WarmupStableDecay,
+)
+
+T = 60
+
+
+def close(schedule: Schedule, definition: Any, steps: int = T) -> None:
+    assert schedule.curve(steps) == pytest.approx([definition(step) for step in range(steps)])
+
+
+def test_schedules_are_their_definitions() -> None:
+    close(Constant(), lambda t: 1.0)
+    close(Cosine(), lambda t: (1 + math.cos(math.pi * t / T)) / 2)
+    close(Cosine(final=0.1), lambda t: 0.1 + 0.9 * (1 + math.cos(math.pi * t / T)) / 2)
+    close(Linear(final=0.5), lambda t: 1 - 0.5 * t / T)
+    close(Polynomial(power=3), lambda t: (1 - t / T) ** 3)
+    close(InverseSquareRoot(), lambda t: 1 / math.sqrt(t + 1))  # the lecture's a0 / sqrt(t), counted from 1
+    close(StepDecay(interval=20), lambda t: 1.0 if t < 20 else 0.1 if t < 40 else 0.01)
+    close(StepDecay(interval=0.25, gamma=0.5), lambda t: 0.5 ** (t // 15))
+    close(PiecewiseConstant([10, "0.5 of the run"], [3.0, 0.0]), lambda t: 1.0 if t < 10 else 3.0 if t < 30 else 0.0)
+
+
+def test_snapshots_get_their_cycles_as_huang_defines_them() -> None:
+    for steps, cycles in ((60, 5), (61, 5), (7, 3), (5, 5), (3, 1)):
+        period = math.ceil(steps / cycles)
+        close(
+            CyclicCosine(cycles),
+            lambda t, period=period: (math.cos(math.pi * ((t + 1 - 1) % period) / period) + 1) / 2,
+            steps,
+        )
+    curve = CyclicCosine(4).curve(T)
+    assert [step for step in range(1, T) if curve[step] > curve[step - 1]] == [15, 30, 45]
+
+
+def test_noam_is_an_inverse_square_root_behind_a_warmup_of_its_timescale() -> None:
+    curve = Warmup(10, InverseSquareRoot(10)).curve(50)
+    assert curve[10:] == pytest.approx([math.sqrt(10 / step) for step in range(10, 60)])
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+@pytest.mark.parametrize("rise", [0, 0.3, 0.5, 1])
+def test_one_cycle_rises_and_falls_once_and_momentum_moves_the_other_way(rise: float, shape: Any) -> None:
+    schedule, run = OneCycle(rise=rise, initial=0.1, shape=shape), Run(T)
+    curve = schedule.curve(T + 1)
+    top = round(rise * T)
+    curve = [schedule.factor(step, run) for step in range(T + 1)]
+    momenta: list[Any] = [schedule.momentum(step, run) for step in range(T + 1)]
+    assert curve[top] == pytest.approx(1)
+    assert momenta[top] == pytest.approx(0.85)
+    assert curve[0] == pytest.approx(0.1 if rise else 1)
+    assert curve[T] == pytest.approx(0 if rise < 1 else 1)
+    assert curve[: top + 1] == sorted(set(curve[: top + 1]))
+    assert curve[top:] == sorted(set(curve[top:]), reverse=True)
+    moves = zip(pairwise(curve), pairwise(momenta), strict=True)
+    assert all((after - before) * (later - sooner) < 0 for (before, after), (sooner, later) in moves)
+    assert OneCycle(cycle_momentum=False).momentum(3, run) is None
+
+
+def test_warmup_stable_decay_has_three_parts() -> None:
+    curve = WarmupStableDecay(warmup_steps=9, decay_steps="0.25 of the run", shape="linear").curve(T)
+    assert curve[:10] == pytest.approx([(t + 1) / 10 for t in range(10)])
+    assert curve[10:46] == [1.0] * 36
+    assert curve[45:] == pytest.approx([1 - t / 15 for t in range(15)])
+    sqrt = WarmupStableDecay(warmup_steps=0, decay_steps=15).curve(T)
+    assert sqrt[45:] == pytest.approx([1 - math.sqrt(t / 15) for t in range(15)])
+    assert WarmupStableDecay(warmup_steps=0, decay_steps=0).curve(5) == [1.0] * 5
+
+
+@pytest.mark.parametrize("behind", SCHEDULES.values(), ids=SCHEDULES)
+def test_what_is_behind_a_prepended_warmup_is_what_it_would_be_without(behind: Schedule) -> None:
+    schedule = Warmup("0.25 of the run", behind)
+    assert schedule.added_steps(Run(T)) == 15
+    curve, alone = schedule.curve(T), behind.curve(T)
+    assert len(curve) == T + 15
+    assert curve[15:] == alone
+    assert curve[:15] == [(t + 1) / 16 * alone[0] for t in range(15)]
+    overlaid = Warmup("0.25 of the run", behind, "overlaid").curve(T)
+    assert overlaid == [min(1, (t + 1) / 16) * factor for t, factor in enumerate(alone)]
+    assert Warmup(5, schedule).added_steps(Run(T)) == 20
+    assert schedule.momentum(15, Run(T)) == behind.momentum(0, Run(T))
+
+
+@pytest.mark.parametrize("schedule", [*SCHEDULES.values(), Warmup(5, Cosine())], ids=repr)
+def test_a_schedule_is_data_and_ends_where_it_ends(schedule: Schedule) -> None:
+    assert pickle.loads(pickle.dumps(schedule)) == copy.deepcopy(schedule) == schedule
+    run = Run(T)
+    factors = [schedule.factor(step, run) for step in range(T + 5, 3 * T)]
+    assert all(math.isfinite(factor) and 0 <= factor <= 1 for factor in factors)
+    assert schedule.curve(1)[0] > 0
+
+
+def test_epochs_are_those_of_the_run() -> None:
+    schedule = StepDecay(interval="2 epochs")
+    assert schedule.curve(12, steps_per_epoch=3) == pytest.approx([1.0] * 6 + [0.1] * 6)
+    with pytest.raises(ValueError, match="needs the length of an epoch"):
+        schedule.curve(12)
+
+
+@pytest.mark.parametrize("schedule", [Cosine(), Linear(), Polynomial(), CyclicCosine(), OneCycle()], ids=repr)
+def test_a_run_of_unknown_length_is_refused_by_what_needs_it(schedule: Schedule) -> None:
+    with pytest.raises(ValueError, match="needs the length of the run.*give the number of steps"):
+        schedule.check(Run())
+    for needs_none in (Constant(), InverseSquareRoot(), StepDecay(interval=5), Warmup(5)):
+        needs_none.check(Run())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: StepDecay(interval="two"), "interval must be a number of updates"),
+        (lambda: StepDecay(gamma=1.5), "gamma must be a number above 0 and below 1"),
+        (lambda: PiecewiseConstant([1, 2], [0.1]), "factors must be one for each of 2 milestones"),
+        (lambda: PiecewiseConstant([2, 1], [0.1, 0.1]), "milestones must rise"),
+        (lambda: PiecewiseConstant([2], [-1.0]), "factors must be a number above 0"),
+        (lambda: Cosine(final=2), "final must be a number above 0 and below 1"),
+        (lambda: Polynomial(power=0), "power must be"),
+        (lambda: CyclicCosine(0), "cycles must be a whole number of at least 1"),
+        (lambda: OneCycle(rise=1.1), "rise must be"),
+        (lambda: OneCycle(shape="square"), "shape must be 'cosine' or 'linear'"),  # type: ignore[arg-type]
+        (lambda: Warmup(0), "warmup_steps must be a number above 0"),
+        (lambda: Warmup(5, kind="under"), "kind must be 'prepended' or 'overlaid'"),  # type: ignore[arg-type]
+        (lambda: ReduceOnPlateau(patience=0), "patience must be a whole number of at least 1"),
+        (lambda: ReduceOnPlateau(min_delta="much"), "min_delta must be"),
+        (lambda: ReduceOnPlateau(mode="up"), "mode must be"),  # type: ignore[arg-type]
+    ],
+)
+def test_bad_arguments_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_warmup_of_no_schedule_is_refused() -> None:
+    with pytest.raises(TypeError, match="schedule must be one of"):
+        Warmup(5, "cosine")  # type: ignore[arg-type]
+
+
+def test_cuts_come_where_the_curve_stalls_and_can_be_repeated() -> None:
+    rule = PlateauRule(ReduceOnPlateau(patience=3, gamma=0.5, min_delta=0.0, max_cuts=2))
+    values = [3.0, 2.0, *[2.5] * 4, 1.5, *[1.6] * 20]
+    cuts = [step for step, value in enumerate(values) if rule.update(value, 10 * step)]
+    assert cuts == [4, 9]  # three checks behind the best; the count starts anew at a cut; and no third one
+    assert rule.schedule == PiecewiseConstant([40, 90], [0.5, 0.25])
+    again = PlateauRule(rule.asked)
+    for step, value in enumerate(values[:6]):
+        again.update(value, 10 * step)
+    resumed = PlateauRule(ReduceOnPlateau(patience=3, gamma=0.5, min_delta=0.0, max_cuts=2))
+    resumed.load_state_dict(again.state_dict())
+    for step, value in enumerate(values[6:], 6):
+        resumed.update(value, 10 * step)
+    assert resumed.schedule == rule.schedule
+
+
+def test_noise_is_no_plateau_and_a_fall_below_it_neither() -> None:
+    chance = torch.Generator().manual_seed(0)
+    noise = (0.05 * torch.randn(60, generator=chance)).tolist()
+    falling = [5 - 0.05 * step + noise[step] for step in range(60)]
+    rule = PlateauRule(ReduceOnPlateau(patience=5))
+    assert not any(rule.update(value, step) for step, value in enumerate(falling))
+    flat = [2 * math.exp(-step / 3) + 0.3 + noise[step] for step in range(60)]
+    rule = PlateauRule(ReduceOnPlateau(patience=5))
+    cuts = [step for step, value in enumerate(flat) if rule.update(value, step)]
+    assert cuts
+    assert cuts[0] > 12
+
+
+# ------------------------------------------------------------------------------------------ on an optimizer
+
+
+def two_groups(rates: tuple[Any, Any] = (0.1, 0.02)) -> torch.optim.SGD:
+    return torch.optim.SGD(
+        [{"params": [torch.zeros(1)], "lr": rates[0]}, {"params": [torch.zeros(1)], "lr": rates[1]}], momentum=0.9
+    )
+
+
+def rates_of(optimizer: torch.optim.Optimizer) -> list[float]:
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def on(optimizer: torch.optim.Optimizer, *factors: Any, **more: Any) -> LearningRates:
+    rates = LearningRates()
+    for factor in factors:
+        rates.lay(factor, **more)
+    rates.start(optimizer)
+    return rates
+
+
+def test_the_groups_have_the_product_and_keep_their_ratio() -> None:
+    optimizer = two_groups()
+    rates = on(optimizer, lambda step: 0.5**step, lambda step: 1 / (step + 1))
+    for step in range(5):
+        factor = 0.5**step / (step + 1)
+        assert rates_of(optimizer) == pytest.approx([0.1 * factor, 0.02 * factor])
+        rates.update()
+    rates.finish()
+    assert rates_of(optimizer) == [0.1, 0.02]
+
+
+def test_whoever_multiplies_or_sets_what_stands_there_is_understood() -> None:
+    optimizer = two_groups()
+    rates = on(optimizer, lambda step: (step + 1) / 4)
+    optimizer.param_groups[0]["lr"] *= 0.5
+    rates.update()
+    assert rates_of(optimizer) == pytest.approx([0.1 * 0.5 * 0.5, 0.02 * 0.5])
+    optimizer.param_groups[1]["lr"] = 0.3  # from now on, whatever it was
+    rates.update()
+    assert rates_of(optimizer) == pytest.approx([0.1 * 0.5 * 0.75, 0.3 / 0.5 * 0.75])
+    optimizer.add_param_group({"params": [torch.zeros(1)], "lr": 0.75})
+    rates.update()
+    assert rates_of(optimizer)[2] == pytest.approx(1.0)
+    rates.finish()
+    assert rates_of(optimizer) == pytest.approx([0.05, 0.6, 1.0])
+
+
+def test_a_factor_of_zero_loses_nothing() -> None:
+    optimizer = two_groups()
+    rates = on(optimizer, lambda step: float(step != 1))
+    rates.update()
+    assert rates_of(optimizer) == [0, 0]
+    rates.update()
+    assert rates_of(optimizer) == [0.1, 0.02]
+
+
+def test_tensors_stay_the_same_tensors() -> None:
+    held = torch.tensor(0.1)
+    optimizer = two_groups((held, torch.tensor(0.02)))
+    rates = on(optimizer, lambda step: 1 / (step + 1))
+    rates.update()
+    assert optimizer.param_groups[0]["lr"] is held
+    assert rates_of(optimizer) == pytest.approx([0.05, 0.01])
+    with rates.unscaled():
+        assert rates_of(optimizer) == pytest.approx([0.1, 0.02])
+        held.mul_(0.5)
+    assert rates_of(optimizer) == pytest.approx([0.025, 0.01])
+    rates.finish()
+    assert rates_of(optimizer) == pytest.approx([0.05, 0.02])
+
+
+def test_a_warmup_in_front_holds_everything_else() -> None:
+    optimizer = two_groups()
+    rates = LearningRates()
+    rates.lay(lambda step: 1 / (step + 1), added_steps=1)
+    rates.prepend_warmup(3)
+    rates.start(optimizer)
+    seen, held = [], []
+    for _ in range(7):
+        seen.append(rates_of(optimizer)[0])
+        rates.update()
+        held.append(rates.holds_schedulers)
+    assert seen == pytest.approx([0.1 * factor for factor in (0.25, 0.5, 0.75, 1, 1 / 2, 1 / 3, 1 / 4)])
+    assert held == [True] * 4 + [False] * 3  # asked behind an update
+
+
+def test_momentum_is_given_back() -> None:
+    for optimizer in (two_groups(), torch.optim.Adam([torch.zeros(1)], betas=(0.9, 0.99))):
+        rates = on(optimizer, lambda step: 1.0, momentum=lambda step: 0.5 + step / 10)
+        rates.update()
+        group = optimizer.param_groups[0]
+        assert group.get("momentum", group.get("betas", (0,))[0] if "betas" in group else None) == pytest.approx(0.6)
+        rates.finish()
+        assert group.get("momentum") == 0.9 or group["betas"] == (0.9, 0.99)
+
+
+def test_state_is_what_was_seen() -> None:
+    optimizer, factor = two_groups(), lambda step: 1 / (step + 1)
+    rates = on(optimizer, factor)
+    for _ in range(4):
+        rates.update()
+    resumed, other = LearningRates(), two_groups(tuple(rates_of(optimizer)))  # type: ignore[arg-type]
+    resumed.load_state_dict(rates.state_dict())
+    resumed.lay(factor)
+    resumed.start(other)
+    assert rates_of(other) == rates_of(optimizer)
+    assert resumed.state_dict() == rates.state_dict() == {"step": 4, "base": [0.1, 0.02]}
