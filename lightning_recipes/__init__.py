@@ -5,6 +5,7 @@ from lightning_recipes.callbacks.clipping import PercentileGradientClipping
 from lightning_recipes.callbacks.early_stopping import EarlyStopping
 from lightning_recipes.callbacks.instability import InstabilityDetector
 from lightning_recipes.callbacks.schedules import LearningRateSchedule
+from lightning_recipes.callbacks.warmup import WarmupSweep
 
 __all__ = [
     "EMAWeights",
@@ -12,4 +13,5 @@ __all__ = [
     "InstabilityDetector",
     "LearningRateSchedule",
     "PercentileGradientClipping",
+    "WarmupSweep",
 ]

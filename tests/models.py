@@ -178,3 +178,27 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     """Whether two sets of tensors are the same bit for bit."""
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+class Fragile(pl.LightningModule):
+    """Residual blocks without normalisation, too large at the start: unstable at a high rate but for a warmup."""
+
+    def __init__(self, learning_rate: float = 1e-4, seed: int = 0, gain: float = 1.4) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.learning_rate = learning_rate
+        self.first, self.last = nn.Linear(8, 32), nn.Linear(32, 4)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)) for _ in range(6))
+        for block in self.blocks.modules():
+            if isinstance(block, nn.Linear):
+                nn.init.normal_(block.weight, std=gain * (2 / 32) ** 0.5)
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        hidden = self.first(batch[0])
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        classes = (batch[1].flatten() / 2).round().clamp(-1, 2).long() + 1
+        return nn.functional.cross_entropy(self.last(hidden), classes)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=self.learning_rate, momentum=0.9)

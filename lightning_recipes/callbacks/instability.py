@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_recipes.callbacks.learning_rates import scale_learning_rates
-from lightning_recipes.callbacks.measuring import free_to_read, gradient_norm, index_of, scaler_of
+from lightning_recipes.callbacks.measuring import free_to_read, gradient_norm, index_of, loss_of_update, scaler_of
 from lightning_recipes.callbacks.replay import first_broken_module
 from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.telling import note, tell, time_to_log
@@ -193,7 +193,7 @@ class InstabilityDetector(pl.Callback):
         rate = optimizer.param_groups[0]["lr"]  # on the device if it is a tensor
         update = _Update(
             optimizer=index_of(trainer, optimizer),
-            loss=self._loss(trainer, losses),
+            loss=loss_of_update(trainer, losses),
             norm=norm,
             rate=rate if isinstance(rate, float) else 0.0,
             step=self._updates,
@@ -205,14 +205,6 @@ class InstabilityDetector(pl.Callback):
         at_once = self.action in ("skip", "rewind", "raise") or (free_to_read(norm) and trainer.world_size == 1)
         if at_once or time_to_log(trainer) or len(self._unread) >= UNREAD:
             self._judge(trainer, pl_module, optimizer if at_once else None)
-
-    def _loss(self, trainer: pl.Trainer, losses: list[Tensor]) -> Tensor:
-        """The mean over an update's micro-batches of what ``training_step`` returned."""
-        total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-        scaler, share = scaler_of(trainer), trainer.accumulate_grad_batches / len(losses)
-        if scaler is not None:
-            total = total / scaler.scale(torch.ones_like(total))
-        return total if share == 1 else total * share
 
     # ---------------------------------------------------------------------------------- ask, act, tell
 

@@ -54,6 +54,21 @@ def _measure(trainer: pl.Trainer, optimizer: Optimizer) -> Tensor | None:
     return norm
 
 
+def loss_of_update(trainer: pl.Trainer, losses: list[Tensor]) -> Tensor:
+    """The mean over an update's micro-batches of what ``training_step`` returned.
+
+    Args:
+        trainer: The trainer.
+        losses: What ``on_before_backward`` was given since the last update: scaled by a GradScaler and divided by the
+            micro-batches.
+    """
+    total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+    scaler, share = scaler_of(trainer), trainer.accumulate_grad_batches / len(losses)
+    if scaler is not None:
+        total = total / scaler.scale(torch.ones_like(total))
+    return total if share == 1 else total * share
+
+
 def whole_norm(tensors: list[Tensor], group: Any, device: torch.device) -> Tensor:
     """The norm over all shards; every rank of the group has to call, one that has no shard at all too."""
     norm = total_norm(tensors)

@@ -1,11 +1,8 @@
 """Does an instability hide right behind the learning rate in use? A short training at twice that rate tells."""
 
 import copy
-import logging
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +13,7 @@ from typing_extensions import override
 
 from lightning_recipes.callbacks.instability import InstabilityDetector
 from lightning_recipes.callbacks.learning_rates import scale_learning_rates
+from lightning_recipes.callbacks.trials import quiet
 from lightning_recipes.core.arguments import check_count, check_real
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.instability import Instability
@@ -84,7 +82,7 @@ def early_instability_probe(
     check_real("factor", factor, 0, float("inf"))
     check_count("steps", steps, 1)
     watch = _Watch(factor)
-    with isolate_rng(), _quiet(), tempfile.TemporaryDirectory() as folder:
+    with isolate_rng(), quiet(), tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
             **{
                 "max_steps": steps,
@@ -137,22 +135,6 @@ class _Judge(InstabilityDetector):
     @override
     def _act(self, trainer: Any, pl_module: Any, optimizer: Any, update: Any, found: Instability) -> None:
         self.watch.found.append(found)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the notes that a Trainer makes of itself."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _finding(watch: _Watch, factor: float, steps: int) -> Finding:

@@ -1,0 +1,228 @@
+"""Find the warmup that a training needs before it starts, and use it."""
+
+import copy
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.rank_zero import rank_zero_info
+from typing_extensions import override
+
+from lightning_recipes.callbacks.learning_rates import (
+    leave_end_open,
+    length_of,
+    lengthen,
+    let_go,
+    restore_end,
+    scale_learning_rates,
+    take_hold,
+)
+from lightning_recipes.callbacks.sharding import is_sharded
+from lightning_recipes.callbacks.telling import run_folder, show, tell
+from lightning_recipes.callbacks.trials import ModuleTrials, peak_rate, progress, run_trials
+from lightning_recipes.core.arguments import check_count
+from lightning_recipes.core.per_optimizer import PerOptimizer
+from lightning_recipes.core.schedules import LearningRates
+from lightning_recipes.core.trials import SweepResult
+from lightning_recipes.core.warmup import LEAST, WarmupSearch
+
+FILE = "warmup_sweep.json"
+
+
+class WarmupSweep(pl.Callback):
+    """Find the shortest warmup that makes a high learning rate stable, before training starts, and train with it.
+
+    The playbook's procedure (:class:`~lightning_recipes.core.warmup.WarmupSearch`): short trainings of copies of the
+    module, with the loaders of the run, each ended at the first certain sign of instability. The first one is what the
+    run itself would see; other seeds have other orders of the data and other noise. Then the run goes on from where it
+    was: with the learning rate that was made stable, times what the module's schedulers say, behind the warmup, by
+    which the run gets longer (10,000 + 1,000 steps are 11,000); everything else starts at its own step 0 when the
+    warmup is done. If no warmup helps, or none is needed, the run is the same bit for bit as without this callback.
+
+    The sweep is announced with the steps that it takes at most, and leaves ``warmup_sweep.json`` (after each trial) and
+    a map of learning rates and warmups, ``warmup_sweep.png`` and in TensorBoard, in the run's folder. It is skipped on
+    resume, whose checkpoint has its result, and with ``fast_dev_run``. The trials have none of the Trainer's callbacks
+    and no validation, and the module's schedulers stand still in them. Costs a copy of the module while it runs.
+
+    Attributes:
+        result: A :class:`~lightning_recipes.core.trials.SweepResult`, or None if nothing was swept.
+        warmup_steps: Of this run, 0 for none.
+        rule: The :class:`~lightning_recipes.core.schedules.LearningRates` of each optimizer.
+
+    Args:
+        base_learning_rate: The learning rate to be made stable (of the first parameter group; the others keep their
+            ratio); None for ``times`` the lowest unstable one.
+        unstable_base_learning_rate: The lowest that is unstable without a warmup; None to find it.
+        times: 10, or 100 in a second sweep; at least 1.
+        seeds: With how many a warmup has to be stable, at least 1.
+        exhaustive: Try every warmup with every seed instead of bisecting.
+        max_steps: Length of the run, at least 100 updates of each optimizer; None for that of the Trainer.
+        path: A JSON file of the outcomes to go on from, if it is there, and to keep them in; None for one in the run's
+            folder, to look at.
+        show_progress: Show a progress bar, where the output is a terminal.
+
+    Raises:
+        TypeError: If an argument is not of its kind.
+        ValueError: If it is out of its range, or two contradict each other.
+        MisconfigurationException: When fit starts, of a model in shards or under DeepSpeed, beside another prepended
+            warmup, or if nobody knows how long the run is.
+
+    Example:
+        >>> trainer = pl.Trainer(max_steps=10_000, callbacks=[WarmupSweep()], logger=False)
+
+    References:
+        Godbole et al., Deep Learning Tuning Playbook, 2023: https://github.com/google-research/tuning_playbook
+    """
+
+    def __init__(
+        self,
+        base_learning_rate: float | None = None,
+        unstable_base_learning_rate: float | None = None,
+        times: float = 10.0,
+        seeds: int = 3,
+        exhaustive: bool = False,
+        max_steps: int | None = None,
+        path: str | None = None,
+        show_progress: bool = True,
+    ) -> None:
+        asked = (base_learning_rate, unstable_base_learning_rate, times, seeds, exhaustive)
+        WarmupSearch(1.0, LEAST if max_steps is None else check_count("max_steps", max_steps, LEAST), *asked)
+        self._asked = asked
+        self.max_steps = max_steps
+        self.path = path
+        self.show_progress = show_progress
+        self._forget()
+
+    def _forget(self) -> None:
+        """Start anew."""
+        self.result: SweepResult | None = None
+        self.warmup_steps = 0
+        self.rule: PerOptimizer[LearningRates] = PerOptimizer(LearningRates)
+        self._done = False
+
+    # ---------------------------------------------------------------------------------- fit: start and end
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and trainer.global_step == 0:
+            self._forget()
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if is_sharded(trainer) or isinstance(trainer.strategy, DeepSpeedStrategy):
+            raise MisconfigurationException(
+                f"{type(self).__name__} cannot train copies of a model in shards ({type(trainer.strategy).__name__}):"
+                " call lightning_recipes.sweep.warmup_sweep with a function that makes the model"
+            )
+        leave_end_open(trainer)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        run: Any = trainer  # connectors set some attributes
+        if not (self._done or trainer.ckpt_path or trainer.global_step or run.fast_dev_run):
+            self._sweep(trainer, pl_module)
+        self._done = True
+        lengthen(trainer, self.warmup_steps)
+        if not self.warmup_steps:
+            return
+        take_hold(type(self).__name__, trainer, self.rule)
+        for index, optimizer in enumerate(trainer.optimizers):
+            self.rule[index].prepend_warmup(self.warmup_steps)
+            self.rule[index].start(optimizer)
+
+    def _sweep(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        steps = length_of(trainer).steps if self.max_steps is None else self.max_steps
+        if not LEAST <= steps < torch.inf:
+            raise MisconfigurationException(
+                f"{type(self).__name__} needs a run of at least {LEAST} updates, whose length is known, and it has"
+                f" {steps:g}: give max_steps"
+            )
+        own = peak_rate(trainer.optimizers[0].param_groups[0])
+        search = WarmupSearch(own, int(steps), *self._asked)
+        path = self._prepare(trainer)
+        train = ModuleTrials(lambda _: pl_module, trainer.train_dataloader, None, _settings_of(trainer), own)
+        rank_zero_info(
+            f"The warmup sweep makes {search.most_steps:,} steps at most ({search.most_steps / steps:.2g} times the"
+            " run); unstable trials end at once."
+        )
+        with progress("warmup sweep", search.most_steps, self.show_progress and trainer.is_global_zero) as told:
+            outcomes = run_trials(search, train, path, told)
+        self.result = search.result(outcomes)
+        self._report(trainer, self.result)
+        best = self.result.best
+        if best is not None:
+            self.warmup_steps = best.warmup_steps
+            if best.learning_rate != own:
+                scale_learning_rates(trainer, best.learning_rate / own)
+
+    def _prepare(self, trainer: pl.Trainer) -> Path | None:
+        """The file of the outcomes on rank zero; every rank goes on from those that are in it."""
+        folder = run_folder(trainer)
+        fallback = None if folder is None else folder / FILE
+        path = fallback if self.path is None else Path(self.path) if trainer.is_global_zero else None
+        if path is not None and self.path is None and path.exists():
+            path.unlink()  # of another run with the same folder
+        return path
+
+    def _report(self, trainer: pl.Trainer, result: SweepResult) -> None:
+        tell(trainer, result.finding)
+        folder = run_folder(trainer)
+        if folder is not None and importlib.util.find_spec("matplotlib") is not None:
+            figure, _ = result.plot()
+            figure.savefig(folder / "warmup_sweep.png", dpi=120)
+            if trainer.loggers:
+                show(trainer, "warmup_sweep", figure)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._finish(trainer)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._finish(trainer)
+
+    def _finish(self, trainer: pl.Trainer) -> None:
+        let_go(trainer)
+        restore_end(trainer)
+
+    # ---------------------------------------------------------------------------------- checkpoints
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"rule": self.rule.state_dict(), "warmup_steps": self.warmup_steps}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rule.load_state_dict(state_dict["rule"])
+        self.warmup_steps, self._done = state_dict["warmup_steps"], True
+
+
+def _settings_of(trainer: pl.Trainer) -> dict[str, Any]:
+    """How a Trainer of a trial trains as this one does."""
+    run: Any = trainer  # connectors set some attributes
+    return {
+        "strategy": lambda: _like(trainer.strategy),
+        "devices": trainer.num_devices,
+        "num_nodes": trainer.num_nodes,
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "gradient_clip_val": trainer.gradient_clip_val,
+        "gradient_clip_algorithm": trainer.gradient_clip_algorithm,
+        "limit_train_batches": run.limit_train_batches,
+        "use_distributed_sampler": False,  # the loaders have it
+    }
+
+
+def _like(strategy: Any) -> Any:
+    """A strategy on the same devices, and processes, with a model of its own."""
+    own = copy.copy(strategy)
+    own._precision_plugin = copy.deepcopy(strategy._precision_plugin)
+    own._model = own._lightning_module = own._launcher = None
+    own._optimizers, own._lightning_optimizers, own.lr_scheduler_configs = [], [], []
+    own._forward_redirection = copy.copy(strategy._forward_redirection)
+    own._configure_launcher = lambda: None  # the processes are there
+    return own

@@ -1,0 +1,67 @@
+"""Who runs the trials of a sweep: this process, several processes or machines that share a storage, or Ray.
+
+All run the same trials with the same results: what is planned depends on the outcomes so far alone, and a trial on
+nothing but itself.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_recipes.callbacks.trials import LoopTrials, ModuleTrials, run_trials, seed_all
+from lightning_recipes.core.trials import Outcome, Search, Trial
+
+Make = Callable[[int], pl.LightningModule | tuple[Optimizer, Callable[[], Tensor]]]
+
+
+class Runner(Protocol):
+    """Runs what a search asks for, until it asks no more."""
+
+    def __call__(
+        self,
+        search: Search,
+        train: Callable[[Trial], Outcome],
+        path: str | Path | None,
+        told: Callable[[Trial, Outcome], None],
+    ) -> dict[Trial, Outcome]:
+        """Return all outcomes.
+
+        Args:
+            search: Plans the trials.
+            train: Runs one.
+            path: A JSON file to keep the outcomes in, and to go on from; or None.
+            told: To be called with every outcome.
+        """
+
+
+in_this_process: Runner = run_trials
+
+
+def trials_of(make: Any, train_dataloaders: Any, datamodule: Any, settings: dict[str, Any]) -> Any:
+    """What runs the trials of what a person wants trained."""
+    if isinstance(make, pl.LightningModule):
+        return ModuleTrials(lambda _: make, train_dataloaders, datamodule, settings)
+    if not callable(make):
+        raise TypeError(f"make must be a LightningModule or a function of a seed, got {make!r}")
+    with isolate_rng():
+        seed_all(0)
+        made = make(0)
+    if isinstance(made, pl.LightningModule):
+        return ModuleTrials(make, train_dataloaders, datamodule, settings)
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], Optimizer) and callable(made[1])):
+        raise TypeError(f"make(seed) must return a LightningModule, or an optimizer and a function, got {made!r}")
+    if train_dataloaders is not None or datamodule is not None or settings:
+        raise TypeError("loaders, a datamodule and settings of a Trainer are for a LightningModule")
+    return LoopTrials(make)
+
+
+def announce(name: str, most_steps: int, max_steps: int | None = None) -> None:
+    """Say what a sweep will cost at most."""
+    share = "" if max_steps is None else f" ({most_steps / max_steps:.2g} times the run)"
+    rank_zero_info(f"{name} makes {most_steps:,} steps at most{share}; unstable trials end at once.")

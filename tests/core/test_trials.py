@@ -1,0 +1,151 @@
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_recipes.core.findings import Finding
+from lightning_recipes.core.trials import (
+    Outcome,
+    SweepResult,
+    Trial,
+    TrialRule,
+    load_outcomes,
+    mean_loss,
+    save_outcomes,
+)
+
+
+def judged(losses: list[float], norms: list[float] | None = None) -> Outcome:
+    rule = TrialRule(len(losses))
+    for loss, norm in zip(losses, norms or [1.0] * len(losses), strict=True):
+        if rule.update(loss, norm):
+            break
+    return rule.outcome()
+
+
+def falling(steps: int = 100, low: float = 0.5, noise: float = 0.05, seed: int = 0) -> list[float]:
+    chance = random.Random(seed)
+    return [low + 2 * math.exp(-step / 20) + noise * chance.gauss(0, 1) for step in range(steps)]
+
+
+@pytest.mark.parametrize("shift", [0.0, -5.0, 1000.0])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_loss_that_falls_is_stable_whatever_its_zero_is(seed: int, shift: float) -> None:
+    losses = [loss + shift for loss in falling(seed=seed)]
+    outcome = judged(losses)
+    assert outcome.stable
+    assert outcome.loss == pytest.approx(sum(losses[-10:]) / 10)
+    assert outcome.steps == 100
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_loss_that_does_not_move_is_stable_however_noisy(seed: int) -> None:
+    chance = random.Random(seed)
+    assert judged([2.3 + 0.2 * chance.gauss(0, 1) for _ in range(100)]).stable
+
+
+def test_the_first_certain_sign_ends_it() -> None:
+    assert (
+        judged([*falling(30), math.nan, *falling(9)])
+        == Outcome(False, math.nan, 31, "not finite at step 30", judged([*falling(30), math.nan]).losses)
+        or judged([*falling(30), math.nan, *falling(9)]).reason == "not finite at step 30"
+    )
+    gradient = judged(falling(), [1.0] * 40 + [math.inf] + [1.0] * 59)
+    assert (gradient.stable, gradient.steps, gradient.reason) == (False, 41, "not finite at step 40")
+    blown = judged([2.0, 2.5, 20.0, 300.0, 1.0])
+    assert (blown.steps, blown.reason) == (4, "the loss rose from 2 to 300 at step 3")
+    assert math.isnan(blown.loss)
+
+
+def test_dead_units_end_it_too() -> None:
+    chance = random.Random(1)
+    losses = [*falling(60), *[2.3 + 0.01 * chance.gauss(0, 1) for _ in range(140)]]
+    outcome = judged(losses, [1.0] * 60 + [0.02] * 140)
+    assert not outcome.stable
+    assert "vanishing gradient" in outcome.reason or "had been down" in outcome.reason
+
+
+def test_a_rise_that_comes_back_is_stable_and_one_that_stays_is_not() -> None:
+    bump = [loss + (6 if 40 <= step < 60 else 0) for step, loss in enumerate(falling(150))]
+    assert judged(bump).stable
+    stays = [loss + (1.0 if step >= 60 else 0) for step, loss in enumerate(falling(150))]
+    assert judged(stays).reason.startswith("the loss ended at 1.5")
+    above = [2.5 + 0.02 * step for step in range(100)]
+    assert "above the first one" in judged(above).reason
+
+
+def test_what_a_grad_scaler_skips_is_normal() -> None:
+    rule = TrialRule(40)
+    assert not any(
+        rule.update(loss, math.inf if step < 3 else 1.0, scaled=True) for step, loss in enumerate(falling(40))
+    )
+    assert rule.outcome().stable
+
+
+def test_long_curves_are_thinned_out() -> None:
+    outcome = judged(falling(1000))
+    assert 200 < len(outcome.losses) <= 300
+
+
+def test_a_trial_rises_and_stays() -> None:
+    trial = Trial(0.1, 10, warmup_steps=3)
+    assert [trial.factor(step) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert Trial(0.1, 10).factor(0) == 1
+
+
+OUTCOMES = {
+    Trial(0.1, 100): Outcome(True, 0.5, 100, "", (2.0, 0.5)),
+    Trial(0.1, 100, seed=1): Outcome(True, 0.7, 100),
+    Trial(1.0, 100, 10): Outcome(False, math.nan, 7, "not finite at step 6", (2.0, math.inf, math.nan)),
+    Trial(1.0, 300, 100): Outcome(True, 0.2, 300),
+}
+
+
+def test_outcomes_survive_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "sweep.json"
+    assert load_outcomes(path) == {}
+    save_outcomes(path, OUTCOMES)
+    json.loads(path.read_text(), parse_constant=lambda constant: pytest.fail(constant))
+    assert repr(load_outcomes(path)) == repr(
+        dict(sorted(OUTCOMES.items(), key=lambda item: (item[0].learning_rate, item[0].warmup_steps)))
+    )
+    assert [each.name for each in path.parent.iterdir()] == ["sweep.json"]
+
+
+def result(**more: Any) -> SweepResult:
+    finding = Finding("warmup found", "info", "A warmup helps.", "Use it.", 507)
+    return SweepResult(Trial(1.0, 300, 100), finding, OUTCOMES, **more)
+
+
+def test_a_result_says_everything_in_a_table() -> None:
+    made = result()
+    assert made.steps == 507
+    assert [(row["learning_rate"], row["warmup_steps"], row["trials"], row["stable"]) for row in made.table()] == [
+        (0.1, 0, 2, 2),
+        (1.0, 10, 1, 0),
+        (1.0, 100, 1, 1),
+    ]
+    assert made.table()[0]["loss"] == pytest.approx(0.6)
+    assert "| 1 | 100 | 1 of 1 | 0.2 | **best** |" in made.to_markdown()
+    assert "| 1 | 10 | 0 of 1 |  | not finite at step 6 |" in made.to_markdown()
+    assert made.to_markdown().endswith("A warmup helps. Use it.")
+    assert made._repr_html_().count("<tr>") == 4
+    assert math.isnan(mean_loss([]))
+
+
+def test_a_result_is_drawn(tmp_path: Path) -> None:
+    figure, axes = result().plot()
+    texts = [text.get_text() for text in axes.texts]
+    assert texts == ["0.6", "unstable\n0/1", "0.2"]
+    figure.savefig(tmp_path / "map.png")
+    again, same = result().plot(axes)
+    assert (again, same) == (figure, axes)
+    _, curves = result().plot_curves()
+    assert [line.get_label() for line in curves.lines] == ["1, warmup 10 (unstable)", "1, warmup 100"]
+    rates = SweepResult(
+        None, result().finding, {trial: outcome for trial, outcome in OUTCOMES.items() if not trial.warmup_steps}
+    )
+    assert len(rates.plot()[1].lines) == 1

@@ -1,0 +1,143 @@
+import itertools
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from lightning_recipes.core.trials import Outcome, Trial
+from lightning_recipes.core.warmup import WarmupSearch
+
+
+def sweep(search: WarmupSearch, is_stable: Callable[[Trial], bool]) -> Any:
+    """Run it against a training that is known; return the result and the trials in order."""
+    outcomes: dict[Trial, Outcome] = {}
+    while wanted := search.ask(outcomes):
+        assert len({*wanted}) == len(wanted)
+        assert not {*wanted} & {*outcomes}
+        stable = is_stable(wanted[0])
+        outcomes[wanted[0]] = Outcome(stable, 0.1 if stable else math.nan, wanted[0].steps if stable else 5)
+    result = search.result(outcomes)
+    assert result.steps <= search.most_steps
+    return result
+
+
+def edge(stable_up_to: float, warmup_for: Callable[[float], float]) -> Callable[[Trial], bool]:
+    return lambda trial: (
+        trial.learning_rate <= stable_up_to * (1 + 1e-9) or trial.warmup_steps >= warmup_for(trial.learning_rate)
+    )
+
+
+@pytest.mark.parametrize("exhaustive", [False, True])
+@pytest.mark.parametrize("seeds", [1, 4])
+@pytest.mark.parametrize("needed", [10, 30, 100, 300, 1000])
+def test_the_shortest_warmup_at_ten_times_the_unstable_rate(needed: int, seeds: int, exhaustive: bool) -> None:
+    search = WarmupSearch(0.01, 10_000, seeds=seeds, exhaustive=exhaustive)
+    result = sweep(search, edge(0.05, lambda rate: needed))
+    assert result.best == Trial(1.0, max(100, 3 * needed), needed)
+    assert result.summary["unstable_base_learning_rate"] == pytest.approx(0.1)
+    assert result.summary["gain"] == pytest.approx(1.0 / 0.03)
+    assert result.finding.rule == "warmup found"
+    assert f"train {10_000 + needed:,} steps" in result.finding.advice
+    assert ("may have to grow" in result.finding.advice) == (needed > 500)
+    tried = {trial for trial in result.outcomes if trial.learning_rate == 1.0}
+    if exhaustive:
+        assert len(tried) == 5 * seeds
+    else:
+        full = seeds * sum(max(100, 3 * warmup) for warmup in search.warmups)
+        assert sum(result.outcomes[trial].steps for trial in tried) <= full / 2 or needed == 1000
+    confirmed = [trial.seed for trial in tried if trial.warmup_steps == needed]
+    assert sorted(confirmed) == [*range(seeds)]
+
+
+def test_a_warmup_is_only_as_good_as_its_worst_seed() -> None:
+    result = sweep(
+        WarmupSearch(0.1, 10_000, base_learning_rate=1.0, seeds=5),
+        lambda trial: trial.warmup_steps >= (30 if trial.seed < 4 else 300),
+    )
+    assert result.best.warmup_steps == 300
+
+
+def test_the_rate_in_use_may_be_unstable() -> None:
+    result = sweep(WarmupSearch(1.0, 10_000, seeds=2), edge(0.02, lambda rate: 100))
+    assert result.summary["unstable_base_learning_rate"] == pytest.approx(0.03)
+    assert result.best.learning_rate == pytest.approx(0.3)
+
+
+def test_what_is_known_is_not_looked_for() -> None:
+    result = sweep(WarmupSearch(0.01, 1000, unstable_base_learning_rate=0.2, seeds=2), edge(0.1, lambda rate: 30))
+    assert result.best == Trial(2.0, 100, 30)
+    assert all(trial.learning_rate == 2.0 for trial in result.outcomes)
+
+
+def test_if_no_warmup_helps_what_is_between_is_tried() -> None:
+    result = sweep(WarmupSearch(0.01, 1000, seeds=2), edge(0.05, lambda rate: 100 if rate < 0.5 else math.inf))
+    assert result.best == Trial(pytest.approx(0.3), 300, 100)  # type: ignore[arg-type]
+    assert "none of up to 100 does at 1." in result.finding.message
+
+
+def test_it_says_that_a_warmup_does_not_help_or_is_not_needed() -> None:
+    result = sweep(WarmupSearch(0.1, 1000, seeds=2), edge(0.1, lambda rate: math.inf))
+    assert (result.best, result.finding.rule, result.finding.severity) == (None, "warmup does not help", "warning")
+    assert (
+        "No warmup of up to 100 steps makes a learning rate of 0.3 to 3 stable; 0.1 is without."
+        in result.finding.message
+    )
+    result = sweep(WarmupSearch(0.1, 1000, base_learning_rate=0.5, seeds=2), edge(0.2, lambda rate: math.inf))
+    assert (result.best, result.finding.rule) == (None, "warmup does not help")
+    assert "of 0.5 stable; 0.15 is without." in result.finding.message
+    result = sweep(WarmupSearch(0.1, 1000, base_learning_rate=0.5, seeds=2), lambda trial: False)
+    assert (result.best, result.finding.rule) == (None, "warmup does not help")
+    result = sweep(WarmupSearch(0.1, 1000, seeds=2), lambda trial: True)
+    assert (result.best, result.finding.rule) == (None, "no warmup needed")
+    assert "stable up to a learning rate of 100" in result.finding.message
+    result = sweep(WarmupSearch(0.1, 1000, base_learning_rate=0.5, seeds=2), lambda trial: True)
+    assert (result.best, result.finding.rule) == (Trial(0.5, 100), "no warmup needed")
+    result = sweep(WarmupSearch(0.1, 1000, seeds=2), lambda trial: False)
+    assert result.finding.rule == "warmup does not help"
+
+
+def test_a_hundred_times_on_request() -> None:
+    result = sweep(WarmupSearch(0.01, 10_000, seeds=1, times=100), edge(0.05, lambda rate: 100 * rate))
+    assert result.best == Trial(10.0, 3000, 1000)
+    assert (
+        sweep(WarmupSearch(0.01, 1000, seeds=1, times=100), edge(0.05, lambda rate: 100 * rate)).best.learning_rate == 1
+    )
+
+
+def test_a_sweep_that_was_cut_goes_on_where_it_was() -> None:
+    search, stable = WarmupSearch(0.01, 10_000, seeds=3), edge(0.05, lambda rate: 300)
+    whole = sweep(search, stable)
+    for cut in range(len(whole.outcomes)):
+        outcomes = dict(itertools.islice(whole.outcomes.items(), cut))
+        with pytest.raises(ValueError, match="the sweep is not over"):
+            search.result(outcomes)
+        assert search.ask(outcomes)[0] == [*whole.outcomes][cut]
+
+
+def test_in_whatever_order_outcomes_come_the_result_is_the_same() -> None:
+    search, stable = WarmupSearch(0.01, 10_000, seeds=4), edge(0.05, lambda rate: 100)
+    alone = sweep(search, stable)
+    chance = random.Random(0)
+    outcomes: dict[Trial, Outcome] = {}
+    while wanted := search.ask(outcomes):  # as when several do
+        for trial in chance.sample(wanted, min(2, len(wanted))):
+            outcomes[trial] = Outcome(stable(trial), 0.1, trial.steps)
+    assert search.result(outcomes).best == alone.best
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"learning_rate": 0}, "learning_rate must be a number above 0"),
+        ({"max_steps": 99}, "max_steps must be a whole number of at least 100"),
+        ({"base_learning_rate": -1}, "base_learning_rate must be a number above 0"),
+        ({"base_learning_rate": 1.0, "unstable_base_learning_rate": 0.1}, "not both"),
+        ({"times": 0.5}, "times must be a number of at least 1"),
+        ({"seeds": 0}, "seeds must be a whole number of at least 1"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        WarmupSearch(**{"learning_rate": 0.1, "max_steps": 1000, **arguments})
