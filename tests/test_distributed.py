@@ -9,12 +9,20 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
-from models import Regression, Resumable, SeedEachStep, quiet_trainer, regression_data, weights_of
+from models import Fragile, Regression, Resumable, SeedEachStep, quiet_trainer, regression_data, weights_of
 from ranks import run_on_ranks
 from torch import Tensor, nn
 
-from lightning_recipes import EarlyStopping, EMAWeights, InstabilityDetector, PercentileGradientClipping
+from lightning_recipes import (
+    EarlyStopping,
+    EMAWeights,
+    InstabilityDetector,
+    LearningRateSchedule,
+    PercentileGradientClipping,
+    WarmupSweep,
+)
 from lightning_recipes.callbacks import clipping as clipping_module
+from lightning_recipes.core.schedules import ReduceOnPlateau
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.distributed warns of much that is not ours
 TIMEOUT = timedelta(seconds=60)
@@ -367,6 +375,61 @@ def test_ranks_with_data_of_their_own_see_the_same_losses(action: str, tmp_path:
     first, second = run_on_ranks(watch_halves, tmp_path, action)
     assert first == second
     assert "'step': 12" in first
+
+
+def sweep_on_ranks(folder: Path, path: str | None) -> Any:
+    module, sweep = Fragile(), WarmupSweep(seeds=2, path=path)
+    used: list[float] = []
+
+    class Looks(pl.Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            used.append(optimizer.param_groups[0]["lr"])
+
+    trainer = quiet_trainer(
+        folder, max_steps=1000, max_epochs=-1, callbacks=[sweep, Looks()], strategy=make_strategy("ddp"), devices=2
+    )
+    torch.manual_seed(5)
+    trainer.fit(module, regression_data(40, 16, shuffle=True))
+    assert sweep.result is not None
+    trials = {str(trial): (outcome.stable, outcome.steps) for trial, outcome in sweep.result.outcomes.items()}
+    return trials, sweep.result.best, used, weights_of(module), os.environ.get("WORLD_SIZE")
+
+
+def test_all_ranks_run_the_same_trials_and_take_the_same_warmup(tmp_path: Path) -> None:
+    path = str(tmp_path / "kept.json")
+    first, second = run_on_ranks(sweep_on_ranks, tmp_path, path)
+    assert first[:3] == second[:3]
+    assert str(first[3]) == str(second[3])
+    assert first[1].warmup_steps in (30, 100)
+    assert len(first[2]) == 1000 + first[1].warmup_steps
+    again, _ = run_on_ranks(sweep_on_ranks, tmp_path, path)  # goes on from the file, which rank zero alone has
+    assert str(again) == str(first)
+
+
+def plateau_on_ranks(folder: Path) -> Any:
+    schedule = LearningRateSchedule(ReduceOnPlateau("val_loss", patience=1, min_delta=100.0))
+    trainer = quiet_trainer(folder, max_epochs=5, callbacks=[schedule], strategy=make_strategy("ddp"), devices=2)
+    trainer.fit(Regression(), regression_data(), regression_data(4))
+    assert schedule.plateau is not None
+    return schedule.plateau.state_dict(), trainer.optimizers[0].param_groups[0]["lr"]
+
+
+def test_a_plateau_is_everybodys(tmp_path: Path) -> None:
+    first, second = run_on_ranks(plateau_on_ranks, tmp_path)
+    assert first == second
+    assert first[0]["milestones"]
+
+
+def test_a_sweep_of_shards_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="cannot train copies of a model in shards"):
+        run_on_ranks(train_sharded_sweep, tmp_path)
+
+
+def train_sharded_sweep(folder: Path) -> None:
+    trainer = quiet_trainer(
+        folder, max_steps=200, max_epochs=-1, callbacks=[WarmupSweep()], strategy=make_strategy("full"), devices=2
+    )
+    trainer.fit(Sharded(), regression_data())
 
 
 def test_both_ranks_raise(tmp_path: Path) -> None:

@@ -57,9 +57,16 @@ def lengthen(trainer: pl.Trainer, updates: int) -> None:
 
     Whatever ends it: a number of steps, of epochs, or both. A run that a time ends is left alone. Where several
     optimizers are stepped by hand and epochs end the run, it gets longer by whole epochs.
+
+    Raises:
+        MisconfigurationException: If somebody else has made it longer.
     """
-    epochs, steps, added = _ends[trainer]
-    added += updates
+    epochs, steps, before = _ends[trainer]
+    if updates and before:
+        raise MisconfigurationException(
+            "Two warmups make the run longer: leave out the warmup_steps of one, or overlay it (warmup='overlaid')"
+        )
+    added = before + updates
     _ends[trainer] = epochs, steps, added
     run, loop, optimizers = length_of(trainer), trainer.fit_loop, max(1, len(trainer.optimizers))
     loop.max_epochs, loop.epoch_loop.max_steps = epochs, steps

@@ -38,16 +38,18 @@ def run_trials(
     train: Callable[[Trial], Outcome],
     path: str | Path | None = None,
     told: Callable[[Trial, Outcome], None] | None = None,
+    known: Mapping[Trial, Outcome] | None = None,
 ) -> dict[Trial, Outcome]:
     """Run what a search asks for, one trial after the other in this process.
 
     Args:
         search: Plans the trials.
         train: Runs one.
-        path: A JSON file that has all outcomes after each trial; those in it are not run again. None for no file.
+        path: A JSON file that has all outcomes after each trial; None for no file.
         told: Called with every outcome.
+        known: Outcomes to go on from; None for those in the file.
     """
-    outcomes = {} if path is None else load_outcomes(path)
+    outcomes = dict(known) if known is not None else {} if path is None else load_outcomes(path)
     while wanted := search.ask(outcomes):
         trial = wanted[0]
         outcomes[trial] = train(trial)

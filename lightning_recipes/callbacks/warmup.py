@@ -28,7 +28,7 @@ from lightning_recipes.callbacks.trials import ModuleTrials, peak_rate, progress
 from lightning_recipes.core.arguments import check_count
 from lightning_recipes.core.per_optimizer import PerOptimizer
 from lightning_recipes.core.schedules import LearningRates
-from lightning_recipes.core.trials import SweepResult
+from lightning_recipes.core.trials import Outcome, SweepResult, Trial, load_outcomes
 from lightning_recipes.core.warmup import LEAST, WarmupSearch
 
 FILE = "warmup_sweep.json"
@@ -144,14 +144,14 @@ class WarmupSweep(pl.Callback):
             )
         own = peak_rate(trainer.optimizers[0].param_groups[0])
         search = WarmupSearch(own, int(steps), *self._asked)
-        path = self._prepare(trainer)
+        path, known = self._prepare(trainer)
         train = ModuleTrials(lambda _: pl_module, trainer.train_dataloader, None, _settings_of(trainer), own)
         rank_zero_info(
             f"The warmup sweep makes {search.most_steps:,} steps at most ({search.most_steps / steps:.2g} times the"
             " run); unstable trials end at once."
         )
         with progress("warmup sweep", search.most_steps, self.show_progress and trainer.is_global_zero) as told:
-            outcomes = run_trials(search, train, path, told)
+            outcomes = run_trials(search, train, path, told, known)
         self.result = search.result(outcomes)
         self._report(trainer, self.result)
         best = self.result.best
@@ -160,14 +160,14 @@ class WarmupSweep(pl.Callback):
             if best.learning_rate != own:
                 scale_learning_rates(trainer, best.learning_rate / own)
 
-    def _prepare(self, trainer: pl.Trainer) -> Path | None:
-        """The file of the outcomes on rank zero; every rank goes on from those that are in it."""
-        folder = run_folder(trainer)
-        fallback = None if folder is None else folder / FILE
-        path = fallback if self.path is None else Path(self.path) if trainer.is_global_zero else None
-        if path is not None and self.path is None and path.exists():
-            path.unlink()  # of another run with the same folder
-        return path
+    def _prepare(self, trainer: pl.Trainer) -> tuple[Path | None, dict[Trial, Outcome]]:
+        """The file for the outcomes, which rank zero writes, and those to go on from, the same on every rank."""
+        if self.path is None:
+            folder = run_folder(trainer)
+            return None if folder is None else folder / FILE, {}
+        path = Path(self.path) if trainer.is_global_zero else None
+        known = {} if path is None else load_outcomes(path)
+        return path, known if trainer.world_size == 1 else trainer.strategy.broadcast(known)
 
     def _report(self, trainer: pl.Trainer, result: SweepResult) -> None:
         tell(trainer, result.finding)
@@ -207,6 +207,7 @@ def _settings_of(trainer: pl.Trainer) -> dict[str, Any]:
     run: Any = trainer  # connectors set some attributes
     return {
         "strategy": lambda: _like(trainer.strategy),
+        "accelerator": trainer.strategy.root_device.type,
         "devices": trainer.num_devices,
         "num_nodes": trainer.num_nodes,
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
@@ -221,7 +222,7 @@ def _like(strategy: Any) -> Any:
     """A strategy on the same devices, and processes, with a model of its own."""
     own = copy.copy(strategy)
     own._precision_plugin = copy.deepcopy(strategy._precision_plugin)
-    own._model = own._lightning_module = own._launcher = None
+    own._model = own._lightning_module = own._launcher = own._accelerator = None
     own._optimizers, own._lightning_optimizers, own.lr_scheduler_configs = [], [], []
     own._forward_redirection = copy.copy(strategy._forward_redirection)
     own._configure_launcher = lambda: None  # the processes are there

@@ -619,12 +619,16 @@ class LearningRates:
             added_steps: Within so many updates, those of a warmup, the schedulers below do not move.
             momentum: Of the update number ``step``.
         """
+        self._read()
         self._curves.append((factor, added_steps))
         self._momentum = momentum or self._momentum
+        self._write()
 
     def prepend_warmup(self, warmup_steps: int) -> None:
         """Have everything begin only after a warmup."""
+        self._read()
         self._warmup_steps = warmup_steps
+        self._write()
 
     @property
     def added_steps(self) -> int:
@@ -696,6 +700,8 @@ class LearningRates:
             self.base[index] = rate if base * factor == 0 else base * (rate / (base * factor))
 
     def _write(self) -> None:
+        if self._optimizer is None:
+            return
         factor = self.factor
         for group, base in zip(self._groups, self.base, strict=True):
             _set(group, base * factor)

@@ -276,6 +276,18 @@ def test_a_warmup_in_front_holds_everything_else() -> None:
     assert held == [True] * 4 + [False] * 3  # asked behind an update
 
 
+def test_what_was_changed_before_another_factor_is_laid_is_not_lost() -> None:
+    optimizer = two_groups()
+    rates = on(optimizer, lambda step: 0.5)
+    optimizer.param_groups[0]["lr"] *= 3
+    rates.prepend_warmup(1)
+    optimizer.param_groups[1]["lr"] *= 2
+    rates.lay(lambda step: 0.1)
+    rates.start(optimizer)
+    rates.update()
+    assert rates_of(optimizer) == pytest.approx([0.3 * 0.5 * 0.1, 0.02 * 2 * 0.5 * 0.1])
+
+
 def test_momentum_is_given_back() -> None:
     for optimizer in (two_groups(), torch.optim.Adam([torch.zeros(1)], betas=(0.9, 0.99))):
         rates = on(optimizer, lambda step: 1.0, momentum=lambda step: 0.5 + step / 10)

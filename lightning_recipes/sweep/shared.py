@@ -1,0 +1,322 @@
+"""Runners that share the trials of a sweep among processes and machines: by an Optuna storage, or by Ray."""
+
+import importlib
+import itertools
+import math
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_recipes.core.arguments import check_count, check_real
+from lightning_recipes.core.trials import (
+    Outcome,
+    Search,
+    Trial,
+    load_outcomes,
+    outcome_as_data,
+    outcome_from_data,
+    save_outcomes,
+)
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+    from optuna.trial import FrozenTrial
+
+LONGEST_WAIT = 1.0  # seconds, until the storage is looked at again
+DEATHS = 3  # actors that a trial may take with it
+
+
+@dataclass(frozen=True)
+class OptunaRunner:
+    """Shares the trials of a sweep among all processes that run the same script; a
+    :class:`~lightning_recipes.sweep.running.Runner`.
+
+    They meet in a storage of Optuna: each trial counts once, and all return the same outcomes. Processes may come late,
+    and go: a trial that shows no sign of life is run again by another. A trial that is not needed any more when the
+    search is over does not count. Needs the extra ``sweep``.
+
+    Args:
+        storage: Path of a journal file on a disk that all see, URL of a database, or a storage of Optuna.
+        study_name: Of this sweep; another sweep in the same storage needs another one.
+        heartbeat_seconds: Time between signs of life of a trial, above 0.
+        grace_seconds: Time without one after which a trial is given up for dead, above ``heartbeat_seconds``.
+
+    Raises:
+        ImportError: If Optuna is not installed.
+        TypeError: If a time is not a number.
+        ValueError: If it is out of its range.
+    """
+
+    storage: "str | Path | BaseStorage"
+    study_name: str = "sweep"
+    heartbeat_seconds: float = 5.0
+    grace_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        _import("optuna", "sweep")
+        least = check_real("heartbeat_seconds", self.heartbeat_seconds, 0, math.inf)
+        check_real("grace_seconds", self.grace_seconds, least, math.inf)
+
+    def __call__(
+        self,
+        search: Search,
+        train: Callable[[Trial], Outcome],
+        path: str | Path | None,
+        told: Callable[[Trial, Outcome], None],
+    ) -> dict[Trial, Outcome]:
+        """Return all outcomes; see :class:`~lightning_recipes.sweep.running.Runner`."""
+        study = _Study(_storage(self.storage), self.study_name, self.grace_seconds)
+        before = {} if path is None else load_outcomes(path)
+        while True:
+            live = study.live()
+            outcomes = before | {trial: study.outcome(each) for trial, each in live.items() if each.state.is_finished()}
+            wanted = search.ask(outcomes)
+            # Every change is looked at anew: what others have done meanwhile counts, and all see it in the same order.
+            if not wanted:
+                unfinished = [each for each in live.values() if not each.state.is_finished()]
+                if not unfinished:
+                    break
+                for each in unfinished:
+                    study.fail(each.number, "not wanted any more")
+            elif missing := [trial for trial in wanted if trial not in live]:
+                for trial in missing:
+                    study.plan(trial)
+            elif claimed := next((trial for trial in wanted if study.claim(live[trial])), None):
+                outcome = self._run(study, live[claimed].number, claimed, train)
+                if study.finish(live[claimed].number, outcome):
+                    outcomes[claimed] = outcome
+                    if path is not None:
+                        save_outcomes(path, outcomes)
+                    told(claimed, outcome)
+            else:
+                time.sleep(min(LONGEST_WAIT, self.heartbeat_seconds))
+        if path is not None:
+            save_outcomes(path, outcomes)
+        return outcomes
+
+    def _run(self, study: "_Study", number: int, trial: Trial, train: Callable[[Trial], Outcome]) -> Outcome:
+        try:
+            with _beating(study, number, self.heartbeat_seconds):
+                return train(trial)
+        except BaseException as error:
+            study.fail(number, repr(error))
+            raise
+
+
+class _Study:
+    """The trials of a sweep in a storage, each a trial of Optuna with what is to be done as an attribute.
+
+    Of several of the same trial that are not failed, the one with the lowest number counts: the storage gives the
+    numbers, so that all agree.
+    """
+
+    def __init__(self, storage: "BaseStorage", name: str, grace_seconds: float) -> None:
+        from optuna.exceptions import DuplicatedStudyError
+        from optuna.study import StudyDirection
+
+        self.storage, self.grace_seconds = storage, grace_seconds
+        self._seen: dict[int, tuple[int, float]] = {}  # by number: the last sign of life, and when it was first seen
+        try:
+            self._id = storage.create_new_study([StudyDirection.MINIMIZE], name)
+        except DuplicatedStudyError:
+            self._id = storage.get_study_id_from_name(name)
+
+    def live(self) -> "dict[Trial, FrozenTrial]":
+        """Those that count; duplicates and dead ones are failed."""
+        from optuna.trial import TrialState
+
+        live: dict[Trial, FrozenTrial] = {}
+        for each in self.storage.get_all_trials(self._id, deepcopy=False):
+            if each.state == TrialState.FAIL:
+                continue
+            trial = Trial(**each.user_attrs["trial"])
+            if trial in live:  # another process has planned it at the same moment
+                self.fail(each.number, "planned twice")
+            elif each.state == TrialState.RUNNING and self._is_dead(each):
+                self.fail(each.number, "no sign of life")
+            else:
+                live[trial] = each
+        return live
+
+    def _is_dead(self, each: "FrozenTrial") -> bool:
+        beat, now = each.user_attrs.get("heartbeat", 0), time.monotonic()  # clocks of other machines say nothing
+        if each.number not in self._seen or self._seen[each.number][0] != beat:
+            self._seen[each.number] = beat, now
+        return now - self._seen[each.number][1] > self.grace_seconds
+
+    def outcome(self, each: "FrozenTrial") -> Outcome:
+        return outcome_from_data(each.user_attrs["outcome"])
+
+    def plan(self, trial: Trial) -> None:
+        from optuna.trial import TrialState, create_trial
+
+        template = create_trial(state=TrialState.WAITING, user_attrs={"trial": asdict(trial)})
+        self.storage.create_new_trial(self._id, template)
+
+    def claim(self, each: "FrozenTrial") -> bool:
+        """Whether it waits, and no other process was faster."""
+        from optuna.exceptions import UpdateFinishedTrialError
+        from optuna.trial import TrialState
+
+        with suppress(UpdateFinishedTrialError):
+            return each.state == TrialState.WAITING and self.storage.set_trial_state_values(
+                self._trial_id(each.number), TrialState.RUNNING
+            )
+        return False
+
+    def finish(self, number: int, outcome: Outcome) -> bool:
+        """Whether the outcome counts: not if the trial has been given up."""
+        from optuna.exceptions import UpdateFinishedTrialError
+        from optuna.trial import TrialState
+
+        value = outcome.loss if outcome.stable else math.inf  # Optuna takes no NaN
+        with suppress(UpdateFinishedTrialError):
+            self.write(number, "outcome", outcome_as_data(outcome))
+            return self.storage.set_trial_state_values(self._trial_id(number), TrialState.COMPLETE, [value])
+        return False
+
+    def fail(self, number: int, reason: str) -> None:
+        from optuna.exceptions import UpdateFinishedTrialError
+        from optuna.trial import TrialState
+
+        with suppress(UpdateFinishedTrialError):  # another process has done so, or it has come to its end
+            self.write(number, "reason", reason)
+            self.storage.set_trial_state_values(self._trial_id(number), TrialState.FAIL)
+
+    def write(self, number: int, name: str, value: Any) -> None:
+        self.storage.set_trial_user_attr(self._trial_id(number), name, value)
+
+    def _trial_id(self, number: int) -> int:
+        return self.storage.get_trial_id_from_study_id_trial_number(self._id, number)
+
+
+def _storage(storage: "str | Path | BaseStorage") -> "BaseStorage":
+    from optuna.storages import JournalStorage, RDBStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    if not isinstance(storage, str | Path):
+        return storage
+    return RDBStorage(str(storage)) if "://" in str(storage) else JournalStorage(JournalFileBackend(str(storage)))
+
+
+@contextmanager
+def _beating(study: _Study, number: int, seconds: float) -> Iterator[None]:
+    """Show signs of life of a trial meanwhile."""
+    from optuna.exceptions import OptunaError
+
+    over = threading.Event()
+
+    def beat() -> None:
+        for count in itertools.count(1):
+            if over.wait(seconds):
+                return
+            with suppress(OptunaError, OSError):  # the next one may come through
+                study.write(number, "heartbeat", count)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@dataclass(frozen=True)
+class RayRunner:
+    """Runs the trials of a sweep in actors of Ray, on all its machines; a
+    :class:`~lightning_recipes.sweep.running.Runner`.
+
+    Uses the cluster that ``ray.init`` has connected to, or else connects to one or starts one for the sweep. What is
+    trained travels by pickling. A trial whose actor dies is run again, twice at most. Needs the extra ``ray``.
+
+    Args:
+        trials_at_once: At least 1; None for as many as the cluster has room for.
+        resources_per_trial: Options of an actor: ``num_cpus``, ``num_gpus``, ``resources``...; None for one CPU.
+
+    Raises:
+        ImportError: If Ray is not installed.
+        TypeError: If the number is not an integer.
+        ValueError: If it is below 1.
+    """
+
+    trials_at_once: int | None = None
+    resources_per_trial: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        _import("ray", "ray")
+        if self.trials_at_once is not None:
+            check_count("trials_at_once", self.trials_at_once, 1)
+
+    def __call__(
+        self,
+        search: Search,
+        train: Callable[[Trial], Outcome],
+        path: str | Path | None,
+        told: Callable[[Trial, Outcome], None],
+    ) -> dict[Trial, Outcome]:
+        """Return all outcomes; see :class:`~lightning_recipes.sweep.running.Runner`."""
+        ray = _import("ray", "ray")
+        starts = not ray.is_initialized()
+        if starts:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            ray.init(include_dashboard=False)
+        options = {"num_cpus": 1} if self.resources_per_trial is None else dict(self.resources_per_trial)
+        at_once = self.trials_at_once or _room(ray.cluster_resources(), options)
+        actor, what = ray.remote(_Actor).options(**options), ray.put(train)
+        outcomes = {} if path is None else load_outcomes(path)
+        running: dict[Any, tuple[Trial, Any]] = {}
+        idle: list[Any] = []
+        deaths: Counter[Trial] = Counter()
+        try:
+            while wanted := search.ask(outcomes):
+                given = {trial for trial, _ in running.values()}
+                for trial in [trial for trial in wanted if trial not in given][: at_once - len(running)]:
+                    one = idle.pop() if idle else actor.remote(what)
+                    running[one.run.remote(trial)] = trial, one
+                (done,), _ = ray.wait(list(running))
+                trial, one = running.pop(done)
+                try:
+                    outcomes[trial] = ray.get(done)
+                except ray.exceptions.RayActorError:
+                    deaths[trial] += 1
+                    if deaths[trial] == DEATHS:
+                        raise
+                    continue
+                idle.append(one)
+                if path is not None:
+                    save_outcomes(path, outcomes)
+                told(trial, outcomes[trial])
+        finally:
+            for one in [*idle, *(one for _, one in running.values())]:
+                ray.kill(one)
+            if starts:
+                ray.shutdown()
+        return outcomes
+
+
+class _Actor:
+    def __init__(self, train: Callable[[Trial], Outcome]) -> None:
+        self.train = train
+
+    def run(self, trial: Trial) -> Outcome:
+        return self.train(trial)
+
+
+def _room(cluster: Mapping[str, float], options: Mapping[str, Any]) -> int:
+    """Actors that a cluster has room for, at least one."""
+    each = {"CPU": options.get("num_cpus"), "GPU": options.get("num_gpus"), **options.get("resources", {})}
+    return max(1, min((int(cluster.get(name, 0) / need) for name, need in each.items() if need), default=1))
+
+
+def _import(name: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"this runner needs {name}: pip install 'lightning-recipes[{extra}]'") from error
