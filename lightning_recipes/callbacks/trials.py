@@ -122,8 +122,9 @@ class LoopTrials:
                 optimizer.zero_grad()
                 loss = next_loss()
                 torch.autograd.backward(loss)
-                norm = total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-                if rule.update(float(loss.detach()), float(norm), rates[0] * factor):
+                if rule.needs_norm:
+                    norm = float(total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]))
+                if rule.update(float(loss.detach()), norm, rates[0] * factor):
                     break
                 optimizer.step()
         return rule.outcome()
@@ -154,15 +155,18 @@ class ModuleTrials:
     ) -> None:
         self.make, self.train_dataloaders, self.datamodule = make, train_dataloaders, datamodule
         self.settings = dict(settings or {})
-        if learning_rate is None:
-            watch = _Run(Trial(1.0, 0), None)
-            self._fit(watch)
-            learning_rate = watch.own
-            assert learning_rate is not None  # known since fit has started
-        self.learning_rate = learning_rate
+        self._own = learning_rate
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the first parameter group, by itself."""
+        if self._own is None:
+            self._fit(_Run(Trial(1.0, 0), self))
+        assert self._own is not None  # known since fit has started
+        return self._own
 
     def __call__(self, trial: Trial) -> Outcome:
-        watch = _Run(trial, self.learning_rate)
+        watch = _Run(trial, self)
         self._fit(watch)
         return watch.outcome()
 
@@ -201,14 +205,15 @@ class _Run(pl.Callback):
 
     Args:
         trial: What to do.
-        own: Learning rate that the module has by itself; None to see, and do nothing else.
+        trials: What it is one of, and is told the learning rate that the module has by itself.
     """
 
-    def __init__(self, trial: Trial, own: float | None) -> None:
-        self.trial, self.own = trial, own
+    def __init__(self, trial: Trial, trials: ModuleTrials) -> None:
+        self.trial, self.trials = trial, trials
         self.rules: dict[int, TrialRule] = {}
         self.rates: PerOptimizer[LearningRates] = PerOptimizer(LearningRates)
         self._losses: list[Tensor] = []
+        self._norms: dict[int, Tensor | None] = {}
 
     def outcome(self) -> Outcome:
         """Of the first optimizer whose training is not stable, or else of the first."""
@@ -218,15 +223,15 @@ class _Run(pl.Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         trainer.fit_loop.epoch_loop.max_steps = self.trial.steps * len(trainer.optimizers)
-        self.own = self.own or peak_rate(trainer.optimizers[0].param_groups[0])
+        if self.trials._own is None:
+            self.trials._own = peak_rate(trainer.optimizers[0].param_groups[0])
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         take_hold("a sweep", trainer, self.rates)
         for index, optimizer in enumerate(trainer.optimizers):
             self.rules[index] = TrialRule(self.trial.steps)
-            assert self.own is not None  # since fit has started
-            scale = self.trial.learning_rate / self.own
+            scale = self.trial.learning_rate / self.trials.learning_rate
             rates = self.rates[index]
             rates.base = [peak_rate(group) * scale for group in optimizer.param_groups]
             rates.lay(self.trial.factor, added_steps=FOREVER)
@@ -241,16 +246,20 @@ class _Run(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         losses, self._losses = self._losses, []
-        norm = gradient_norm(trainer, optimizer, self)
+        index = index_of(trainer, optimizer)
+        rule = self.rules[index]
+        if rule.needs_norm:
+            self._norms[index] = gradient_norm(trainer, optimizer, self)
+        norm = self._norms[index]
         if norm is None or not losses or trainer.should_stop:
             return
-        loss, index = loss_of_update(trainer, losses), index_of(trainer, optimizer)
+        loss = loss_of_update(trainer, losses)
         if trainer.world_size > 1:
             both = torch.stack([loss.float(), norm.float()]).to(trainer.strategy.root_device)
             loss, norm = trainer.strategy.reduce(both, reduce_op="mean")  # alike on all ranks
         rate = optimizer.param_groups[0]["lr"]
         scaled = scaler_of(trainer) is not None
-        if self.rules[index].update(float(loss), float(norm), rate if isinstance(rate, float) else 0.0, scaled):
+        if rule.update(float(loss), float(norm), rate if isinstance(rate, float) else 0.0, scaled):
             trainer.should_stop = True
 
     @override

@@ -59,7 +59,7 @@ class WarmupSweep(pl.Callback):
             ratio); None for ``times`` the lowest unstable one.
         unstable_base_learning_rate: The lowest that is unstable without a warmup; None to find it.
         times: 10, or 100 in a second sweep; at least 1.
-        seeds: With how many a warmup has to be stable, at least 1.
+        seeds: With how many a warmup has to be stable, at least 1; of eight, seven will do.
         exhaustive: Try every warmup with every seed instead of bisecting.
         max_steps: Length of the run, at least 100 updates of each optimizer; None for that of the Trainer.
         path: A JSON file of the outcomes to go on from, if it is there, and to keep them in; None for one in the run's

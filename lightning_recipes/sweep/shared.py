@@ -26,9 +26,10 @@ from lightning_recipes.core.trials import (
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
-    from optuna.trial import FrozenTrial
+    from optuna.trial import FrozenTrial, TrialState
 
 LONGEST_WAIT = 1.0  # seconds, until the storage is looked at again
+OPENINGS = 3  # of a database, that may fail
 DEATHS = 3  # actors that a trial may take with it
 
 
@@ -42,7 +43,8 @@ class OptunaRunner:
     search is over does not count. Needs the extra ``sweep``.
 
     Args:
-        storage: Path of a journal file on a disk that all see, URL of a database, or a storage of Optuna.
+        storage: Path of a journal file on a disk that all see, URL of a database, or a storage of Optuna. SQLite locks
+            no rows: there two processes may, rarely, run the same trial, of which one counts.
         study_name: Of this sweep; another sweep in the same storage needs another one.
         heartbeat_seconds: Time between signs of life of a trial, above 0.
         grace_seconds: Time without one after which a trial is given up for dead, above ``heartbeat_seconds``.
@@ -71,22 +73,23 @@ class OptunaRunner:
         told: Callable[[Trial, Outcome], None],
     ) -> dict[Trial, Outcome]:
         """Return all outcomes; see :class:`~lightning_recipes.sweep.running.Runner`."""
-        study = _Study(_storage(self.storage), self.study_name, self.grace_seconds)
+        study = _Study(self.storage, self.study_name, self.grace_seconds)
         before = {} if path is None else load_outcomes(path)
         while True:
             live = study.live()
-            outcomes = before | {trial: study.outcome(each) for trial, each in live.items() if each.state.is_finished()}
+            outcomes = before | {
+                trial: outcome_from_data(each.user_attrs["outcome"])
+                for trial, each in live.items()
+                if each.state.is_finished()
+            }
             wanted = search.ask(outcomes)
             # Every change is looked at anew: what others have done meanwhile counts, and all see it in the same order.
             if not wanted:
-                unfinished = [each for each in live.values() if not each.state.is_finished()]
-                if not unfinished:
+                if all(each.state.is_finished() for each in live.values()):
                     break
-                for each in unfinished:
-                    study.fail(each.number, "not wanted any more")
-            elif missing := [trial for trial in wanted if trial not in live]:
-                for trial in missing:
-                    study.plan(trial)
+                study.close(live)
+            elif any(trial not in live for trial in wanted):
+                study.plan([trial for trial in wanted if trial not in live])
             elif claimed := next((trial for trial in wanted if study.claim(live[trial])), None):
                 outcome = self._run(study, live[claimed].number, claimed, train)
                 if study.finish(live[claimed].number, outcome):
@@ -116,11 +119,13 @@ class _Study:
     numbers, so that all agree.
     """
 
-    def __init__(self, storage: "BaseStorage", name: str, grace_seconds: float) -> None:
+    def __init__(self, storage: "str | Path | BaseStorage", name: str, grace_seconds: float) -> None:
         from optuna.exceptions import DuplicatedStudyError
         from optuna.study import StudyDirection
+        from optuna.trial import TrialState
 
-        self.storage, self.grace_seconds = storage, grace_seconds
+        self.storage = storage = _open(str(storage)) if isinstance(storage, str | Path) else storage
+        self.grace_seconds, self.states = grace_seconds, TrialState
         self._seen: dict[int, tuple[int, float]] = {}  # by number: the last sign of life, and when it was first seen
         try:
             self._id = storage.create_new_study([StudyDirection.MINIMIZE], name)
@@ -129,16 +134,14 @@ class _Study:
 
     def live(self) -> "dict[Trial, FrozenTrial]":
         """Those that count; duplicates and dead ones are failed."""
-        from optuna.trial import TrialState
-
         live: dict[Trial, FrozenTrial] = {}
         for each in self.storage.get_all_trials(self._id, deepcopy=False):
-            if each.state == TrialState.FAIL:
+            if each.state == self.states.FAIL:
                 continue
             trial = Trial(**each.user_attrs["trial"])
             if trial in live:  # another process has planned it at the same moment
                 self.fail(each.number, "planned twice")
-            elif each.state == TrialState.RUNNING and self._is_dead(each):
+            elif each.state == self.states.RUNNING and self._is_dead(each):
                 self.fail(each.number, "no sign of life")
             else:
                 live[trial] = each
@@ -150,59 +153,59 @@ class _Study:
             self._seen[each.number] = beat, now
         return now - self._seen[each.number][1] > self.grace_seconds
 
-    def outcome(self, each: "FrozenTrial") -> Outcome:
-        return outcome_from_data(each.user_attrs["outcome"])
+    def plan(self, trials: list[Trial]) -> None:
+        from optuna.trial import create_trial
 
-    def plan(self, trial: Trial) -> None:
-        from optuna.trial import TrialState, create_trial
-
-        template = create_trial(state=TrialState.WAITING, user_attrs={"trial": asdict(trial)})
-        self.storage.create_new_trial(self._id, template)
+        for trial in trials:
+            template = create_trial(state=self.states.WAITING, user_attrs={"trial": asdict(trial)})
+            self.storage.create_new_trial(self._id, template)
 
     def claim(self, each: "FrozenTrial") -> bool:
         """Whether it waits, and no other process was faster."""
-        from optuna.exceptions import UpdateFinishedTrialError
-        from optuna.trial import TrialState
-
-        with suppress(UpdateFinishedTrialError):
-            return each.state == TrialState.WAITING and self.storage.set_trial_state_values(
-                self._trial_id(each.number), TrialState.RUNNING
-            )
-        return False
+        return each.state == self.states.WAITING and self._turn(each.number, self.states.RUNNING)
 
     def finish(self, number: int, outcome: Outcome) -> bool:
         """Whether the outcome counts: not if the trial has been given up."""
-        from optuna.exceptions import UpdateFinishedTrialError
-        from optuna.trial import TrialState
-
         value = outcome.loss if outcome.stable else math.inf  # Optuna takes no NaN
-        with suppress(UpdateFinishedTrialError):
-            self.write(number, "outcome", outcome_as_data(outcome))
-            return self.storage.set_trial_state_values(self._trial_id(number), TrialState.COMPLETE, [value])
-        return False
+        return self._turn(number, self.states.COMPLETE, [value], outcome=outcome_as_data(outcome))
 
     def fail(self, number: int, reason: str) -> None:
-        from optuna.exceptions import UpdateFinishedTrialError
-        from optuna.trial import TrialState
+        self._turn(number, self.states.FAIL, reason=reason)
 
-        with suppress(UpdateFinishedTrialError):  # another process has done so, or it has come to its end
-            self.write(number, "reason", reason)
-            self.storage.set_trial_state_values(self._trial_id(number), TrialState.FAIL)
+    def close(self, live: "Mapping[Trial, FrozenTrial]") -> None:
+        """Fail those that have not come to their end."""
+        for each in live.values():
+            if not each.state.is_finished():
+                self.fail(each.number, "not wanted any more")
 
     def write(self, number: int, name: str, value: Any) -> None:
-        self.storage.set_trial_user_attr(self._trial_id(number), name, value)
+        trial_id = self.storage.get_trial_id_from_study_id_trial_number(self._id, number)
+        self.storage.set_trial_user_attr(trial_id, name, value)
 
-    def _trial_id(self, number: int) -> int:
-        return self.storage.get_trial_id_from_study_id_trial_number(self._id, number)
+    def _turn(self, number: int, state: "TrialState", values: list[float] | None = None, **attributes: Any) -> bool:
+        """Whether a trial that had not come to its end is now in this state."""
+        from optuna.exceptions import UpdateFinishedTrialError
+
+        trial_id = self.storage.get_trial_id_from_study_id_trial_number(self._id, number)
+        with suppress(UpdateFinishedTrialError):
+            for name, value in attributes.items():
+                self.write(number, name, value)
+            return self.storage.set_trial_state_values(trial_id, state, values)
+        return False
 
 
-def _storage(storage: "str | Path | BaseStorage") -> "BaseStorage":
+def _open(storage: str) -> "BaseStorage":
     from optuna.storages import JournalStorage, RDBStorage
     from optuna.storages.journal import JournalFileBackend
+    from sqlalchemy.exc import DBAPIError
 
-    if not isinstance(storage, str | Path):
-        return storage
-    return RDBStorage(str(storage)) if "://" in str(storage) else JournalStorage(JournalFileBackend(str(storage)))
+    if "://" not in storage:
+        return JournalStorage(JournalFileBackend(storage))
+    for _ in range(OPENINGS):  # processes that make the tables of a new database at once disturb each other
+        with suppress(DBAPIError):
+            return RDBStorage(storage)
+        time.sleep(LONGEST_WAIT)
+    return RDBStorage(storage)
 
 
 @contextmanager

@@ -39,7 +39,7 @@ def warmup_sweep(
         base_learning_rate: The learning rate to be made stable; None for ``times`` the lowest unstable one.
         unstable_base_learning_rate: The lowest unstable one; None to find it.
         times: 10, or 100 in a second sweep.
-        seeds: With how many a warmup has to be stable, at least 1.
+        seeds: With how many a warmup has to be stable, at least 1; of eight, seven will do.
         exhaustive: Try every warmup with every seed instead of bisecting.
         train_dataloaders: For a LightningModule, as for ``Trainer.fit``.
         datamodule: Likewise.
@@ -58,7 +58,7 @@ def warmup_sweep(
         ...     weight = torch.nn.Parameter(torch.ones(1))
         ...     return torch.optim.SGD([weight], lr=0.5), lambda: (weight**2).sum()
         >>> print(warmup_sweep(make, max_steps=1000, base_learning_rate=0.5, seeds=2).finding.message)
-        The training is stable without a warmup at 0.5, the learning rate asked for.
+        Without a warmup the training is stable up to a learning rate of 0.5.
 
     References:
         Godbole et al., Deep Learning Tuning Playbook, 2023: https://github.com/google-research/tuning_playbook

@@ -1,0 +1,285 @@
+"""What the warmup sweep finds, what it costs, and whether what it finds is true.
+
+    python benchmarks/sweeps.py [residual] [control] [prose] [--seeds 8]
+
+residual: a residual perceptron without normalisation on scikit-learn's digits, with weights so large that it diverges
+at any useful learning rate. control: the same with LayerNorm in branches that start at 0, which needs no warmup. prose:
+a character model on Python's own help texts; the warmup found is tried with fresh seeds, and half of it, too.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from pydoc_data import topics
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import SGD, Optimizer
+from typing_extensions import override
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from _data import digits
+
+from lightning_recipes.callbacks.trials import LoopTrials, seed_all
+from lightning_recipes.core.trials import Outcome, SweepResult, Trial, TrialRule
+from lightning_recipes.core.warmup import LEAST, WarmupSearch
+from lightning_recipes.sweep import warmup_sweep
+
+RUN = 3000  # steps of the run that a warmup is for
+LONG, LONGER = 600, 1500  # steps of a training that says what a warmup is worth
+CONTEXT = 32  # characters
+GAIN = 1.7  # of the transformer's weights, 1 keeps the variance
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+FRESH = range(100, 105)  # seeds that no sweep has seen
+DATA = digits()
+
+Start = Callable[[int], tuple[nn.Module, Optimizer, Callable[[], Tensor]]]
+
+
+class Residual(nn.Module):
+    """Six branches x + B relu(A x) of width 32, with weights of variance 1.4^2 * 2 / 32.
+
+    Args:
+        tame: With LayerNorm in front of A, its weights as small as is usual, and B = 0 in the beginning.
+    """
+
+    def __init__(self, tame: bool = False, width: int = 32, depth: int = 6) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(64, width), nn.Linear(width, 10)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) if tame else nn.Identity() for _ in range(depth))
+        self.ins = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.outs = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        scale = (1.0 if tame else 1.4) * math.sqrt(2 / width)
+        for branch, gain in ((self.ins, scale), (self.outs, 0.0 if tame else scale)):
+            for layer in branch:
+                assert isinstance(layer, nn.Linear)
+                nn.init.normal_(layer.weight, std=gain)
+                nn.init.zeros_(layer.bias)
+
+    @override
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden: Tensor = self.first(inputs)
+        for norm, into, out in zip(self.norms, self.ins, self.outs, strict=True):
+            hidden = hidden + out(functional.relu(into(norm(hidden))))
+        logits: Tensor = self.last(hidden)
+        return logits
+
+
+def start_digits(rate: float = 1e-4, tame: bool = False) -> Start:
+    """SGD with momentum 0.9 on batches of 64."""
+
+    def start(seed: int) -> tuple[nn.Module, Optimizer, Callable[[], Tensor]]:
+        net, chance = Residual(tame), torch.Generator().manual_seed(900 + seed)
+
+        def next_loss() -> Tensor:
+            picks = torch.randint(len(DATA.train[1]), (64,), generator=chance)
+            return functional.cross_entropy(net(DATA.train[0][picks].flatten(1)), DATA.train[1][picks])
+
+        return net, SGD(net.parameters(), rate, momentum=0.9), next_loss
+
+    return start
+
+
+def make(start: Start) -> Callable[[int], tuple[Optimizer, Callable[[], Tensor]]]:
+    return lambda seed: start(seed)[1:]
+
+
+# ---------------------------------------------------------------------------------------------------- measuring
+
+
+def report(result: SweepResult, since: float) -> None:
+    print(f"\n{result.to_markdown()}\n{result.steps:,} steps, {time.perf_counter() - since:.1f} s", flush=True)
+
+
+def compared(name: str, start: Start, seeds: int, base: float | None) -> SweepResult:
+    """A sweep, and the same one over the full grid."""
+    print(f"\n## {name}")
+    since = time.perf_counter()
+    result = warmup_sweep(make(start), RUN, base, seeds=seeds)
+    report(result, since)
+    since = time.perf_counter()
+    full = warmup_sweep(make(start), RUN, base, seeds=seeds, exhaustive=True)
+    grid = seeds * sum(max(LEAST, 3 * warmup) for warmup in WarmupSearch(1.0, RUN).warmups)
+    same = (result.best and result.best.warmup_steps) == (full.best and full.best.warmup_steps)
+    print(
+        f"exhaustive: {full.steps:,} steps, {time.perf_counter() - since:.1f} s, winner"
+        f" {'the same' if same else f'another: {full.best}'}. Share of steps: {result.steps / full.steps:.2f};"
+        f" of all trials of that rate to their end ({grid:,}): {result.steps / grid:.2f}"
+    )
+    return result
+
+
+def train(start: Start, seed: int, rates: Callable[[int], float], steps: int = LONG) -> tuple[Outcome, nn.Module]:
+    """Train at the rate that a function of the step says."""
+    seed_all(seed)
+    net, optimizer, next_loss = start(seed)
+    rule = TrialRule(steps)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = rates(step)
+        optimizer.zero_grad()
+        loss = next_loss()
+        torch.autograd.backward(loss)
+        norms = [parameter.grad.norm() for parameter in net.parameters() if parameter.grad is not None]
+        if rule.update(loss.item(), torch.stack(norms).norm().item(), rates(step)):
+            break
+        optimizer.step()
+    return rule.outcome(), net
+
+
+def constant(rate: float, warmup: int) -> Callable[[int], float]:
+    return lambda step: rate * Trial(rate, LONG, warmup).factor(step)
+
+
+def cosine(rate: float, warmup: int) -> Callable[[int], float]:
+    """A warmup, and down to 0 at the end."""
+    return lambda step: (
+        constant(rate, warmup)(step) * 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / (LONG - warmup)))
+    )
+
+
+def sensitivity(start: Start, warmup: int, seeds: range) -> list[float]:
+    """By how much the loss is above the best one over all learning rates; a training that fails stays at chance."""
+    chance, each = math.log(10), []
+    for seed in seeds:
+        outcomes = [train(start, seed, constant(rate, warmup))[0] for rate in RATES]
+        losses = [min(outcome.loss, chance) if outcome.stable else chance for outcome in outcomes]
+        each.append(statistics.fmean(losses) - min(losses))
+    return each
+
+
+def test_errors(start: Start, rates: Callable[[int], float], seeds: range) -> list[float]:
+    errors = []
+    for seed in seeds:
+        _, net = train(start, seed, rates)
+        with torch.no_grad():
+            wrong = net(DATA.test[0].flatten(1)).argmax(1) != DATA.test[1]
+        errors.append(100 * wrong.float().mean().item())
+    return errors
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}"
+
+
+# -------------------------------------------------------------------------------------------------------- parts
+
+
+def residual(seeds: int) -> None:
+    start = start_digits()
+    found = {base: compared(f"residual, base {base:g}", start, seeds, base) for base in (1e-3, 3e-3)}
+    bracketed = compared("residual, base found from 1e-4", start, seeds, None)
+    results = [result for result in (*found.values(), bracketed) if result.best is not None]
+    best = max((result.best for result in results if result.best), key=lambda trial: trial.learning_rate)
+    rate, warmup = best.learning_rate, best.warmup_steps
+    print(f"\nWhat a warmup of {warmup} and a rate of {rate:g} are worth, {LONG} steps, 5 seeds")
+    for steps in (0, warmup):
+        print(f"    sensitivity to the learning rate, warmup {steps:3}: {spread(sensitivity(start, steps, range(5)))}")
+    for peak, steps in ((1e-4, 0), (rate, warmup)):
+        errors = test_errors(start, cosine(peak, steps), range(5))
+        print(f"    test error, cosine from {peak:g}, warmup {steps:3}: {spread(errors)} %", flush=True)
+
+
+def control(seeds: int) -> None:
+    print("\n## control, base 0.1")
+    since = time.perf_counter()
+    report(warmup_sweep(make(start_digits(0.1, tame=True)), RUN, 0.1, seeds=seeds), since)
+
+
+class Characters(nn.Module):
+    """A transformer of two blocks without normalisation, its weights orthogonal and large.
+
+    Args:
+        letters: How many there are.
+        width: Of everything but the perceptrons, which have twice that.
+    """
+
+    def __init__(self, letters: int, width: int = 32) -> None:
+        super().__init__()
+        self.codes, self.places = nn.Embedding(letters, width), nn.Parameter(torch.randn(CONTEXT, width))
+        sizes = ((width, 3 * width), (width, width), (width, 2 * width), (2 * width, width))
+        self.blocks = nn.ModuleList(nn.ModuleList(nn.Linear(*size) for size in sizes) for _ in range(2))
+        self.last = nn.Linear(width, letters)
+        for layer in self.blocks.modules():
+            if isinstance(layer, nn.Linear):
+                rows, columns = layer.weight.shape
+                nn.init.orthogonal_(layer.weight, GAIN * max(1.0, math.sqrt(rows / columns)))
+                nn.init.zeros_(layer.bias)
+
+    @override
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.codes(inputs) + self.places
+        for block in self.blocks:
+            assert isinstance(block, nn.ModuleList)
+            asks, mix, into, out = block
+            query, key, value = (part.unflatten(-1, (4, -1)).transpose(1, 2) for part in asks(hidden).chunk(3, -1))
+            seen = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+            hidden = hidden + mix(seen.transpose(1, 2).flatten(2))
+            hidden = hidden + out(functional.relu(into(hidden)))
+        logits: Tensor = self.last(hidden)
+        return logits
+
+
+def start_prose(rate: float = 1e-3) -> Start:
+    """SGD with momentum 0.9 on 16 windows of 32 characters."""
+    text = "\n".join(topics.topics[key] for key in sorted(topics.topics))[:300_000]
+    letters = sorted(set(text))
+    ids = torch.tensor([letters.index(letter) for letter in text])
+
+    def start(seed: int) -> tuple[nn.Module, Optimizer, Callable[[], Tensor]]:
+        net, chance = Characters(len(letters)), torch.Generator().manual_seed(900 + seed)
+
+        def next_loss() -> Tensor:
+            starts = torch.randint(len(ids) - CONTEXT - 1, (16,), generator=chance)
+            window = ids[starts[:, None] + torch.arange(CONTEXT + 1)]
+            return functional.cross_entropy(net(window[:, :-1]).flatten(0, 1), window[:, 1:].flatten())
+
+        return net, SGD(net.parameters(), rate, momentum=0.9), next_loss
+
+    return start
+
+
+def prose(seeds: int) -> None:
+    start = start_prose()
+    print("\n## prose, base found from 1e-3")
+    since = time.perf_counter()
+    result = warmup_sweep(make(start), RUN, seeds=seeds)
+    report(result, since)
+    if result.best is None:
+        return
+    rate, found = result.best.learning_rate, result.best.warmup_steps
+    lowest = result.summary["unstable_base_learning_rate"]
+    print(f"\nseeds {FRESH[0]} to {FRESH[-1]} at {rate:g}, {rate / lowest:g} times the lowest unstable rate")
+    trials = LoopTrials(make(start))
+    for warmup in (found, found // 2):
+        for steps in sorted({max(LEAST, 3 * found), LONG, LONGER}):
+            outcomes = [trials(Trial(rate, steps, warmup, seed)) for seed in FRESH]
+            stable = [outcome for outcome in outcomes if outcome.stable]
+            losses = ", ".join(f"{outcome.loss:.3g}" for outcome in stable)
+            print(f"    warmup {warmup:3}, {steps:4} steps: {len(stable)} of {len(FRESH)} stable; loss {losses}")
+            for outcome in outcomes:
+                if not outcome.stable:
+                    print(f"        {outcome.reason}")
+
+
+PARTS = {"residual": residual, "control": control, "prose": prose}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="part", help="residual, control, prose; all by default")
+    parser.add_argument("--seeds", type=int, default=8, help="of a sweep")
+    options = parser.parse_args()
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"no such part: {', '.join(sorted(unknown))}")
+    torch.set_num_threads(1)
+    for part in options.parts or PARTS:
+        PARTS[part](options.seeds)
+
+
+if __name__ == "__main__":
+    main()
