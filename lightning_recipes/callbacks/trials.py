@@ -122,9 +122,8 @@ class LoopTrials:
                 optimizer.zero_grad()
                 loss = next_loss()
                 torch.autograd.backward(loss)
-                if rule.needs_norm:
-                    norm = float(total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]))
-                if rule.update(float(loss.detach()), norm, rates[0] * factor):
+                norm = total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+                if rule.update(float(loss.detach()), float(norm), rates[0] * factor):
                     break
                 optimizer.step()
         return rule.outcome()
@@ -213,7 +212,6 @@ class _Run(pl.Callback):
         self.rules: dict[int, TrialRule] = {}
         self.rates: PerOptimizer[LearningRates] = PerOptimizer(LearningRates)
         self._losses: list[Tensor] = []
-        self._norms: dict[int, Tensor | None] = {}
 
     def outcome(self) -> Outcome:
         """Of the first optimizer whose training is not stable, or else of the first."""
@@ -248,9 +246,7 @@ class _Run(pl.Callback):
         losses, self._losses = self._losses, []
         index = index_of(trainer, optimizer)
         rule = self.rules[index]
-        if rule.needs_norm:
-            self._norms[index] = gradient_norm(trainer, optimizer, self)
-        norm = self._norms[index]
+        norm = gradient_norm(trainer, optimizer, self)
         if norm is None or not losses or trainer.should_stop:
             return
         loss = loss_of_update(trainer, losses)

@@ -21,7 +21,6 @@ GIVEN_BACK = 0.3  # of what the loss had gained: a trial that ends so is unstabl
 NOISE = 1.5  # standard deviations of a loss, by which it has to have risen besides
 SHORT = 10  # losses that a level is the median of
 STUCK = ("vanishing gradient", "no progress")  # from which a training does not come back
-EVERY = 3  # updates from one gradient norm to the next: the loss says the rest
 SETTLED = 30  # updates before a gradient that falls to a fifth means anything
 POINTS = 300  # of a curve that are kept
 
@@ -102,17 +101,12 @@ class TrialRule:
         self.reason = ""
         self._rule = InstabilityRule()
 
-    @property
-    def needs_norm(self) -> bool:
-        """Whether the norm is to be measured for the next update; the last one will do if not."""
-        return len(self.losses) % EVERY == 0
-
     def update(self, loss: float, norm: float, rate: float = 0.0, scaled: bool = False) -> bool:
         """Take in an update that is about to be made and say whether the trial is unstable and over.
 
         Args:
             loss: Of the update's batch.
-            norm: L2 norm of its gradient, of this update or one of the two before.
+            norm: L2 norm of its gradient.
             rate: Learning rate; 0 if it is not known.
             scaled: Whether a GradScaler skips an update whose gradient is not finite, which is normal.
         """
