@@ -24,7 +24,9 @@ def test_python_blocks_run_in_a_fresh_folder(code: str, tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "pasted.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert list(tmp_path.rglob("events.out.tfevents*")) or re.search("early instability at step|learning rate", done.stdout)
+    assert list(tmp_path.rglob("events.out.tfevents*")) or re.search(
+        "early instability at step|learning rate", done.stdout
+    )
 
 
 @pytest.mark.parametrize("text", blocks("yaml"))
