@@ -26,6 +26,7 @@ from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.telling import run_folder, show, tell
 from lightning_recipes.callbacks.trials import ModuleTrials, peak_rate, progress, run_trials
 from lightning_recipes.core.arguments import check_count
+from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.per_optimizer import PerOptimizer
 from lightning_recipes.core.schedules import LearningRates
 from lightning_recipes.core.trials import Outcome, SweepResult, Trial, load_outcomes
@@ -70,7 +71,7 @@ class WarmupSweep(pl.Callback):
         TypeError: If an argument is not of its kind.
         ValueError: If it is out of its range, or two contradict each other.
         MisconfigurationException: When fit starts, of a model in shards or under DeepSpeed, beside another prepended
-            warmup, or if nobody knows how long the run is.
+            warmup, or if nobody knows how long the run is. (One of less than 100 updates is not swept.)
 
     Example:
         >>> trainer = pl.Trainer(max_steps=10_000, callbacks=[WarmupSweep()], logger=False)
@@ -137,11 +138,13 @@ class WarmupSweep(pl.Callback):
 
     def _sweep(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         steps = length_of(trainer).steps if self.max_steps is None else self.max_steps
-        if not LEAST <= steps < torch.inf:
+        if steps == torch.inf:
             raise MisconfigurationException(
-                f"{type(self).__name__} needs a run of at least {LEAST} updates, whose length is known, and it has"
-                f" {steps:g}: give max_steps"
+                f"{type(self).__name__} needs the length of the run, which is not known here: give max_steps"
             )
+        if steps < LEAST:
+            tell(trainer, _too_short(int(steps)))
+            return
         own = peak_rate(trainer.optimizers[0].param_groups[0])
         search = WarmupSearch(own, int(steps), *self._asked)
         path, known = self._prepare(trainer)
@@ -194,12 +197,22 @@ class WarmupSweep(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"rule": self.rule.state_dict(), "warmup_steps": self.warmup_steps}
+        return {"rule": self.rule.state_dict(), "warmup_steps": self.warmup_steps, "done": self._done}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rule.load_state_dict(state_dict["rule"])
-        self.warmup_steps, self._done = state_dict["warmup_steps"], True
+        self.warmup_steps, self._done = state_dict["warmup_steps"], state_dict["done"]
+
+
+def _too_short(steps: int) -> Finding:
+    return Finding(
+        rule="too short for a warmup sweep",
+        severity="info",
+        message=f"The run has {steps} updates, and a warmup should have a tenth of them at most: nothing was swept.",
+        advice=f"Sweep for a run of {LEAST} updates or more, or give WarmupSweep(max_steps=...).",
+        step=0,
+    )
 
 
 def _settings_of(trainer: pl.Trainer) -> dict[str, Any]:

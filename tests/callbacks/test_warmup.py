@@ -280,13 +280,14 @@ def test_a_second_fit_sweeps_no_more_and_another_run_does(tmp_path: Path, monkey
     assert sweep.result is not first
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [({"max_steps": 99}, "at least 100 updates"), ({"max_steps": -1, "max_time": {"seconds": 1}}, "it has inf")],
-)
-def test_a_run_too_short_or_of_unknown_length_is_refused(settings: Any, message: str, tmp_path: Path) -> None:
-    with pytest.raises(MisconfigurationException, match=message):
-        fit(tmp_path, Watched(), WarmupSweep(), **settings)
+def test_a_run_of_unknown_length_is_refused_and_a_short_one_left_alone(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=r"needs the length of the run.*give max_steps"):
+        fit(tmp_path, Watched(), WarmupSweep(), max_steps=-1, max_time={"seconds": 1})
+    module, sweep = Watched(), WarmupSweep()
+    fit(tmp_path, module, sweep, max_steps=99)
+    assert sweep.result is None
+    assert len(module.used) == 99
+    assert "The run has 99 updates" in (tmp_path / "findings.jsonl").read_text()
 
 
 def test_two_warmups_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
