@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
 from lightning_recipes.core.per_optimizer import PerOptimizer
@@ -70,6 +71,8 @@ def lengthen(trainer: pl.Trainer, updates: int) -> None:
     _ends[trainer] = epochs, steps, added
     run, loop, optimizers = length_of(trainer), trainer.fit_loop, max(1, len(trainer.optimizers))
     loop.max_epochs, loop.epoch_loop.max_steps = epochs, steps
+    if updates:
+        rank_zero_info(f"The warmup makes the run {updates:,} updates longer.")
     if added and epochs is not None and epochs >= 0 and run.steps_per_epoch < math.inf:
         loop.max_epochs = epochs + math.ceil(added / run.steps_per_epoch)
     if added and steps >= 0:
