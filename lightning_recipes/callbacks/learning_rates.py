@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lightning_recipes.core.per_optimizer import PerOptimizer
 from lightning_recipes.core.schedules import LearningRates, Run
 
-# What lies on the learning rates of an optimizer, whoever has laid it there, and by whom it is used.
+# What lies on the learning rates of an optimizer, whoever has laid it there, and what takes it away again.
 _on: WeakKeyDictionary[Optimizer, tuple[LearningRates, list[Callable[[], None]]]] = WeakKeyDictionary()
 # Epochs and steps that were to end a run that is made longer, and by how many updates it is.
 _ends: WeakKeyDictionary[pl.Trainer, tuple[int | None, int, int]] = WeakKeyDictionary()
@@ -54,7 +54,7 @@ def leave_end_open(trainer: pl.Trainer) -> None:
 
 
 def lengthen(trainer: pl.Trainer, updates: int) -> None:
-    """Make a run longer by so many updates of each optimizer, for ``on_train_start``, until :func:`restore_end`.
+    """Make a run longer by so many updates of each optimizer, for ``on_train_start``, until :func:`let_go`.
 
     Whatever ends it: a number of steps, of epochs, or both. A run that a time ends is left alone. Where several
     optimizers are stepped by hand and epochs end the run, it gets longer by whole epochs.
@@ -81,12 +81,6 @@ def lengthen(trainer: pl.Trainer, updates: int) -> None:
         loop.epoch_loop.max_steps = int(run.steps) + added
 
 
-def restore_end(trainer: pl.Trainer) -> None:
-    """Give the run back the end that was asked for; harmless if that has been done."""
-    if trainer in _ends:
-        trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps, _ = _ends.pop(trainer)
-
-
 def take_hold(name: str, trainer: pl.Trainer, rule: PerOptimizer[LearningRates]) -> None:
     """Have ``rule`` say what lies on the learning rates of each optimizer; what it has loaded is taken over.
 
@@ -110,7 +104,7 @@ def take_hold(name: str, trainer: pl.Trainer, rule: PerOptimizer[LearningRates])
 
             _on[optimizer] = rates, [optimizer.register_step_post_hook(stepped).remove]
             for config in trainer.lr_scheduler_configs:
-                if config.scheduler.optimizer is optimizer:
+                if getattr(config.scheduler, "optimizer", None) is optimizer:
                     _on[optimizer][1].append(_unscaled(config.scheduler, rates))
         rates, _ = _on[optimizer]
         if index in rule.rules:
@@ -119,7 +113,9 @@ def take_hold(name: str, trainer: pl.Trainer, rule: PerOptimizer[LearningRates])
 
 
 def let_go(trainer: pl.Trainer) -> None:
-    """Leave the optimizers with the learning rates that they have by themselves; harmless if that has been done."""
+    """Give the optimizers their own learning rates back, and the run its own end; harmless if that has been done."""
+    if trainer in _ends:
+        trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps, _ = _ends.pop(trainer)
     for optimizer in trainer.optimizers:
         if optimizer in _on:
             rates, put_back = _on.pop(optimizer)

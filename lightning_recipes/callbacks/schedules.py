@@ -14,7 +14,6 @@ from lightning_recipes.callbacks.learning_rates import (
     length_of,
     lengthen,
     let_go,
-    restore_end,
     take_hold,
 )
 from lightning_recipes.callbacks.measuring import mean_over_ranks
@@ -167,15 +166,11 @@ class LearningRateSchedule(pl.Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._finish(trainer)
+        let_go(trainer)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._finish(trainer)
-
-    def _finish(self, trainer: pl.Trainer) -> None:
         let_go(trainer)
-        restore_end(trainer)
 
     # ---------------------------------------------------------------------------------- a plateau
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map
@@ -62,13 +63,14 @@ def run_trials(
 
 @contextmanager
 def progress(name: str, most_steps: int, shown: bool = True) -> Iterator[Callable[[Trial, Outcome], None]]:
-    """A bar of the updates of a sweep, with the best trial so far beside it; yields what it is to be told.
+    """Say what a sweep will cost, and show a bar with the best trial so far beside it; yields what it is to be told.
 
     Args:
         name: Of the sweep.
         most_steps: Updates that it cannot exceed.
-        shown: Whether to show it (never where the output is no terminal).
+        shown: Whether to show the bar (never where the output is no terminal).
     """
+    rank_zero_info(f"The {name} makes {most_steps:,} steps at most; unstable trials end at once.")
     bar = tqdm(total=most_steps, desc=name, unit="step", disable=None if shown else True, leave=False)
     best: list[tuple[float, float, int]] = []
 

@@ -10,7 +10,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning_utilities.core.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from lightning_recipes.callbacks.learning_rates import (
@@ -18,7 +17,6 @@ from lightning_recipes.callbacks.learning_rates import (
     length_of,
     lengthen,
     let_go,
-    restore_end,
     scale_learning_rates,
     take_hold,
 )
@@ -149,10 +147,6 @@ class WarmupSweep(pl.Callback):
         search = WarmupSearch(own, int(steps), *self._asked)
         path, known = self._prepare(trainer)
         train = ModuleTrials(lambda _: pl_module, trainer.train_dataloader, None, _settings_of(trainer), own)
-        rank_zero_info(
-            f"The warmup sweep makes {search.most_steps:,} steps at most ({search.most_steps / steps:.2g} times the"
-            " run); unstable trials end at once."
-        )
         with progress("warmup sweep", search.most_steps, self.show_progress and trainer.is_global_zero) as told:
             outcomes = run_trials(search, train, path, told, known)
         self.result = search.result(outcomes)
@@ -183,15 +177,11 @@ class WarmupSweep(pl.Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._finish(trainer)
+        let_go(trainer)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._finish(trainer)
-
-    def _finish(self, trainer: pl.Trainer) -> None:
         let_go(trainer)
-        restore_end(trainer)
 
     # ---------------------------------------------------------------------------------- checkpoints
 

@@ -318,7 +318,7 @@ class WarmupStableDecay(Schedule):
         decay = _length(run, "decay_steps", self.decay_steps)
         into = min(1.0, max(0.0, (step - (run.steps - decay)) / decay)) if decay else 0.0
         fallen = into if self.shape == "linear" else math.sqrt(into)
-        return _ramp(step, _length(run, "warmup_steps", self.warmup_steps)) * (1 - (1 - self.final) * fallen)
+        return warmth(step, _length(run, "warmup_steps", self.warmup_steps)) * (1 - (1 - self.final) * fallen)
 
 
 @dataclass(frozen=True)
@@ -448,7 +448,7 @@ class Warmup(Schedule):
 
     @override
     def factor(self, step: int, run: Run) -> float:
-        return _ramp(step, self._length(run)) * self.schedule.factor(self._behind(step, run), run)
+        return warmth(step, self._length(run)) * self.schedule.factor(self._behind(step, run), run)
 
     @override
     def momentum(self, step: int, run: Run) -> float | None:
@@ -465,8 +465,9 @@ class Warmup(Schedule):
         return max(0, step - self._length(run)) if self.kind == "prepended" else step
 
 
-def _ramp(step: int, length: float) -> float:
-    return min(1.0, (step + 1) / (length + 1))
+def warmth(step: int, warmup_steps: int) -> float:
+    """The share of the learning rate that the update number ``step`` of a warmup has, 1 behind it."""
+    return min(1.0, (step + 1) / (warmup_steps + 1))
 
 
 def _length(run: Run, name: str, duration: float | str) -> int:
@@ -644,14 +645,13 @@ class LearningRates:
     def factor(self) -> float:
         """Of the next update."""
         behind = max(0, self.step - self._warmup_steps)
-        warmth = _ramp(self.step, self._warmup_steps) if self.step < self._warmup_steps else 1.0
-        return math.prod((curve(behind) for curve, _ in self._curves), start=warmth)
+        return math.prod((curve(behind) for curve, _ in self._curves), start=warmth(self.step, self._warmup_steps))
 
     def start(self, optimizer: Optimizer) -> None:
         """Begin, or go on with what was loaded; again after another was laid."""
         self._optimizer, groups = optimizer, optimizer.param_groups
         self.base = self.base[: len(groups)] + [_copied(group["lr"]) for group in groups[len(self.base) :]]
-        self._momenta = [(group.get("momentum"), group.get("betas")) for group in groups]
+        self._momenta = self._momenta or [(group.get("momentum"), group.get("betas")) for group in groups]
         self._write()
 
     def update(self) -> None:
@@ -681,7 +681,7 @@ class LearningRates:
             for group, (momentum, betas) in zip(self._groups, self._momenta, strict=False):
                 group.update({} if momentum is None else {"momentum": momentum})
                 group.update({} if betas is None else {"betas": betas})
-        self._optimizer, self._curves, self._momentum, self._warmup_steps = None, [], None, 0
+        self._optimizer, self._curves, self._momentum, self._warmup_steps, self._momenta = None, [], None, 0, []
 
     @property
     def _groups(self) -> list[dict[str, Any]]:

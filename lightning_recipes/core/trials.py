@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.instability import InstabilityRule
+from lightning_recipes.core.schedules import warmth
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,7 +44,7 @@ class Trial:
 
     def factor(self, step: int) -> float:
         """Of the learning rate, at the update number ``step``."""
-        return min(1.0, (step + 1) / (self.warmup_steps + 1))
+        return warmth(step, self.warmup_steps)
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ class SweepResult:
     def plot(self, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
         """Draw the sweep; needs the extra ``plots``.
 
-        Where warmups differ: a map of learning rate and warmup with the loss, and a cross where a trial was unstable.
+        Where warmups differ: a map of learning rate and warmup with the loss, grey where a trial was unstable.
         Else the loss over the learning rate.
 
         Returns:

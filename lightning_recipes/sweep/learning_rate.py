@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning_recipes.callbacks.trials import progress
 from lightning_recipes.core.learning_rate import GRID, LearningRateSearch
 from lightning_recipes.core.trials import SweepResult
-from lightning_recipes.sweep.running import Make, Runner, announce, in_this_process, trials_of
+from lightning_recipes.sweep.running import Make, Runner, in_this_process, trials_of
 
 
 def learning_rate_sweep(
@@ -60,6 +60,5 @@ def learning_rate_sweep(
     """
     search = LearningRateSearch(tuple(learning_rates), steps, seeds)
     train = trials_of(make, train_dataloaders, datamodule, trainer_settings)
-    announce("The learning-rate sweep", search.most_steps)
     with progress("learning-rate sweep", search.most_steps, show_progress) as told:
         return search.result(runner(search, train, path, told))

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.seed import isolate_rng
-from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -59,9 +58,3 @@ def trials_of(make: Any, train_dataloaders: Any, datamodule: Any, settings: dict
     if train_dataloaders is not None or datamodule is not None or settings:
         raise TypeError("loaders, a datamodule and settings of a Trainer are for a LightningModule")
     return LoopTrials(make)
-
-
-def announce(name: str, most_steps: int, max_steps: int | None = None) -> None:
-    """Say what a sweep will cost at most."""
-    share = "" if max_steps is None else f" ({most_steps / max_steps:.2g} times the run)"
-    rank_zero_info(f"{name} makes {most_steps:,} steps at most{share}; unstable trials end at once.")

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from lightning_recipes.callbacks.trials import progress
 from lightning_recipes.core.trials import SweepResult
 from lightning_recipes.core.warmup import WarmupSearch
-from lightning_recipes.sweep.running import Make, Runner, announce, in_this_process, trials_of
+from lightning_recipes.sweep.running import Make, Runner, in_this_process, trials_of
 
 
 def warmup_sweep(
@@ -73,6 +73,5 @@ def warmup_sweep(
         seeds,
         exhaustive,
     )
-    announce("The warmup sweep", search.most_steps, max_steps)
     with progress("warmup sweep", search.most_steps, show_progress) as told:
         return search.result(runner(search, train, path, told))

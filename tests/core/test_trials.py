@@ -48,11 +48,8 @@ def test_a_loss_that_does_not_move_is_stable_however_noisy(seed: int) -> None:
 
 
 def test_the_first_certain_sign_ends_it() -> None:
-    assert (
-        judged([*falling(30), math.nan, *falling(9)])
-        == Outcome(False, math.nan, 31, "not finite at step 30", judged([*falling(30), math.nan]).losses)
-        or judged([*falling(30), math.nan, *falling(9)]).reason == "not finite at step 30"
-    )
+    broken = judged([*falling(30), math.nan, *falling(9)])
+    assert (broken.stable, broken.steps, broken.reason) == (False, 31, "not finite at step 30")
     gradient = judged(falling(), [1.0] * 40 + [math.inf] + [1.0] * 59)
     assert (gradient.stable, gradient.steps, gradient.reason) == (False, 41, "not finite at step 40")
     blown = judged([2.0, 2.5, 20.0, 300.0, 1.0])
