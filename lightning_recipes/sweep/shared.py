@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
+
 from lightning_recipes.core.arguments import check_count, check_real
 from lightning_recipes.core.trials import (
     Outcome,
@@ -40,7 +42,8 @@ class OptunaRunner:
 
     They meet in a storage of Optuna: each trial counts once, and all return the same outcomes. Processes may come late,
     and go: a trial that shows no sign of life is run again by another. A trial that is not needed any more when the
-    search is over does not count. Needs the extra ``sweep``.
+    search is over does not count. A process may be a job of several ranks, which run its trials together: rank zero
+    takes them from the storage. Needs the extra ``sweep``.
 
     Args:
         storage: Path of a journal file on a disk that all see, URL of a database, or a storage of Optuna. SQLite locks
@@ -73,6 +76,9 @@ class OptunaRunner:
         told: Callable[[Trial, Outcome], None],
     ) -> dict[Trial, Outcome]:
         """Return all outcomes; see :class:`~lightning_recipes.sweep.running.Runner`."""
+        ranks = _Ranks(train)
+        if not ranks.lead:
+            return ranks.follow()
         study = _Study(self.storage, self.study_name, self.grace_seconds)
         before = {} if path is None else load_outcomes(path)
         while True:
@@ -91,6 +97,7 @@ class OptunaRunner:
             elif any(trial not in live for trial in wanted):
                 study.plan([trial for trial in wanted if trial not in live])
             elif claimed := next((trial for trial in wanted if study.claim(live[trial])), None):
+                ranks.say(claimed)
                 outcome = self._run(study, live[claimed].number, claimed, train)
                 if study.finish(live[claimed].number, outcome):
                     outcomes[claimed] = outcome
@@ -98,9 +105,11 @@ class OptunaRunner:
                         save_outcomes(path, outcomes)
                     told(claimed, outcome)
             else:
+                ranks.say()  # or they would give rank zero up
                 time.sleep(min(LONGEST_WAIT, self.heartbeat_seconds))
         if path is not None:
             save_outcomes(path, outcomes)
+        ranks.say(outcomes)
         return outcomes
 
     def _run(self, study: "_Study", number: int, trial: Trial, train: Callable[[Trial], Outcome]) -> Outcome:
@@ -110,6 +119,34 @@ class OptunaRunner:
         except BaseException as error:
             study.fail(number, repr(error))
             raise
+
+
+class _Ranks:
+    """The ranks of this job, of which rank zero says what they do; it may be the only one.
+
+    Args:
+        train: What they will run. A strategy makes them at its first training, which finds out the learning rate.
+    """
+
+    def __init__(self, train: Callable[[Trial], Outcome]) -> None:
+        getattr(train, "learning_rate", None)
+        self._train = train
+        self._several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        self.lead = not self._several or dist.get_rank() == 0
+
+    def say(self, what: Trial | Mapping[Trial, Outcome] | None = None) -> Trial | Mapping[Trial, Outcome] | None:
+        """The next trial, or nothing yet, or all outcomes, from rank zero to the others."""
+        said = [what]
+        if self._several:
+            dist.broadcast_object_list(said, src=0)
+        return said[0]
+
+    def follow(self) -> dict[Trial, Outcome]:
+        """Do what rank zero says, and return its outcomes."""
+        while not isinstance(said := self.say(), Mapping):
+            if said is not None:
+                self._train(said)
+        return dict(said)
 
 
 class _Study:

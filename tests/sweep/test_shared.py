@@ -1,6 +1,7 @@
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -16,8 +17,7 @@ from ranks import run_on_ranks
 from lightning_recipes.callbacks.trials import run_trials
 from lightning_recipes.core.trials import Outcome, Trial, load_outcomes, outcome_as_data, save_outcomes
 from lightning_recipes.core.warmup import WarmupSearch
-from lightning_recipes.sweep import shared, warmup_sweep
-from lightning_recipes.sweep.shared import OptunaRunner, RayRunner
+from lightning_recipes.sweep import OptunaRunner, RayRunner, shared, warmup_sweep
 
 SEARCH = WarmupSearch(1.0, 10_000, seeds=4)  # finds a warmup of 1000 steps at 30, the unstable rate being 3
 
@@ -140,6 +140,49 @@ def test_three_processes_find_what_one_does(journal: Path) -> None:
     assert set(reasons(journal)) <= {"planned twice", "not wanted any more"}
     best = SEARCH.result({trial: arithmetic(trial) for trial in outcomes}).best
     assert best == SEARCH.result(run_trials(SEARCH, arithmetic)).best
+
+
+JOB = """
+import sys
+import torch
+import lightning.pytorch as pl
+from torch.utils.data import DataLoader, TensorDataset
+from lightning_recipes.sweep import OptunaRunner, learning_rate_sweep
+
+
+class Classifier(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(8, 3)
+
+    def training_step(self, batch, index):
+        return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+torch.manual_seed(0)
+x = torch.randn(256, 8)
+loader = DataLoader(TensorDataset(x, x.argmax(1) % 3), 16)
+shared = {"runner": OptunaRunner(sys.argv[1])} if len(sys.argv) > 1 else {}
+ranks = {"accelerator": "cpu", "strategy": "ddp", "devices": 2}
+result = learning_rate_sweep(Classifier(), [0.01, 0.1, 1e4], 30, train_dataloaders=loader, **shared, **ranks)
+print("found", sorted((trial.learning_rate, outcome.loss) for trial, outcome in result.outcomes.items()))
+"""
+
+
+@pytest.mark.parametrize("sharing", [False, True])
+def test_a_process_may_be_a_job_of_two_ranks(sharing: bool, journal: Path, tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(JOB)
+    command = [sys.executable, "job.py", *([str(journal)] if sharing else [])]
+    job = {"cwd": tmp_path, "stdout": subprocess.PIPE, "text": True}
+    jobs = [subprocess.Popen(command, **job) for _ in range(1 + sharing)]  # type: ignore[call-overload]
+    found = [line for each in jobs for line in each.communicate(timeout=100)[0].splitlines() if "found" in line]
+    assert len(found) == 2 * len(jobs)
+    assert len(set(found)) == 1
+    if sharing:
+        assert sorted(trial.learning_rate for trial in completed(journal)) == [0.01, 0.1, 1e4]
 
 
 def test_what_a_killed_process_has_begun_is_run_by_another(journal: Path) -> None:
