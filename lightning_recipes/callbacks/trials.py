@@ -189,6 +189,7 @@ class ModuleTrials:
                     "limit_val_batches": 0,
                     "num_sanity_val_steps": 0,
                     "logger": DummyLogger(),
+                    "log_every_n_steps": 0,
                     "enable_checkpointing": False,
                     "enable_progress_bar": False,
                     "enable_model_summary": False,

@@ -12,7 +12,9 @@ PLAYBOOK = (
     "Deep Learning Tuning Playbook, identifying unstable workloads: https://github.com/google-research/tuning_playbook"
 )
 GRID = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
-SAFE = 4.0  # times below the edge of stability: what is nearer may be unstable later
+LONGER = 2  # times the steps of the trials: for a run that is longer than that another rate is best,
+LOWER = 2.0  # times lower,
+SAFE = 4.0  # and so many times below the edge of stability: what is nearer may be unstable later
 
 
 def learning_rate_sensitivity(losses: Mapping[float, float], initial: float) -> float:
@@ -40,13 +42,15 @@ class LearningRateSearch:
 
     Each learning rate is trained with for some steps from the same start with the same data. lr* has the lowest mean
     loss over the last tenth of the steps; an unstable one (not finite, or an uncharacteristically high loss) is not
-    feasible, and no number. The one to train at has the lowest loss of those that are at least four times below the
-    lowest unstable one: what is nearer is often worse, or unstable, in the long run (``benchmarks/LOG.md``).
+    feasible, and no number. A long run is best at a lower rate than a short trial: the one to train at is the rate of
+    the grid that is nearest to half of lr*, or to a quarter of the lowest unstable one, whichever is lower
+    (``benchmarks/LOG.md``); it is lr* itself for a run that is hardly longer than the trials.
 
     Args:
         learning_rates: Rising, at least two, above 0.
         steps: Updates of each, at least 20.
         seeds: How many trials for each, at least 1.
+        max_steps: Length of the run that the rate is for, at least 1; None for a long one.
 
     Raises:
         TypeError: If an argument is not of its kind.
@@ -54,11 +58,14 @@ class LearningRateSearch:
 
     References:
         Godbole et al., Deep Learning Tuning Playbook, 2023: https://github.com/google-research/tuning_playbook
+        Wu et al., Understanding Short-Horizon Bias in Stochastic Meta-Optimization, 2018:
+        https://arxiv.org/abs/1803.02021
     """
 
     learning_rates: Sequence[float] = GRID
     steps: int = 100
     seeds: int = 1
+    max_steps: int | None = None
 
     def __post_init__(self) -> None:
         for rate in self.learning_rates:
@@ -67,6 +74,8 @@ class LearningRateSearch:
             raise ValueError(f"learning_rates must rise and be at least two, got {self.learning_rates!r}")
         check_count("steps", self.steps, 20)
         check_count("seeds", self.seeds, 1)
+        if self.max_steps is not None:
+            check_count("max_steps", self.max_steps, 1)
 
     @property
     def most_steps(self) -> int:
@@ -100,8 +109,10 @@ class LearningRateSearch:
             return SweepResult(None, finding, dict(outcomes), summary)
         lowest = min(feasible, key=feasible.__getitem__)
         edge = min((rate for rate in self.learning_rates if not stable[rate] and rate > lowest), default=math.inf)
-        safe = {rate: loss for rate, loss in feasible.items() if rate * SAFE <= edge}
-        best = min(safe or feasible, key=(safe or feasible).__getitem__)
+        best = lowest
+        if self.max_steps is None or self.max_steps > LONGER * self.steps:
+            target = min(lowest / LOWER, edge / SAFE)
+            best = min(feasible, key=lambda rate: abs(math.log(rate / target)))
         at_edge = self._next(lowest) == edge < math.inf
         return SweepResult(
             Trial(best, self.steps),
@@ -117,7 +128,8 @@ class LearningRateSearch:
     def _finding(self, best: float, loss: float, lowest: float, edge: float, steps: int) -> Finding:
         where = "" if edge == math.inf else f"; from {edge:.3g} on the training is unstable"
         message = f"The training loss after {self.steps} steps is lowest at a learning rate of {lowest:.3g}{where}."
-        advice = f"Train at {best:.3g} (a loss of {loss:.4g})."
+        lower = "; a long run is best at a lower rate than a short trial" if best < lowest else ""
+        advice = f"Train at {best:.3g} (a loss of {loss:.4g}{lower})."
         rule = "learning rate found"
         if lowest in (self.learning_rates[0], self.learning_rates[-1]):
             side = "higher" if lowest == self.learning_rates[-1] else "lower"

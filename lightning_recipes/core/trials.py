@@ -6,6 +6,7 @@ import os
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLOWN_UP = 100.0  # times the first loss above it
+FEW = 4  # losses whose changes are the scale where the first one is near 0
 GIVEN_BACK = 0.3  # of what the loss had gained: a trial that ends so is unstable
 NOISE = 1.5  # standard deviations of a loss, by which it has to have risen besides
 SHORT = 10  # losses that a level is the median of
@@ -79,10 +81,11 @@ class Search(Protocol):
 class TrialRule:
     """Judges a trial by the loss and the gradient norm of every update.
 
-    It is unstable, at once, where one of them is not finite, the loss is a hundred times the first one above it, or the
-    training is stuck (dead units, a loss that does not move; see
-    :class:`~lightning_recipes.core.instability.InstabilityRule`); and in the end, where the loss has risen above the
-    first one or gives back a third of what it had gained. One that rises for a while and comes back is stable.
+    It is unstable, at once, where one of them is not finite, the loss is a hundred times the first one above it (or a
+    hundred times by what the first four differ: a loss may begin near 0), or the training is stuck (dead units, a loss
+    that does not move; see :class:`~lightning_recipes.core.instability.InstabilityRule`); and in the end, where the
+    loss has risen above the first one or gives back a third of what it had gained. One that rises for a while and comes
+    back is stable.
 
     Args:
         steps: Updates of the trial.
@@ -101,6 +104,7 @@ class TrialRule:
         self.best = math.inf  # lowest level
         self.reason = ""
         self._rule = InstabilityRule()
+        self._scale = math.inf  # of the loss
 
     def update(self, loss: float, norm: float, rate: float = 0.0, scaled: bool = False) -> bool:
         """Take in an update that is about to be made and say whether the trial is unstable and over.
@@ -117,10 +121,12 @@ class TrialRule:
         first = self.losses[0]
         if not math.isfinite(loss) or (found is not None and found.kind == "not finite"):
             self.reason = f"not finite at step {step}"
-        elif loss - first > BLOWN_UP * abs(first):
+        elif loss - first > BLOWN_UP * self._scale:
             self.reason = f"the loss rose from {first:.3g} to {loss:.3g} at step {step}"
         elif found is not None and found.kind in STUCK and step >= SETTLED:
             self.reason = f"{found.kind} at step {step}"
+        if step == FEW - 1:
+            self._scale = max(abs(first), statistics.median(abs(a - b) for a, b in pairwise(self.losses)))
         if step % SHORT == SHORT - 1:
             self.best = min(self.best, statistics.median(self.losses[-SHORT:]))
         return bool(self.reason)

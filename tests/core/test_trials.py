@@ -52,8 +52,8 @@ def test_the_first_certain_sign_ends_it() -> None:
     assert (broken.stable, broken.steps, broken.reason) == (False, 31, "not finite at step 30")
     gradient = judged(falling(), [1.0] * 40 + [math.inf] + [1.0] * 59)
     assert (gradient.stable, gradient.steps, gradient.reason) == (False, 41, "not finite at step 40")
-    blown = judged([2.0, 2.5, 20.0, 300.0, 1.0])
-    assert (blown.steps, blown.reason) == (4, "the loss rose from 2 to 300 at step 3")
+    blown = judged([2.0, 2.5, 20.0, 30.0, 3000.0, 1.0])
+    assert (blown.steps, blown.reason) == (5, "the loss rose from 2 to 3e+03 at step 4")
     assert math.isnan(blown.loss)
 
 
@@ -72,6 +72,22 @@ def test_a_rise_that_comes_back_is_stable_and_one_that_stays_is_not() -> None:
     assert judged(stays).reason.startswith("the loss ended at 1.5")
     above = [2.5 + 0.02 * step for step in range(100)]
     assert "above the first one" in judged(above).reason
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_loss_may_begin_near_zero(seed: int) -> None:
+    chance = random.Random(seed)
+    fine = [1e-4, *(chance.gauss(0, 1) - step / 100 for step in range(199))]
+    assert judged(fine).stable
+    broken = judged([*fine[:50], *(2.0**step for step in range(20)), *fine[50:]])
+    assert broken.reason.startswith("the loss rose from 0.0001")
+    assert 54 < broken.steps < 62
+
+
+@pytest.mark.parametrize("factor", [2, 5, 1000])
+def test_a_loss_that_explodes_from_the_start_is_over_soon(factor: float) -> None:
+    assert judged([min(2.3 * factor**step, 1e9) for step in range(100)]).steps < 12
+    assert judged([2.3, *[2.3e4] * 99]).steps == 5
 
 
 def test_what_a_grad_scaler_skips_is_normal() -> None:

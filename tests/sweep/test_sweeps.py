@@ -26,8 +26,9 @@ def test_the_best_rate_and_the_edge_of_a_problem_that_is_known() -> None:
     assert result.best is not None
     assert result.summary["lowest_loss_at"] in (0.1, 0.19)
     assert result.summary["edge"] == 0.3
-    assert result.best.learning_rate == 0.06  # four times below the edge
+    assert result.best.learning_rate == 0.06  # nearest to a quarter of the edge
     assert "Train at 0.06" in result.finding.advice
+    assert "a long run is best at a lower rate" in result.finding.advice
     assert "from 0.3 on the training is unstable" in result.finding.message
     unstable = [trial for trial, outcome in result.outcomes.items() if not outcome.stable]
     assert [trial.learning_rate for trial in unstable] == [0.3, 1.0]
@@ -37,6 +38,22 @@ def test_the_best_rate_and_the_edge_of_a_problem_that_is_known() -> None:
     assert at_edge.finding.rule == "best at the edge of stability"
     assert learning_rate_sweep(quadratic, [0.001, 0.01]).finding.rule == "best at the end of the grid"
     assert learning_rate_sweep(quadratic, [0.5, 1.0]).best is None
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "edge", "best"),
+    [(None, 10.0, 0.05), (1000, 10.0, 0.05), (200, 10.0, 0.1), (None, 0.2, 0.05), (None, 0.12, 0.02), (200, 0.12, 0.1)],
+)
+def test_a_long_run_is_best_at_a_lower_rate(max_steps: int | None, edge: float, best: float) -> None:
+    rates = [0.01, 0.02, 0.05, 0.1, edge]
+    search = LearningRateSearch(rates, steps=100, max_steps=max_steps)
+    outcomes = {
+        trial: Outcome(rate < edge, 1 / rate, 100, losses=(9.0, 1.0))
+        for rate, trial in zip(rates, search.ask({}), strict=True)
+    }
+    found = search.result(outcomes)
+    assert found.summary["lowest_loss_at"] == 0.1
+    assert found.best == Trial(best, 100)
 
 
 def test_every_trial_has_one_start_and_one_order(tmp_path: Path) -> None:
