@@ -121,6 +121,7 @@ class Evidence:
         for output in outputs:  # one after the other: in single precision those of a language model are large
             logits = output.reshape(-1, output.shape[-1])[counted].float()
             norm = logits.logsumexp(-1)
+            norm = norm.masked_fill(norm.isinf(), math.nan)  # an infinite logit is no prediction
             log_p.append(logits.gather(1, flat[:, None]).squeeze(1) - norm)
             top = logits.max(-1)
             confidence.append((top.values - norm).exp())
@@ -130,6 +131,7 @@ class Evidence:
         self._count(torch.stack(log_p), targets, counted, top_of_all, correct, torch.stack(confidence), correct)
 
     def _update_binary(self, logits: Tensor, targets: Tensor) -> None:
+        logits = logits.masked_fill(logits.isinf(), math.nan)
         truth = targets.flatten().bool()
         counted = torch.ones_like(truth)
         log_p = nn.functional.logsigmoid(torch.where(truth, logits, -logits))
@@ -182,17 +184,19 @@ class Evidence:
         """
         if not self._kept:
             raise ValueError("there is no evidence: no batch has been given")
+        first = torch.cat([first for first, _ in self._kept], 0 if self.task == "regression" else 1)
+        second = torch.cat([second for _, second in self._kept])
         if self.task == "regression":
-            products = torch.cat([products for products, _ in self._kept])
-            finite = _places(products.diagonal(dim1=1, dim2=2).isfinite().all(0))
-            table: _Table = _Squares(products[:, finite][:, :, finite], torch.cat([counts for _, counts in self._kept]))
+            finite = _places(first.diagonal(dim1=1, dim2=2).isfinite().all(0))
         else:
-            log_p = torch.cat([log_p for log_p, _ in self._kept], 1)
-            finite = _places(~log_p.isnan().any(1))
-            rows = torch.cat([rows for _, rows in self._kept])
-            table = _Likelihoods(log_p[finite].double(), torch.unique(rows, return_inverse=True)[1])
+            finite = _places(~first.isnan().any(1))
         if not finite:
             raise ValueError("every member predicts NaN or infinities")
+        table: _Table
+        if self.task == "regression":
+            table = _Squares(first[:, finite][:, :, finite], second)
+        else:
+            table = _Likelihoods(first[finite].double(), torch.unique(second, return_inverse=True)[1])
         if not len(table.counts):
             raise ValueError("there is no evidence: no target counts")
         return table, finite
@@ -383,7 +387,7 @@ def select(evidence: Evidence, how: str = "auto", seed: int = 0) -> Selection:
     - ``"simplex"``: the convex weights of the lowest loss.
     - ``"auto"``: these, and equal weights for the last 2, 3, ... members, are fitted on four fifths of the samples and
       judged on the rest. The simplest within one standard error of the lowest loss is taken if it beats the best member
-      beyond noise (paired, one-sided 95 %), and if the members differ (a disagreement of 1 %, or else a gain of 5 % of
+      beyond noise (see :func:`gain_of`), and if the members differ (a disagreement of 1 %, or else a gain of 5 % of
       the loss). If not the best member is used alone.
 
     A member that predicts NaN or infinities anywhere has weight 0.
