@@ -1,0 +1,374 @@
+import math
+import pickle
+
+import numpy
+import pytest
+import scipy.optimize
+import torch
+from torch import Tensor, nn
+from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
+
+from lightning_recipes.core.ensembles import combined
+from lightning_recipes.core.selection import Evidence, Selection, report, select
+
+SPREADS = {
+    "one is the truth": [0.3, 0.3, 0.3, 0.3, 0.0],
+    "identical": [0.0] * 5,
+    "early ones are weak": [6.0, 4.0, 3.0, 0.5, 0.0],
+    "equally good": [1.0] * 5,
+}
+
+
+def world(kind: str, samples: int, generator: torch.Generator, classes: int = 5) -> tuple[Tensor, Tensor]:
+    """Logits of five members, which are the true ones with noise of their own, and classes drawn of the true ones."""
+    truth = 2 * torch.randn(samples, classes, generator=generator)
+    uniform = torch.rand(samples, 1, generator=generator)
+    targets = (truth.softmax(-1).cumsum(-1) < uniform).sum(-1).clamp(max=classes - 1)
+    noise = torch.randn(5, samples, classes, generator=generator)
+    return truth + noise * torch.tensor(SPREADS[kind]).view(-1, 1, 1), targets
+
+
+def evidence_of(outputs: Tensor, targets: Tensor, task: str = "auto", batch: int = 37, **kwargs: int) -> Evidence:
+    evidence = Evidence(task, **kwargs)
+    for start in range(0, len(targets), batch):
+        evidence.update(outputs[:, start : start + batch], targets[start : start + batch])
+    return evidence
+
+
+def nll(outputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    kept = weights > 0
+    probabilities = (weights[kept].view(-1, 1, 1) * outputs[kept].double().softmax(-1)).sum(0)
+    return -probabilities[torch.arange(len(targets)), targets].log()
+
+
+def chosen(kind: str, samples: int, seed: int) -> tuple[Selection, Tensor]:
+    """The selection on one draw, and its gain over the best member of that draw on fresh samples."""
+    generator = torch.Generator().manual_seed(seed)
+    outputs, targets = world(kind, samples, generator)
+    selection = select(evidence_of(outputs, targets, batch=samples), seed=seed)
+    alone = torch.eye(5, dtype=torch.float64)
+    best = min(range(5), key=lambda member: nll(outputs, targets, alone[member]).mean().item())
+    fresh = world(kind, 1000, generator)
+    weights = torch.tensor(selection.weights, dtype=torch.float64)
+    return selection, nll(*fresh, alone[best]) - nll(*fresh, weights)
+
+
+def certain(gains: Tensor, deviations: float) -> bool:
+    """Whether the mean is below zero by so many standard errors."""
+    return gains.mean().item() < -deviations * gains.std().item() / len(gains) ** 0.5
+
+
+# ------------------------------------------------------------------------------ whether the choice is right
+
+
+@pytest.mark.parametrize("kind", ["one is the truth", "early ones are weak"])
+@pytest.mark.parametrize("samples", [20, 200])
+def test_what_is_chosen_is_not_worse_than_the_best_member(kind: str, samples: int) -> None:
+    draws = [chosen(kind, samples, seed) for seed in range(40)]
+    claims = [certain(gains, 1.645) for selection, gains in draws if selection.verdict == "gain"]
+    assert sum(claims) <= 5  # of 40: 5 % and two standard deviations
+    assert not any(certain(gains, 4) for _, gains in draws)
+    for selection, _ in draws:
+        assert (selection.verdict == "gain") == (selection.how != "best") == (max(selection.weights) < 1)
+
+
+def test_the_uniform_ensemble_would_have_been_worse_there() -> None:
+    outputs, targets = world("early ones are weak", 1000, torch.Generator().manual_seed(0))
+    selection = select(evidence_of(outputs, targets), "uniform")
+    assert selection.gain < -5 * selection.gain_error
+    assert selection.weights == pytest.approx([0.2] * 5)
+    assert selection.verdict == "noise"
+
+
+def test_a_gain_that_is_there_is_found() -> None:
+    draws = [chosen("equally good", 200, seed) for seed in range(10)]
+    assert sum(selection.verdict == "gain" for selection, _ in draws) >= 9
+    assert all(gains.mean() > 0 for selection, gains in draws if selection.verdict == "gain")
+
+
+@pytest.mark.parametrize("samples", [1, 2, 20, 200])
+def test_identical_members_are_alike_and_gain_nothing(samples: int) -> None:
+    selection, gains = chosen("identical", samples, 0)
+    assert selection.verdict == "alike"
+    assert max(selection.weights) == 1.0
+    assert selection.gain == pytest.approx(0, abs=1e-9)
+    assert gains.abs().max() == 0
+
+
+def test_one_sample_or_one_member_claims_nothing() -> None:
+    selection, _ = chosen("equally good", 1, 0)
+    assert selection.how == "best"
+    assert selection.gain_error == math.inf
+    outputs, targets = world("equally good", 50, torch.Generator().manual_seed(0))
+    for how in ("auto", "uniform", "greedy", "simplex", "best"):
+        selection = select(evidence_of(outputs[:1], targets), how)
+        assert selection.weights == (1.0,)
+        assert selection.gain == selection.gain_over_last == 0.0
+    assert "There is one member" in report(evidence_of(outputs[:1], targets), selection).finding.message
+
+
+# ------------------------------------------------------------------------------ the weights
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_simplex_weights_are_the_optimum_of_a_general_solver(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    outputs, targets = world("early ones are weak", 300, generator)
+    p = outputs.double().softmax(-1)[:, torch.arange(300), targets].numpy()
+    residuals = torch.randn(5, 300, generator=generator).double().numpy() * numpy.arange(1, 6)[:, None]
+
+    def solved(loss: object) -> float:
+        rule = {"type": "eq", "fun": lambda weights: weights.sum() - 1}
+        start = numpy.full(5, 0.2)
+        return scipy.optimize.minimize(loss, start, bounds=[(0, 1)] * 5, constraints=rule, tol=1e-12).fun
+
+    def likelihood(weights: numpy.ndarray) -> float:
+        return -numpy.log(weights @ p + 1e-300).mean()
+
+    def squares(weights: numpy.ndarray) -> float:
+        return ((weights @ residuals) ** 2).mean()
+
+    weights = numpy.array(select(evidence_of(outputs, targets), "simplex").weights)
+    assert weights.sum() == pytest.approx(1)
+    assert (weights >= 0).all()
+    assert likelihood(weights) == pytest.approx(solved(likelihood), abs=1.1e-5)
+    evidence = evidence_of(torch.from_numpy(residuals), torch.zeros(300).double())
+    weights = numpy.array(select(evidence, "simplex").weights)
+    assert weights.sum() == pytest.approx(1)
+    assert squares(weights) == pytest.approx(solved(squares), rel=2e-5)
+
+
+def test_greedy_weights_are_those_of_the_definition() -> None:
+    outputs, targets = world("equally good", 100, torch.Generator().manual_seed(3))
+    p = outputs.double().softmax(-1)[:, torch.arange(100), targets]
+    taken: list[int] = []
+    paths = []
+    for _ in range(25):
+        losses = [-p[[*taken, member]].mean(0).log().mean().item() for member in range(5)]
+        taken.append(losses.index(min(losses)))
+        paths.append((min(losses), len(taken)))
+    best = taken[: min(paths)[1]]
+    expected = [best.count(member) / len(best) for member in range(5)]
+    assert select(evidence_of(outputs, targets), "greedy").weights == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("task", ["classification", "binary", "regression"])
+def test_losses_are_those_of_the_averaged_predictions(task: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+    if task == "classification":
+        outputs, targets = torch.randn(3, 40, 4, 6, generator=generator), torch.randint(4, (40, 6), generator=generator)
+        averaged = combined(outputs.double(), weights, "logits")
+        expected = nn.functional.cross_entropy(averaged, targets, reduction="none").sum(1)
+    elif task == "binary":
+        outputs, targets = torch.randn(3, 40, 6, generator=generator), torch.rand(40, 6, generator=generator) > 0.5
+        averaged = combined(outputs.double(), weights, "binary logits")
+        loss = nn.functional.binary_cross_entropy_with_logits
+        expected = loss(averaged, targets.double(), reduction="none").sum(1)
+    else:
+        outputs, targets = torch.randn(3, 40, 6, generator=generator), torch.randn(40, 6, generator=generator)
+        expected = (combined(outputs.double(), weights, "mean") - targets).square().sum(1)
+    evidence = evidence_of(outputs, targets)
+    assert evidence.task == task
+    table, finite = evidence.table()
+    assert finite == [0, 1, 2]
+    torch.testing.assert_close(table.losses(weights), expected, rtol=1e-5, atol=1e-6)
+    assert table.counts.tolist() == [6.0] * 40
+    part = torch.arange(40) % 3 == 0
+    torch.testing.assert_close(table.part(part).losses(weights), expected[part], rtol=1e-5, atol=1e-6)
+    assert table.loss(weights) == pytest.approx(expected.sum().item() / 240, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------ shapes, and what does not count
+
+
+def test_classes_are_found_by_the_shapes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    outputs, targets = torch.randn(2, 6, 5, 4, generator=generator), torch.randint(4, (6, 5), generator=generator)
+    last = evidence_of(outputs, targets).table()[0].losses(torch.tensor([0.5, 0.5]).double())
+    second = evidence_of(outputs.movedim(-1, 2), targets).table()[0].losses(torch.tensor([0.5, 0.5]).double())
+    flat = Evidence()
+    flat.update(outputs.reshape(2, 30, 4), targets)
+    assert torch.equal(last, second)
+    assert torch.equal(last, flat.table()[0].losses(torch.tensor([0.5, 0.5]).double()))
+    square = torch.randn(2, 6, 5, 5, generator=generator)
+    with pytest.raises(ValueError, match="could have the classes second or last: give dim"):
+        evidence_of(square, targets)
+    assert evidence_of(square, targets, dim=-1).samples == 6
+
+
+def test_what_cannot_be_understood_is_refused() -> None:
+    for outputs, targets, problem in (
+        (torch.randn(2, 6, 3), torch.randint(3, (6, 3)), "do not tell the task"),
+        (torch.randn(2, 6, 1), torch.randn(6), "do not tell the task"),
+        (torch.randn(2, 6, 3), torch.randint(3, (5,)), "do not fit: give dim"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            Evidence().update(outputs, targets)
+    with pytest.raises(ValueError, match="regression needs a target for each output"):
+        Evidence("regression").update(torch.randn(2, 6, 1), torch.randn(6))
+    with pytest.raises(ValueError, match="a target for each position"):
+        Evidence(dim=1).update(torch.randn(2, 6, 3), torch.randint(3, (6, 2)))
+    with pytest.raises(ValueError, match="task must be 'auto' or"):
+        Evidence("ranking")
+    with pytest.raises(ValueError, match="no batch has been given"):
+        select(Evidence())
+    with pytest.raises(ValueError, match="how must be 'auto' or"):
+        select(Evidence(), "median")
+    evidence = evidence_of(torch.randn(2, 6, 3), torch.zeros(6).long())
+    with pytest.raises(ValueError, match="outputs of the same members, got 3"):
+        evidence.update(torch.randn(3, 6, 3), torch.zeros(6).long())
+    with pytest.raises(ValueError, match="no target counts"):
+        select(evidence_of(torch.randn(2, 6, 3), torch.full((6,), -100)))
+
+
+def test_ignored_positions_do_not_count_even_where_they_are_no_numbers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    outputs, targets = torch.randn(3, 20, 5, 4, generator=generator), torch.randint(4, (20, 5), generator=generator)
+    ignored = torch.rand(20, 5, generator=generator) < 0.4
+    ignored[7] = True  # all of a row
+    outputs[:, ignored] = math.nan
+    evidence = evidence_of(outputs, targets.masked_fill(ignored, -100))
+    table, finite = evidence.table()
+    expected = -outputs[1].log_softmax(-1).gather(-1, targets[..., None])[~ignored].double()
+    assert finite == [0, 1, 2]
+    assert table.loss(torch.tensor([0, 1, 0]).double()) == pytest.approx(expected.mean().item(), rel=1e-5)
+    assert len(table.counts) == 19
+    assert table.counts.sum() == (~ignored).sum()
+    hits = (outputs.argmax(-1) == targets)[:, ~ignored].double().mean(1)
+    assert evidence.accuracies() == pytest.approx(hits.tolist())
+
+
+def test_noise_is_judged_over_rows_not_over_positions() -> None:
+    outputs, targets = world("equally good", 30, torch.Generator().manual_seed(0))
+    one = select(evidence_of(outputs, targets), "uniform")
+    repeated = select(
+        evidence_of(outputs.unsqueeze(2).expand(-1, -1, 50, -1), targets.unsqueeze(1).expand(-1, 50)), "uniform"
+    )
+    assert repeated.gain == pytest.approx(one.gain)
+    assert repeated.gain_error == pytest.approx(one.gain_error)
+
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_members_without_numbers_have_weight_0_and_are_named(task: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    if task == "classification":
+        outputs, targets = world("equally good", 100, generator)
+    else:
+        targets = torch.randn(100, generator=generator)
+        outputs = targets + torch.randn(5, 100, generator=generator)
+    outputs[1, 3] = math.nan
+    outputs[4, 50].view(-1)[0] = math.inf
+    evidence = evidence_of(outputs, targets)
+    for how in ("auto", "uniform"):
+        selection = select(evidence, how)
+        made = report(evidence, selection, names=["a", "b", "c", "d", "e"])
+        assert selection.weights[1] == selection.weights[4] == 0
+        assert sum(selection.weights) == pytest.approx(1)
+        assert math.isnan(selection.gain_over_last)
+        assert made.finding.message.endswith("No numbers come from b, e, weight 0.")
+        assert made.finding.severity == "warning"
+        assert [math.isnan(member.loss) for member in made.members] == [False, True, False, False, True]
+    with pytest.raises(ValueError, match="every member predicts NaN"):
+        select(evidence_of(outputs[[1, 4]], targets))
+
+
+def test_a_target_that_is_impossible_to_some_members_or_all_is_no_end() -> None:
+    outputs, targets = world("equally good", 100, torch.Generator().manual_seed(0))
+    outputs[0, 0, targets[0]] = -math.inf
+    evidence = evidence_of(outputs, targets)
+    assert all(math.isfinite(select(evidence, how).loss) for how in ("auto", "greedy", "simplex", "best"))
+    assert select(evidence, "best").weights[0] == 0
+    outputs[:, 0, targets[0]] = -math.inf
+    assert math.isfinite(select(evidence_of(outputs, targets)).loss)
+
+
+def test_evidence_of_several_ranks_is_that_of_one() -> None:
+    for kind in ("classification", "regression"):
+        outputs, targets = world("equally good", 60, torch.Generator().manual_seed(0))
+        if kind == "regression":
+            outputs, targets = outputs[..., 0], targets.float()
+        whole, first = evidence_of(outputs, targets), Evidence()
+        first.extend(Evidence())
+        first.extend(evidence_of(outputs[:, :23], targets[:23]))
+        first.extend(pickle.loads(pickle.dumps(evidence_of(outputs[:, 23:], targets[23:]))))
+        assert first.samples == whole.samples == 60
+        one, other = select(whole), select(first)
+        assert one.weights == pytest.approx(other.weights)
+        assert one.gain == pytest.approx(other.gain)
+        assert first.accuracies() == pytest.approx(whole.accuracies(), nan_ok=True)
+        assert first.calibration_errors() == pytest.approx(whole.calibration_errors(), nan_ok=True)
+        torch.testing.assert_close(first.disagreements(), whole.disagreements())
+    with pytest.raises(ValueError, match="evidence of one task is wanted, got regression and classification"):
+        first.extend(evidence_of(torch.randn(5, 4, 3), torch.zeros(4).long()))
+
+
+# ------------------------------------------------------------------------------ the report
+
+
+def test_accuracy_calibration_and_disagreement_are_those_of_torchmetrics_and_the_definition() -> None:
+    outputs, targets = world("equally good", 300, torch.Generator().manual_seed(0))
+    outputs[2] *= 1000  # saturated
+    evidence = evidence_of(outputs, targets)
+    for member in range(5):
+        expected = multiclass_calibration_error(outputs[member], targets, num_classes=5, n_bins=15).item()
+        assert evidence.calibration_errors()[member] == pytest.approx(expected, abs=1e-6)
+        hits = (outputs[member].argmax(-1) == targets).double().mean().item()
+        assert evidence.accuracies()[member] == pytest.approx(hits)
+        for other in range(5):
+            differs = (outputs[member].argmax(-1) != outputs[other].argmax(-1)).double().mean().item()
+            assert evidence.disagreements()[member, other].item() == pytest.approx(differs)
+    truth = targets > 2
+    binary = evidence_of(outputs[..., 0], truth)
+    expected = binary_calibration_error(outputs[0, :, 0].sigmoid(), truth.long(), n_bins=15).item()
+    assert binary.calibration_errors()[0] == pytest.approx(expected, abs=1e-6)
+    assert binary.accuracies()[1] == pytest.approx(((outputs[1, :, 0] > 0) == truth).double().mean().item())
+
+
+def test_disagreement_of_regression_has_no_scale() -> None:
+    generator = torch.Generator().manual_seed(0)
+    targets, noise = torch.randn(2000, generator=generator), torch.randn(2, 2000, generator=generator)
+    outputs = targets + torch.stack([noise[0], noise[1], noise[0]])
+    for scale in (1.0, 1e-3, 1e4):
+        pairs = evidence_of(scale * outputs, scale * targets).disagreements()
+        assert pairs[0, 1].item() == pytest.approx(1, abs=0.1)
+        assert pairs[0, 2].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_report_of_a_gain() -> None:
+    outputs, targets = world("equally good", 400, torch.Generator().manual_seed(0))
+    evidence = evidence_of(outputs, targets)
+    selection = select(evidence)
+    weights = torch.tensor(selection.weights)
+    averaged = combined(outputs[weights > 0], weights[weights > 0], "logits")
+    made = report(evidence, selection, evidence_of(averaged[None], targets), ["1", "2", "3", "4", "5"], step=70)
+    assert made.accuracy == pytest.approx((averaged.argmax(-1) == targets).double().mean().item())
+    expected = multiclass_calibration_error(averaged, targets, num_classes=5, n_bins=15).item()
+    assert made.calibration_error == pytest.approx(expected, abs=1e-5)
+    assert made.members[0].loss == pytest.approx(nn.functional.cross_entropy(outputs[0], targets).item(), rel=1e-5)
+    assert made.finding.step == 70
+    assert f"is better than the best member by {selection.gain:.3g} ± {selection.gain_error:.2g}" in made.finding.text
+    assert selection.gain_over_last > 2 * selection.gain_over_last_error
+    lines = made.to_markdown().splitlines()
+    assert len({line.count("|") for line in lines[:8]}) == 1
+    assert lines[7].startswith("| **ensemble** | 1 |")
+    assert made._repr_html_().count("<tr>") == 7
+    without = report(evidence, selection)
+    assert math.isnan(without.accuracy)
+
+
+def test_the_report_of_no_gain_and_of_members_that_are_alike() -> None:
+    outputs, targets = world("early ones are weak", 400, torch.Generator().manual_seed(0))
+    evidence = evidence_of(outputs, targets)
+    made = report(evidence, select(evidence))
+    assert "is not better than the best member beyond noise" in made.finding.message
+    assert made.finding.message.endswith("member 4 is used alone.")
+    assert made.accuracy == evidence.accuracies()[4]
+    asked = report(evidence, select(evidence, "uniform"))
+    assert asked.finding.message.endswith("5 members are used, as asked.")
+    same = evidence_of(outputs[[4] * 3] + 0.001 * torch.randn(3, 400, 5), targets)
+    made = report(same, select(same))
+    assert made.selection.verdict == "alike"
+    assert made.disagreement < 0.01
+    assert "The members hardly differ" in made.finding.message
+    assert "Raise the learning rate of restarts or shorten the cycles" in made.finding.advice
