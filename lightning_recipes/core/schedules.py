@@ -325,33 +325,57 @@ class WarmupStableDecay(Schedule):
 class CyclicCosine(Schedule):
     """Fall on half a cosine and start again at the top: ``(1 + cos(pi mod(t, P) / P)) / 2``, P = ceil(T / cycles).
 
-    For snapshots: each cycle ends in a minimum of its own.
+    For snapshots: each cycle ends in a minimum of its own. The last one has the updates that are left, so that it ends
+    with the run (P is T / cycles rounded down in a run so short that none would be left, and there are fewer cycles
+    where not even one update is left for each).
 
     Args:
         cycles: At least 1.
+        warmup_steps: Updates in which each cycle rises to the top, at least 0; the cosine follows.
 
     Raises:
-        TypeError: If it is not a whole number.
+        TypeError: If an argument is not of its kind.
         ValueError: If it is out of its range.
 
     Example:
         >>> [round(factor, 3) for factor in CyclicCosine(cycles=2).curve(steps=6)]
         [1.0, 0.75, 0.25, 1.0, 0.75, 0.25]
+        >>> CyclicCosine(cycles=2).ends(Run(steps=7))
+        [4, 7]
 
     References:
         Huang et al., Snapshot ensembles, 2017, equation 2: https://arxiv.org/abs/1704.00109
     """
 
     cycles: int = 5
+    warmup_steps: int = 0
 
     def __post_init__(self) -> None:
         check_count("cycles", self.cycles, 1)
+        check_count("warmup_steps", self.warmup_steps, 0)
+
+    def ends(self, run: Run) -> list[int]:
+        """Updates made when each cycle is over.
+
+        Raises:
+            ValueError: If nobody knows how long the run is.
+        """
+        run.passed(0)
+        steps = math.ceil(run.steps)
+        cycles = max(1, min(self.cycles, steps // (self.warmup_steps + 1)))
+        period = math.ceil(steps / cycles)
+        if period * (cycles - 1) + self.warmup_steps >= steps:
+            period = steps // cycles
+        return [*range(period, period * cycles, period), steps]
 
     @override
     def factor(self, step: int, run: Run) -> float:
-        run.passed(step)
-        period = math.ceil(run.steps / self.cycles)
-        return (1 + math.cos(math.pi * (min(step, math.ceil(run.steps) - 1) % period) / period)) / 2
+        ends = self.ends(run)
+        cycle = min(bisect_right(ends, step), len(ends) - 1)
+        start = ends[cycle - 1] if cycle else 0
+        into, length = min(step, ends[-1] - 1) - start, ends[cycle] - start
+        behind, fall = max(0, into - self.warmup_steps), max(1, length - self.warmup_steps)
+        return warmth(into, self.warmup_steps) * (1 + math.cos(math.pi * behind / fall)) / 2
 
 
 @dataclass(frozen=True)

@@ -47,15 +47,42 @@ def test_schedules_are_their_definitions() -> None:
 
 
 def test_snapshots_get_their_cycles_as_huang_defines_them() -> None:
-    for steps, cycles in ((60, 5), (61, 5), (7, 3), (5, 5), (3, 1)):
+    for steps, cycles in ((60, 5), (61, 5), (7, 3), (5, 5), (3, 1), (11, 4)):
         period = math.ceil(steps / cycles)
-        close(
-            CyclicCosine(cycles),
-            lambda t, period=period: (math.cos(math.pi * ((t + 1 - 1) % period) / period) + 1) / 2,
-            steps,
+        whole = steps if steps % cycles == 0 else period * (cycles - 1)
+        curve = CyclicCosine(cycles).curve(steps)
+        assert curve[:whole] == pytest.approx(
+            [(math.cos(math.pi * ((t - 1) % period) / period) + 1) / 2 for t in range(1, whole + 1)]
         )
-    curve = CyclicCosine(4).curve(T)
-    assert [step for step in range(1, T) if curve[step] > curve[step - 1]] == [15, 30, 45]
+        left = steps - whole
+        assert curve[whole:] == pytest.approx([(math.cos(math.pi * t / left) + 1) / 2 for t in range(left)])
+    assert CyclicCosine(4).ends(Run(T)) == [15, 30, 45, 60]
+
+
+@pytest.mark.parametrize("cycles", range(1, 12))
+@pytest.mark.parametrize("steps", range(1, 40))
+def test_every_cycle_ends_in_its_minimum_and_the_last_with_the_run(cycles: int, steps: int) -> None:
+    schedule = CyclicCosine(cycles)
+    ends = schedule.ends(Run(steps))
+    curve = [schedule.factor(step, Run(steps)) for step in range(steps)]
+    assert len(ends) == min(cycles, steps)
+    assert ends[-1] == steps
+    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        assert end > start
+        assert curve[start] == 1
+        assert curve[start:end] == sorted(curve[start:end], reverse=True)
+        assert curve[end - 1] == pytest.approx((1 + math.cos(math.pi * (1 - 1 / (end - start)))) / 2)
+    assert schedule.factor(steps + 5, Run(steps)) == curve[-1]
+
+
+def test_a_cycle_may_rise_before_it_falls() -> None:
+    curve = CyclicCosine(2, warmup_steps=3).curve(20)
+    assert curve[:10] == pytest.approx(curve[10:])
+    assert curve[:4] == pytest.approx([0.25, 0.5, 0.75, 1])
+    assert curve[3:10] == pytest.approx([(1 + math.cos(math.pi * step / 7)) / 2 for step in range(7)])
+    assert CyclicCosine(3, warmup_steps=5).ends(Run(18)) == [6, 12, 18]
+    assert CyclicCosine(3, warmup_steps=5).ends(Run(19)) == [6, 12, 19]  # 7, 14, 19 leave no fall to the last
+    assert CyclicCosine(3, warmup_steps=5).ends(Run(17)) == [9, 17]
 
 
 def test_noam_is_an_inverse_square_root_behind_a_warmup_of_its_timescale() -> None:
