@@ -5,6 +5,7 @@ from lightning_recipes.callbacks.clipping import PercentileGradientClipping
 from lightning_recipes.callbacks.early_stopping import EarlyStopping
 from lightning_recipes.callbacks.instability import InstabilityDetector
 from lightning_recipes.callbacks.schedules import LearningRateSchedule
+from lightning_recipes.callbacks.snapshots import SnapshotEnsemble
 from lightning_recipes.callbacks.warmup import WarmupSweep
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "InstabilityDetector",
     "LearningRateSchedule",
     "PercentileGradientClipping",
+    "SnapshotEnsemble",
     "WarmupSweep",
 ]

@@ -661,6 +661,11 @@ class LearningRates:
         return self._warmup_steps + sum(added for _, added in self._curves)
 
     @property
+    def behind_warmup(self) -> int:
+        """Updates done since the warmup that :meth:`prepend_warmup` has put in front of everything."""
+        return max(0, self.step - self._warmup_steps)
+
+    @property
     def holds_schedulers(self) -> bool:
         """Whether the update just made was one of a warmup in front of what the schedulers do."""
         return 0 < self.step <= self.added_steps
@@ -668,7 +673,7 @@ class LearningRates:
     @property
     def factor(self) -> float:
         """Of the next update."""
-        behind = max(0, self.step - self._warmup_steps)
+        behind = self.behind_warmup
         return math.prod((curve(behind) for curve, _ in self._curves), start=warmth(self.step, self._warmup_steps))
 
     def start(self, optimizer: Optimizer) -> None:
@@ -730,7 +735,7 @@ class LearningRates:
         for group, base in zip(self._groups, self.base, strict=True):
             _set(group, base * factor)
         if self._momentum is not None:
-            momentum = self._momentum(max(0, self.step - self._warmup_steps))
+            momentum = self._momentum(self.behind_warmup)
             for group in self._groups if momentum is not None else ():
                 if "momentum" in group:
                     group["momentum"] = momentum

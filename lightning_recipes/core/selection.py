@@ -45,6 +45,7 @@ class Evidence:
 
     Attributes:
         task: ``"classification"``, ``"binary"`` or ``"regression"``, once there was a batch.
+        dim: Of the classes in one member's output, likewise.
         samples: Rows seen.
 
     Args:
@@ -107,8 +108,9 @@ class Evidence:
         self.samples += len(targets)
 
     def _update_classes(self, outputs: Tensor, targets: Tensor) -> None:
-        dim = _class_dim(outputs[0], targets) if self.dim is None else self.dim
-        outputs = outputs.movedim(dim + 1 if dim >= 0 else dim, -1)
+        if self.dim is None:
+            self.dim = _class_dim(outputs[0], targets)
+        outputs = outputs.movedim(self.dim + 1 if self.dim >= 0 else self.dim, -1)
         if outputs[0, ..., 0].numel() != targets.numel():
             raise ValueError(
                 f"there must be a target for each position: outputs have the shape (members, batch, ...) "
@@ -167,7 +169,7 @@ class Evidence:
             return
         if self._kept and self.task != other.task:
             raise ValueError(f"evidence of one task is wanted, got {self.task} and {other.task}")
-        self.task = other.task
+        self.task, self.dim = other.task, other.dim
         shift = self.samples if self.task != "regression" else 0  # rows are numbered, counts are not
         self._kept += [(first, second + shift) for first, second in other._kept]
         self.samples += other.samples
@@ -200,6 +202,14 @@ class Evidence:
         if not len(table.counts):
             raise ValueError("there is no evidence: no target counts")
         return table, finite
+
+    def losses(self) -> Tensor:
+        """Mean loss of each sample under each member, shape (members, samples); NaN for one that gives no numbers."""
+        table, finite = self.table()
+        losses = torch.full((len(self.disagreements()), len(table.counts)), math.nan, dtype=torch.float64)
+        for place, member in enumerate(finite):
+            losses[member] = table.losses(_alone(table.members, place)) / table.counts
+        return losses
 
     def accuracies(self) -> list[float]:
         """Of each member; NaN for regression."""

@@ -1,0 +1,96 @@
+"""Keep what a network was at the end of each cycle of its learning rate."""
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_recipes.core.arguments import check_choice
+
+DTYPES = {"same": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class SnapshotRule:
+    """Says when a cycle is over, and keeps the state of that moment: in CPU memory, or in a file each.
+
+    Memory is a copy of the state for each cycle, half of that with ``dtype="bfloat16"`` or ``"float16"``; with a folder
+    the same is on disk, and in memory only when it is asked for.
+
+    Attributes:
+        ends: Updates made when each cycle is over.
+        kept: The state dict of each cycle so far, or the path of its file.
+
+    Args:
+        dtype: Of what is kept of floating-point tensors: ``"same"``, ``"bfloat16"`` or ``"float16"``, which is eight
+            times as exact and ends at 65,504.
+
+    Raises:
+        ValueError: If ``dtype`` is none of these.
+
+    Example:
+        >>> rule = SnapshotRule()
+        >>> rule.ends = [2, 4]
+        >>> weight = torch.zeros(1)
+        >>> for update in range(1, 5):
+        ...     weight += 1
+        ...     if rule.update(update):
+        ...         rule.keep({"weight": weight})
+        >>> rule.states()
+        [{'weight': tensor([2.])}, {'weight': tensor([4.])}]
+    """
+
+    def __init__(self, dtype: str = "same") -> None:
+        self.dtype = DTYPES[check_choice("dtype", dtype, tuple(DTYPES))]
+        self.ends: Sequence[int] = ()
+        self.kept: list[dict[str, Any] | str] = []
+
+    def update(self, updates: int) -> bool:
+        """Whether a cycle is over, and has to be kept now that so many updates were made."""
+        return len(self.kept) < len(self.ends) and updates >= self.ends[len(self.kept)]
+
+    def keep(self, state: Mapping[str, Any], folder: str | Path | None = None, write: bool = True) -> None:
+        """Keep the state at the end of a cycle.
+
+        Args:
+            state: State dict.
+            folder: Where to keep it in a file, written at once or not at all; None for memory.
+            write: Whether to write the file, as one process of several has to.
+        """
+        own = {name: self._copied(value) for name, value in state.items()}
+        if folder is None:
+            self.kept.append(own)
+            return
+        path = Path(folder).absolute() / f"snapshot_{len(self.kept) + 1}.pt"
+        if write:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside = path.with_name(f"{path.name}.{os.getpid()}")
+            torch.save(own, beside)
+            beside.replace(path)
+        self.kept.append(str(path))
+
+    def _copied(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return copy.deepcopy(value)  # an extra state of a module's own
+        dtype = value.dtype if self.dtype is None or not value.is_floating_point() else self.dtype
+        return value.detach().to("cpu", dtype, copy=True)
+
+    def states(self) -> list[dict[str, Any]]:
+        """The state of each cycle so far, with the dtype that it was kept in.
+
+        Raises:
+            FileNotFoundError: If a file is gone.
+        """
+        return [
+            torch.load(kept, map_location="cpu", weights_only=True) if isinstance(kept, str) else kept
+            for kept in self.kept
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kept": list(self.kept)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.kept = list(state_dict["kept"])

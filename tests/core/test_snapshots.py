@@ -1,0 +1,58 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_recipes.core.snapshots import SnapshotRule
+
+
+def kept(folder: Path | None, **arguments: Any) -> tuple[SnapshotRule, list[dict[str, Any]]]:
+    rule, live, truth = SnapshotRule(**arguments), {"weight": torch.randn(3), "count": torch.tensor(0)}, []
+    rule.ends = [3, 5, 9]
+    for update in range(1, 12):
+        live["weight"] += torch.randn(3)
+        live["count"] += 1
+        if rule.update(update):
+            truth.append({name: value.clone() for name, value in live.items()})
+            rule.keep(live, folder)
+    return rule, truth
+
+
+@pytest.mark.parametrize("files", [False, True])
+def test_each_cycle_is_kept_as_it_was(files: bool, tmp_path: Path) -> None:
+    rule, truth = kept(tmp_path / "new" if files else None)
+    assert [int(state["count"]) for state in truth] == [3, 5, 9]
+    assert [{name: value.tolist() for name, value in state.items()} for state in rule.states()] == [
+        {name: value.tolist() for name, value in state.items()} for state in truth
+    ]
+    found = sorted(path.name for path in tmp_path.rglob("*.pt*"))
+    assert found == (["snapshot_1.pt", "snapshot_2.pt", "snapshot_3.pt"] if files else [])
+    again = SnapshotRule()
+    again.load_state_dict(rule.state_dict())
+    again.ends = rule.ends
+    assert str(again.states()) == str(rule.states())
+    assert not again.update(100)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_the_memory_rounds_and_counts_stay_whole(dtype: str) -> None:
+    rule, truth = kept(None, dtype=dtype)
+    for state, exact in zip(rule.states(), truth, strict=True):
+        assert state["weight"].dtype == getattr(torch, dtype)
+        assert torch.equal(state["weight"], exact["weight"].to(state["weight"].dtype))
+        assert torch.equal(state["count"], exact["count"])
+
+
+def test_another_process_may_write_the_file(tmp_path: Path) -> None:
+    rule = SnapshotRule()
+    rule.keep({"weight": torch.ones(1)}, tmp_path, write=False)
+    with pytest.raises(FileNotFoundError):
+        rule.states()
+    SnapshotRule().keep({"weight": torch.ones(1)}, tmp_path)
+    assert rule.states() == [{"weight": torch.ones(1)}]
+
+
+def test_a_wrong_dtype_is_refused() -> None:
+    with pytest.raises(ValueError, match="dtype must be 'same' or"):
+        SnapshotRule("float8")
