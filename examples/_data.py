@@ -45,18 +45,19 @@ def digits(seed: int = 0, wrong_labels: float = 0.0) -> Data:
     return _split(name, torch.tensor(images / 16), torch.tensor(labels), (898, 300, 599), seed, wrong_labels)
 
 
-def fashion(seed: int = 0, wrong_labels: float = 0.0) -> Data:
-    """Fashion-MNIST at 14 x 14 pixels: 10,000 images to train, 2,000 to validate, 10,000 to test.
+def fashion(seed: int = 0, wrong_labels: float = 0.0, pixels: int = 14, images: int = 10_000) -> Data:
+    """Fashion-MNIST: ``images`` to train, 2,000 to validate, 10,000 to test, of 14 x 14 pixels or 28 x 28.
 
     From the folder that RECIPES_DATA names, or where Debian's package dataset-fashion-mnist puts it.
 
     Raises:
         FileNotFoundError: If it is not there.
     """
-    images = torch.cat([_idx(f"{part}-images-idx3-ubyte.gz", 16) for part in ("train", "t10k")]).view(-1, 1, 28, 28)
+    every = torch.cat([_idx(f"{part}-images-idx3-ubyte.gz", 16) for part in ("train", "t10k")]).view(-1, 1, 28, 28)
     labels = torch.cat([_idx(f"{part}-labels-idx1-ubyte.gz", 8) for part in ("train", "t10k")])
-    small = torch.nn.functional.avg_pool2d(images.float() / 255, 2)
-    return _split("Fashion-MNIST at 14 x 14", small, labels.long(), (10_000, 2000, 10_000), seed, wrong_labels)
+    small = torch.nn.functional.avg_pool2d(every.float() / 255, 28 // pixels)
+    name = f"Fashion-MNIST at {pixels} x {pixels}"
+    return _split(name, small, labels.long(), (images, 2000, 10_000), seed, wrong_labels)
 
 
 def _idx(name: str, header: int) -> Tensor:

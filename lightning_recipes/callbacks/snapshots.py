@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +29,7 @@ from lightning_recipes.callbacks.ensembling import (
     with_state,
 )
 from lightning_recipes.callbacks.learning_rates import length_of, let_go, take_hold
+from lightning_recipes.callbacks.measuring import scaler_of
 from lightning_recipes.callbacks.replay import without_trace
 from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.substitute import substitute
@@ -145,6 +145,7 @@ class SnapshotEnsemble(pl.Callback):
         self._used = False
         self._exact: dict[str, Tensor] = {}  # the last snapshot before it was rounded
         self._folder = ""
+        self._planned = 0  # updates of all cycles, those included that a GradScaler skips
         self._since = 0.0  # seconds left when the cycle began
         self._put_back: list[Callable[[], None]] = []
 
@@ -166,14 +167,15 @@ class SnapshotEnsemble(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        run = self._run(trainer)
-        self.rule.ends = self.schedule.ends(run)
+        planned = self.schedule.ends(self._run(trainer))
+        if planned[-1] != self._planned:  # or it goes on, with what was skipped understood
+            self._planned, self.rule.ends = planned[-1], planned
         folder = run_folder(trainer) if self.storage == "files" else None
         self._folder = trainer.strategy.broadcast("" if folder is None else str(folder / "snapshots"))
         self._since = _seconds_left(trainer)
         take_hold(type(self).__name__, trainer, self.rates)
         for index, optimizer in enumerate(trainer.optimizers):
-            self.rates[index].lay(partial(self.schedule.factor, run=run))
+            self.rates[index].lay(lambda step: self.schedule.at(step, self.rule.ends))
             self.rates[index].start(optimizer)
 
     def _run(self, trainer: pl.Trainer) -> Run:
@@ -224,6 +226,16 @@ class SnapshotEnsemble(pl.Callback):
             self._keep(trainer, pl_module)
             self._stop_if_over(trainer)
 
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if scaler_of(trainer) is not None and len(trainer.optimizers) == 1:
+            updates = self._planned - (trainer.global_step - self.rates[0].step)
+            if updates != self.rule.ends[-1]:
+                self.rule.shorten(updates)
+                self.rates[0].start(trainer.optimizers[0])
+
     def _keep(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         averaging = _averaging(trainer) if self.weights == "average" else None
         with nullcontext() if averaging is None else averaging.average_weights(pl_module):
@@ -244,9 +256,9 @@ class SnapshotEnsemble(pl.Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         run: Any = trainer  # connectors set some attributes
-        planned = sum(self.rule.ends[-1:]) * len(trainer.optimizers)
-        if len(self.rule.kept) == len(self.rule.ends) - 1 and trainer.global_step >= planned:
-            self._keep(trainer, pl_module)  # a GradScaler has skipped updates: the run ends before the cycle
+        ended = trainer.global_step >= self._planned * len(trainer.optimizers)
+        if ended and len(self.rule.kept) == len(self.rule.ends) - 1:
+            self._keep(trainer, pl_module)  # a GradScaler has skipped the very last update
         if not run.fast_dev_run and self.rule.kept:
             self._conclude(trainer, pl_module)
 
@@ -257,7 +269,7 @@ class SnapshotEnsemble(pl.Callback):
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit" and self._put_back and not self._used:
-            tell(trainer, _unused(stage, self.module, trainer.global_step))
+            tell(trainer, _unused(TrainerFn(stage).value, self.module, trainer.global_step))
         self._finish(trainer)
 
     def _finish(self, trainer: pl.Trainer) -> None:
@@ -289,7 +301,7 @@ class SnapshotEnsemble(pl.Callback):
         if taken < cycles:
             tell(trainer, _cut_short(taken, cycles, step))
         module, data = self._submodule(pl_module), self._held_out(trainer, pl_module)
-        problem = "" if data is not None else "there is no validation data"
+        problem, findings = "" if data is not None else "there is no validation data", list[Finding]()
         states = self.rule.states() if trainer.is_global_zero or not self._folder else []
         if self._folder:
             states = trainer.strategy.broadcast(states)
@@ -297,18 +309,21 @@ class SnapshotEnsemble(pl.Callback):
         if data is not None:
             try:
                 with without_trace(pl_module):
-                    self._judge(trainer, module, members, states, data, step)
+                    for finding in self._judge(trainer, module, members, states, data, step):
+                        findings.append(finding)
             except Exception as error:
                 problem = f"{type(error).__name__}: {error}"
         if self.ensemble is None:
             self.ensemble = Ensemble(members, None, self.combine if self.combine != "auto" else self._likely)
         if problem:
-            tell(trainer, _not_judged(problem, self.ensemble, step))
+            findings.append(_not_judged(problem, self.ensemble, step))
         weights = [1 / taken] * taken if self.report is None else list(self.report.selection.weights)
         combine = None if callable(self.ensemble.combine) else self.ensemble.combine
         self._chosen = {"weights": weights, "combine": combine, "dim": self.ensemble.dim}
         if self._folder and trainer.is_global_zero:
             self.ensemble.save(Path(self._folder).parent / "ensemble.pt")
+        for finding in findings:
+            tell(trainer, finding)
 
     def _judge(
         self,
@@ -318,7 +333,8 @@ class SnapshotEnsemble(pl.Callback):
         states: list[dict[str, Tensor]],
         data: HeldOut,
         step: int,
-    ) -> None:
+    ) -> Iterator[Finding]:
+        """Make ensemble and report, and say what was seen."""
         names = [f"snapshot {cycle + 1}" for cycle in range(len(members))]
         self.ensemble, self.report = judge(members, data, self.weighting, self.combine, names, step)
         made = self.report
@@ -330,16 +346,16 @@ class SnapshotEnsemble(pl.Callback):
             "ensemble/calibration_error": made.calibration_error,
         }
         log_scalars(trainer, {name: value for name, value in scalars.items() if not math.isnan(value)})
-        tell(trainer, made.finding)
+        yield made.finding
         folder = run_folder(trainer)
         if folder is not None:
             (folder / "ensemble.md").write_text(made.to_markdown() + "\n", encoding="utf-8")
         if len(members) > 1:
-            tell(trainer, can_average(module, states, self.ensemble, data, step))
+            yield can_average(module, states, self.ensemble, data, step)
         if self._exact:
             change = rounding([with_state(module, self._exact), members[-1]], data)
             if change > EXACT:
-                tell(trainer, _rounded(self.dtype, change, step))
+                yield _rounded(self.dtype, change, step)
 
     def _held_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> HeldOut | None:
         """The validation data of the run, if it has any."""
@@ -410,13 +426,18 @@ class SnapshotEnsemble(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"rule": self.rule.state_dict(), "rates": self.rates.state_dict(), "chosen": self._chosen}
+        return {
+            "rule": self.rule.state_dict(),
+            "rates": self.rates.state_dict(),
+            "planned": self._planned,
+            "chosen": self._chosen,
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rule.load_state_dict(state_dict["rule"])
         self.rates.load_state_dict(state_dict["rates"])
-        self._chosen = state_dict["chosen"]
+        self._planned, self._chosen = state_dict["planned"], state_dict["chosen"]
 
 
 def _averaging(trainer: pl.Trainer) -> Any:
@@ -466,8 +487,8 @@ def _unused(stage: str, module: str | None, step: int) -> Finding:
     return Finding(
         rule="ensemble not used",
         severity="warning",
-        message=f"Nothing in {stage} has called {'the module' if module is None else repr(module)}, which the ensemble"
-        " stands for: the figures are of the single network.",
+        message=f"Nothing in trainer.{stage} has called {'the module' if module is None else repr(module)}, which the"
+        " ensemble stands for: the figures are of the single network.",
         advice="Name the submodule that makes the predictions: module='net'.",
         step=step,
     )

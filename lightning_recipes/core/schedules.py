@@ -370,7 +370,10 @@ class CyclicCosine(Schedule):
 
     @override
     def factor(self, step: int, run: Run) -> float:
-        ends = self.ends(run)
+        return self.at(step, self.ends(run))
+
+    def at(self, step: int, ends: Sequence[int]) -> float:
+        """The factor where the cycles end after so many updates."""
         cycle = min(bisect_right(ends, step), len(ends) - 1)
         start = ends[cycle - 1] if cycle else 0
         into, length = min(step, ends[-1] - 1) - start, ends[cycle] - start

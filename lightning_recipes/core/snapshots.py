@@ -52,6 +52,18 @@ class SnapshotRule:
         """Whether a cycle is over, and has to be kept now that so many updates were made."""
         return len(self.kept) < len(self.ends) and updates >= self.ends[len(self.kept)]
 
+    def shorten(self, updates: int) -> None:
+        """Divide what is left of a run, which will have fewer updates than was planned, among the cycles that are left.
+
+        Args:
+            updates: Of the whole run.
+        """
+        done = len(self.kept)
+        start, cycles = self.ends[done - 1] if done else 0, len(self.ends) - done
+        if updates - start >= cycles > 0:
+            left = [start + (updates - start) * (cycle + 1) // cycles for cycle in range(cycles)]
+            self.ends = [*self.ends[:done], *left]
+
     def keep(self, state: Mapping[str, Any], folder: str | Path | None = None, write: bool = True) -> None:
         """Keep the state at the end of a cycle.
 
@@ -90,7 +102,7 @@ class SnapshotRule:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"kept": list(self.kept)}
+        return {"kept": list(self.kept), "ends": list(self.ends)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.kept = list(state_dict["kept"])
+        self.kept, self.ends = list(state_dict["kept"]), list(state_dict["ends"])

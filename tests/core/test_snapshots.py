@@ -30,7 +30,7 @@ def test_each_cycle_is_kept_as_it_was(files: bool, tmp_path: Path) -> None:
     assert found == (["snapshot_1.pt", "snapshot_2.pt", "snapshot_3.pt"] if files else [])
     again = SnapshotRule()
     again.load_state_dict(rule.state_dict())
-    again.ends = rule.ends
+    assert again.ends == [3, 5, 9]
     assert str(again.states()) == str(rule.states())
     assert not again.update(100)
 
@@ -56,3 +56,16 @@ def test_another_process_may_write_the_file(tmp_path: Path) -> None:
 def test_a_wrong_dtype_is_refused() -> None:
     with pytest.raises(ValueError, match="dtype must be 'same' or"):
         SnapshotRule("float8")
+
+
+def test_a_shorter_run_divides_what_is_left() -> None:
+    rule = SnapshotRule()
+    rule.ends = [10, 20, 30]
+    rule.shorten(27)
+    assert rule.ends == [9, 18, 27]
+    rule.keep({})
+    rule.shorten(25)
+    assert rule.ends == [9, 17, 25]
+    rule.keep({})
+    rule.shorten(17)  # nothing would be left
+    assert rule.ends == [9, 17, 25]
