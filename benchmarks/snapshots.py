@@ -196,7 +196,7 @@ def perceptron(*sizes: int) -> Any:
 
 def cnn() -> nn.Module:
     body = (nn.Conv2d(1, 16, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.MaxPool2d(2))
-    return nn.Sequential(nn.Unflatten(1, (1, 28)), *body, nn.Flatten(), nn.Linear(800, 10))
+    return nn.Sequential(*body, nn.Flatten(), nn.Linear(800, 10))
 
 
 def run_digits(seeds: int) -> None:

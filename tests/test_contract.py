@@ -21,7 +21,12 @@ import lightning_recipes
 
 NAMES = lightning_recipes.__all__
 RECIPES = [name for name in NAMES if issubclass(getattr(lightning_recipes, name), pl.Callback)]
-ARGUMENTS: dict[str, dict[str, Any]] = {"EarlyStopping": {"monitor": "val_loss", "strict": False}}  # cannot do without
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "EarlyStopping": {"monitor": "val_loss", "strict": False},  # cannot do without
+    "SnapshotEnsemble": {"cycles": 2},  # more do not fit into the shortest runs
+}
+
+pytestmark = pytest.mark.filterwarnings("ignore:ensemble at step", "ignore:ensemble not judged")  # toys hardly differ
 
 
 def make(name: str) -> Any:

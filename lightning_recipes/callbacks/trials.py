@@ -177,7 +177,7 @@ class ModuleTrials:
             put_back.enter_context(isolate_rng())
             put_back.enter_context(quiet())
             put_back.enter_context(_same_environment())
-            put_back.enter_context(_same_loaders(seed, self.train_dataloaders, self.datamodule))
+            put_back.enter_context(same_loaders(seed, self.train_dataloaders, self.datamodule))
             folder = put_back.enter_context(tempfile.TemporaryDirectory())
             if seed:
                 seed_all(seed)
@@ -198,7 +198,7 @@ class ModuleTrials:
                     "callbacks": [watch],
                 }
             )
-            loaders = tree_map(_of_its_own, self.train_dataloaders)
+            loaders = tree_map(of_its_own, self.train_dataloaders)
             trainer.fit(module, loaders, datamodule=copy.copy(self.datamodule))
 
 
@@ -299,7 +299,7 @@ def _same_environment() -> Iterator[None]:
         os.environ.update(before)
 
 
-def _of_its_own(loader: Any) -> Any:
+def of_its_own(loader: Any) -> Any:
     """A loader with the same data and order, but workers of its own."""
     if not isinstance(loader, DataLoader):
         return loader
@@ -309,7 +309,7 @@ def _of_its_own(loader: Any) -> Any:
 
 
 @contextmanager
-def _same_loaders(seed: int, loaders: Any, datamodule: Any) -> Iterator[None]:
+def same_loaders(seed: int, loaders: Any, datamodule: Any) -> Iterator[None]:
     """Seed generators (but for seed 0), and leave them, and loaders that can say where they are, as they are."""
     generators = {id(each): each for loader in (*tree_leaves(loaders), datamodule) for each in _generators(loader)}
     drawn = [(generator, generator.get_state()) for generator in generators.values()]

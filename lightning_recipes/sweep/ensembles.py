@@ -1,0 +1,249 @@
+"""Ensembles of networks that were trained independently."""
+
+import copy
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from tqdm.auto import tqdm
+from typing_extensions import override
+
+from lightning_recipes.callbacks.ensembling import HeldOut, Split, judge, pair, with_state
+from lightning_recipes.callbacks.trials import ModuleTrials, of_its_own, same_loaders, seed_all
+from lightning_recipes.core.arguments import check_count
+from lightning_recipes.core.ensembles import Combination, Ensemble
+from lightning_recipes.core.selection import Report
+from lightning_recipes.core.soups import Soup, greedy_soup
+from lightning_recipes.core.trials import Outcome, Trial
+from lightning_recipes.sweep.running import Runner, in_this_process
+
+LAST = 50  # losses whose mean is the training loss in the end
+FILE = "ensemble.json"
+
+
+@dataclass(frozen=True)
+class JudgedEnsemble:
+    """An ensemble and what it is worth.
+
+    Attributes:
+        ensemble: One module.
+        report: On the held-out data.
+        soup: The average of the weights, if it was asked for: one network, for members that were fine-tuned from the
+            same weights.
+    """
+
+    ensemble: Ensemble
+    report: Report
+    soup: Soup | None = None
+
+
+def ensemble_from_checkpoints(
+    paths: Sequence[str | Path],
+    module: nn.Module,
+    val_dataloaders: Iterable[Any],
+    weighting: str = "auto",
+    combine: str | Combination = "auto",
+    split_batch: Split | None = None,
+    soup: bool = False,
+) -> JudgedEnsemble:
+    """Weigh trained networks of one architecture on held-out data, and let those that help predict together.
+
+    Args:
+        paths: Of checkpoints of Lightning, or files with a state dict, at least one.
+        module: Of their architecture, with any weights, on the device where it is to run. It is called with the inputs
+            of a batch; a LightningModule needs a ``forward``.
+        val_dataloaders: Batches that no network was trained on, in the same order each time: a loader that does not
+            shuffle. They are gone through twice, and with ``soup`` about twice more for each network.
+        weighting: ``"auto"``, ``"best"``, ``"uniform"``, ``"greedy"`` or ``"simplex"``; see
+            :func:`~lightning_recipes.core.selection.select`.
+        combine: ``"auto"`` (by the targets), ``"logits"``, ``"binary logits"``, ``"mean"`` or a function; see
+            :class:`~lightning_recipes.core.ensembles.Ensemble`.
+        split_batch: Makes inputs and targets of a batch; None where a batch is such a pair.
+        soup: Whether to average weights, too.
+
+    Raises:
+        TypeError: If a batch is no pair and nothing was given that makes one.
+        ValueError: If there is no path, or a state does not fit the module.
+
+    References:
+        Lakshminarayanan et al., Simple and Scalable Predictive Uncertainty Estimation using Deep Ensembles, 2017:
+        https://arxiv.org/abs/1612.01474
+        Wortsman et al., Model soups, 2022: https://arxiv.org/abs/2203.05482
+    """
+    if not paths:
+        raise ValueError("an ensemble needs at least one checkpoint, got none")
+    states = [_state(path) for path in paths]
+    members = []
+    for path, state in zip(paths, states, strict=True):
+        try:
+            members.append(with_state(module, state))
+        except RuntimeError as error:
+            raise ValueError(f"{path} does not fit {type(module).__name__}: {error}") from None
+    device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
+
+    def batches() -> Iterator[Any]:
+        for batch in val_dataloaders:
+            yield move_data_to_device(batch, device)
+
+    data = HeldOut(batches, split_batch or pair, probabilities=combine == "mean")
+
+    def losses_of(state: Mapping[str, Tensor]) -> Tensor:
+        network = with_state(module, state)
+        return data.evidence(lambda inputs: network(inputs)[None]).losses()[0]
+
+    with isolate_rng():
+        ensemble, report = judge(members, data, weighting, combine, [Path(path).stem for path in paths])
+        return JudgedEnsemble(ensemble, report, greedy_soup(losses_of, states) if soup else None)
+
+
+def train_ensemble(
+    make: Callable[[int], pl.LightningModule],
+    folder: str | Path,
+    seeds: int = 5,
+    train_dataloaders: Any = None,
+    val_dataloaders: Any = None,
+    datamodule: pl.LightningDataModule | None = None,
+    weighting: str = "auto",
+    combine: str | Combination = "auto",
+    split_batch: Split | None = None,
+    runner: Runner = in_this_process,
+    show_progress: bool = True,
+    **trainer_settings: Any,
+) -> JudgedEnsemble:
+    """Train a network for each seed, from its own start and in its own order of the data, and weigh them.
+
+    What was trained is in the folder, ``seed_0.pt`` and so on: when the call is repeated, it goes on with what is
+    missing.
+
+    Args:
+        make: Makes the module for a seed.
+        folder: For the weights and the logs of each run; where several processes or machines train, one that all see.
+        seeds: How many networks, at least 1.
+        train_dataloaders: As for ``Trainer.fit``.
+        val_dataloaders: Likewise, on which the networks are weighed: a loader that does not shuffle.
+        datamodule: In the place of both.
+        weighting: As for :func:`ensemble_from_checkpoints`.
+        combine: Likewise.
+        split_batch: Likewise.
+        runner: Who trains: see :mod:`lightning_recipes.sweep.running`.
+        show_progress: Show how many are done, where the output is a terminal.
+        trainer_settings: Arguments of the Trainers: ``max_epochs``, ``callbacks`` (each run has copies)...
+
+    Raises:
+        TypeError: If a batch is no pair and nothing was given that makes one.
+        ValueError: If ``seeds`` is out of its range, or there is no validation data.
+    """
+    check_count("seeds", seeds, 1)
+    if val_dataloaders is None and datamodule is None:
+        raise ValueError("networks are weighed on validation data: give val_dataloaders or a datamodule")
+    folder = Path(folder)
+    train = _WholeRuns(make, folder, train_dataloaders, val_dataloaders, datamodule, trainer_settings)
+    search = _Seeds(seeds, train.learning_rate)
+    with tqdm(total=seeds, desc="ensemble", unit="run", disable=None if show_progress else True, leave=False) as bar:
+        runner(search, train, folder / FILE, lambda *_: bar.update() and None)
+    if val_dataloaders is None:
+        assert datamodule is not None  # refused above
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        val_dataloaders = datamodule.val_dataloader()
+    paths = [train.path(seed) for seed in range(seeds)]
+    with isolate_rng():
+        module = make(0)
+    return ensemble_from_checkpoints(paths, module, val_dataloaders, weighting, combine, split_batch)
+
+
+@dataclass(frozen=True)
+class _Seeds:
+    """Plans one whole run for each seed."""
+
+    seeds: int
+    learning_rate: float
+
+    def ask(self, outcomes: Mapping[Trial, Outcome]) -> list[Trial]:
+        planned = [Trial(self.learning_rate, 1, seed=seed) for seed in range(self.seeds)]
+        return [trial for trial in planned if trial not in outcomes]
+
+
+class _WholeRuns:
+    """Trains for a seed with the Trainer that is asked for, and leaves the weights in a file."""
+
+    def __init__(
+        self,
+        make: Callable[[int], pl.LightningModule],
+        folder: Path,
+        train_dataloaders: Any,
+        val_dataloaders: Any,
+        datamodule: pl.LightningDataModule | None,
+        settings: dict[str, Any],
+    ) -> None:
+        self.make, self.folder, self.datamodule = make, folder, datamodule
+        self.loaders, self.settings = (train_dataloaders, val_dataloaders), settings
+        alone = {name: value for name, value in settings.items() if name not in ("callbacks", "logger")}
+        self.learning_rate = ModuleTrials(make, train_dataloaders, datamodule, alone).learning_rate
+
+    def path(self, seed: int) -> Path:
+        """Where the weights of a run are."""
+        return self.folder / f"seed_{seed}.pt"
+
+    def __call__(self, trial: Trial) -> Outcome:
+        losses = _Losses()
+        with isolate_rng(), same_loaders(trial.seed, self.loaders, self.datamodule):
+            seed_all(trial.seed)
+            module = self.make(trial.seed)
+            settings = {"default_root_dir": self.folder / f"seed_{trial.seed}", **self.settings}
+            callbacks = copy.deepcopy(settings.pop("callbacks", None) or [])
+            callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+            trainer = pl.Trainer(**settings, callbacks=[*callbacks, losses])
+            train, val = tree_map(of_its_own, self.loaders)
+            trainer.fit(module, train, val, datamodule=copy.copy(self.datamodule))
+        if trainer.is_global_zero:
+            self._save(module, self.path(trial.seed))
+        trainer.strategy.barrier()
+        finite = math.isfinite(losses.mean) and all(bool(tensor.isfinite().all()) for tensor in module.parameters())
+        return Outcome(
+            stable=finite,
+            loss=losses.mean if finite else math.nan,
+            steps=trainer.global_step,
+            reason="" if finite else "the weights or the training loss are no numbers",
+        )
+
+    def _save(self, module: nn.Module, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f"{path.name}.{os.getpid()}")
+        state = module.state_dict()
+        torch.save({name: each.cpu() if isinstance(each, Tensor) else each for name, each in state.items()}, beside)
+        beside.replace(path)
+
+
+class _Losses(pl.Callback):
+    """The last training losses."""
+
+    def __init__(self) -> None:
+        self.last: deque[Tensor] = deque(maxlen=LAST)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if isinstance(outputs, Mapping) and isinstance(outputs.get("loss"), Tensor):
+            self.last.append(outputs["loss"].detach())
+
+    @property
+    def mean(self) -> float:
+        return float(torch.stack([*self.last]).mean()) if self.last else math.nan
+
+
+def _state(path: str | Path) -> Mapping[str, Tensor]:
+    """The state dict in a file."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    return cast("Mapping[str, Tensor]", saved.get("state_dict", saved))
