@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning.pytorch as pl
@@ -119,18 +120,20 @@ class Workload:
         shuffled = torch.Generator().manual_seed(seed)
         loader = DataLoader(TensorDataset(*self.train), self.batch, shuffle=True, drop_last=True, generator=shuffled)
         shown: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        trainer = pl.Trainer(
-            max_steps=self.steps,
-            max_epochs=-1,
-            accelerator="cpu",
-            devices=1,
-            callbacks=[callback],
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            check_val_every_n_epoch=10_000,
-            **shown,
-        )
-        trainer.fit(module, loader, DataLoader(TensorDataset(*self.val), 500))
+        with TemporaryDirectory() as folder:
+            trainer = pl.Trainer(
+                max_steps=self.steps,
+                max_epochs=-1,
+                accelerator="cpu",
+                devices=1,
+                callbacks=[callback],
+                enable_model_summary=False,
+                num_sanity_val_steps=0,
+                check_val_every_n_epoch=10_000,
+                default_root_dir=folder,
+                **shown,
+            )
+            trainer.fit(module, loader, DataLoader(TensorDataset(*self.val), 500))
         return module
 
 

@@ -12,8 +12,10 @@ SMALL = {
     "do_the_recipes_help.py": ["--seeds", "1", "--epochs", "5"],
     "digits.py": ["fit", "--config", str(EXAMPLES / "digits.yaml"), "--config", str(EXAMPLES / "recipes.yaml")],
     "is_the_average_better.py": ["--seeds", "2", "--epochs", "4"],
+    "train_one_get_five.py": ["--seeds", "1", "--steps", "750"],
     "what_gradient_clip_val.py": ["--epochs", "2"],
     "when_to_stop.py": ["--epochs", "60", "--seeds", "1"],
+    "which_learning_rate.py": ["--seeds", "1", "--steps", "1500"],
 }
 
 
@@ -68,6 +70,20 @@ def test_the_best_weights_are_better_than_the_last_and_cost_less() -> None:
     (*_, all_epochs, last), _, (*_, epochs, best) = (line.split() for line in lines[2:5])
     assert float(best) < float(last)
     assert int(epochs) < int(all_epochs)
+
+
+def test_five_snapshots_are_surer_than_one_run() -> None:
+    lines = run("train_one_get_five.py", *SMALL["train_one_get_five.py"]).splitlines()
+    (*_, single), (*_, snapshots) = (line.split() for line in lines[1:3])
+    assert float(snapshots) < float(single)
+    assert sum(line.startswith("| snapshot") for line in lines) == 5
+
+
+def test_the_warmup_makes_a_high_rate_stable() -> None:
+    lines = run("which_learning_rate.py", *SMALL["which_learning_rate.py"]).splitlines()
+    suggested, high, warmed = (float(line.split()[-1].rstrip("%")) for line in lines if line.startswith("learning"))
+    assert warmed < suggested < high
+    assert sum("**best**" in line for line in lines) == 1
 
 
 def test_the_yaml_files_configure_the_recipes(tmp_path: Path) -> None:

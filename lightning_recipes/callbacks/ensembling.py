@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_recipes.core.ensembles import COMBINATIONS, Combination, Ensemble, average_weights
+from lightning_recipes.core.evidence import Evidence
 from lightning_recipes.core.findings import Finding
-from lightning_recipes.core.selection import Evidence, Report, paired, quantile, report, select
+from lightning_recipes.core.selection import Report, paired, quantile, report, select
 from lightning_recipes.core.soups import barrier
 
 Split = Callable[[Any], tuple[Any, Tensor]]

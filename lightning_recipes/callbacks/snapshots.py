@@ -36,10 +36,11 @@ from lightning_recipes.callbacks.substitute import substitute
 from lightning_recipes.callbacks.telling import log_scalars, run_folder, tell
 from lightning_recipes.core.arguments import check_choice, check_count, check_flag
 from lightning_recipes.core.ensembles import Combination, Ensemble
+from lightning_recipes.core.evidence import Evidence
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.per_optimizer import PerOptimizer
 from lightning_recipes.core.schedules import CyclicCosine, LearningRates, Run
-from lightning_recipes.core.selection import HOW, Evidence, Report
+from lightning_recipes.core.selection import HOW, Report
 from lightning_recipes.core.snapshots import SnapshotRule
 
 HUANG = "Huang et al. 2017, https://arxiv.org/abs/1704.00109"

@@ -1,0 +1,151 @@
+import math
+import pickle
+
+import pytest
+import torch
+from members import evidence_of, world
+from torch import nn
+from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
+
+from lightning_recipes.core.ensembles import combined
+from lightning_recipes.core.evidence import Evidence
+from lightning_recipes.core.selection import select
+
+
+@pytest.mark.parametrize("task", ["classification", "binary", "regression"])
+def test_losses_are_those_of_the_averaged_predictions(task: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+    if task == "classification":
+        outputs, targets = torch.randn(3, 40, 4, 6, generator=generator), torch.randint(4, (40, 6), generator=generator)
+        averaged = combined(outputs.double(), weights, "logits")
+        expected = nn.functional.cross_entropy(averaged, targets, reduction="none").sum(1)
+    elif task == "binary":
+        outputs, targets = torch.randn(3, 40, 6, generator=generator), torch.rand(40, 6, generator=generator) > 0.5
+        averaged = combined(outputs.double(), weights, "binary logits")
+        loss = nn.functional.binary_cross_entropy_with_logits
+        expected = loss(averaged, targets.double(), reduction="none").sum(1)
+    else:
+        outputs, targets = torch.randn(3, 40, 6, generator=generator), torch.randn(40, 6, generator=generator)
+        expected = (combined(outputs.double(), weights, "mean") - targets).square().sum(1)
+    evidence = evidence_of(outputs, targets)
+    assert evidence.task == task
+    table, finite = evidence.table()
+    assert finite == [0, 1, 2]
+    torch.testing.assert_close(table.losses(weights), expected, rtol=1e-5, atol=1e-6)
+    assert table.counts.tolist() == [6.0] * 40
+    part = torch.arange(40) % 3 == 0
+    torch.testing.assert_close(table.part(part).losses(weights), expected[part], rtol=1e-5, atol=1e-6)
+    assert table.loss(weights) == pytest.approx(expected.sum().item() / 240, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------ shapes, and what does not count
+
+
+def test_classes_are_found_by_the_shapes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    outputs, targets = torch.randn(2, 6, 5, 4, generator=generator), torch.randint(4, (6, 5), generator=generator)
+    last = evidence_of(outputs, targets).table()[0].losses(torch.tensor([0.5, 0.5]).double())
+    second = evidence_of(outputs.movedim(-1, 2), targets).table()[0].losses(torch.tensor([0.5, 0.5]).double())
+    flat = Evidence()
+    flat.update(outputs.reshape(2, 30, 4), targets)
+    assert torch.equal(last, second)
+    assert torch.equal(last, flat.table()[0].losses(torch.tensor([0.5, 0.5]).double()))
+    square = torch.randn(2, 6, 5, 5, generator=generator)
+    with pytest.raises(ValueError, match="could have the classes second or last: give dim"):
+        evidence_of(square, targets)
+    assert evidence_of(square, targets, dim=-1).samples == 6
+
+
+def test_what_cannot_be_understood_is_refused() -> None:
+    for outputs, targets, problem in (
+        (torch.randn(2, 6, 3), torch.randint(3, (6, 3)), "do not tell the task"),
+        (torch.randn(2, 6, 1), torch.randn(6), "do not tell the task"),
+        (torch.randn(2, 6, 3), torch.randint(3, (5,)), "do not fit: give dim"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            Evidence().update(outputs, targets)
+    with pytest.raises(ValueError, match="regression needs a target for each output"):
+        Evidence("regression").update(torch.randn(2, 6, 1), torch.randn(6))
+    with pytest.raises(ValueError, match="a target for each position"):
+        Evidence(dim=1).update(torch.randn(2, 6, 3), torch.randint(3, (6, 2)))
+    with pytest.raises(ValueError, match="task must be 'auto' or"):
+        Evidence("ranking")
+    with pytest.raises(ValueError, match="no batch has been given"):
+        select(Evidence())
+    with pytest.raises(ValueError, match="how must be 'auto' or"):
+        select(Evidence(), "median")
+    evidence = evidence_of(torch.randn(2, 6, 3), torch.zeros(6).long())
+    with pytest.raises(ValueError, match="outputs of the same members, got 3"):
+        evidence.update(torch.randn(3, 6, 3), torch.zeros(6).long())
+    with pytest.raises(ValueError, match="no target counts"):
+        select(evidence_of(torch.randn(2, 6, 3), torch.full((6,), -100)))
+
+
+def test_ignored_positions_do_not_count_even_where_they_are_no_numbers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    outputs, targets = torch.randn(3, 20, 5, 4, generator=generator), torch.randint(4, (20, 5), generator=generator)
+    ignored = torch.rand(20, 5, generator=generator) < 0.4
+    ignored[7] = True  # all of a row
+    outputs[:, ignored] = math.nan
+    evidence = evidence_of(outputs, targets.masked_fill(ignored, -100))
+    table, finite = evidence.table()
+    expected = -outputs[1].log_softmax(-1).gather(-1, targets[..., None])[~ignored].double()
+    assert finite == [0, 1, 2]
+    assert table.loss(torch.tensor([0, 1, 0]).double()) == pytest.approx(expected.mean().item(), rel=1e-5)
+    assert len(table.counts) == 19
+    assert table.counts.sum() == (~ignored).sum()
+    hits = (outputs.argmax(-1) == targets)[:, ~ignored].double().mean(1)
+    assert evidence.accuracies() == pytest.approx(hits.tolist())
+
+
+def test_evidence_of_several_ranks_is_that_of_one() -> None:
+    for kind in ("classification", "regression"):
+        outputs, targets = world("equally good", 60, torch.Generator().manual_seed(0))
+        if kind == "regression":
+            outputs, targets = outputs[..., 0], targets.float()
+        whole, first = evidence_of(outputs, targets), Evidence()
+        first.extend(Evidence())
+        first.extend(evidence_of(outputs[:, :23], targets[:23]))
+        first.extend(pickle.loads(pickle.dumps(evidence_of(outputs[:, 23:], targets[23:]))))
+        assert first.samples == whole.samples == 60
+        one, other = select(whole), select(first)
+        assert one.weights == pytest.approx(other.weights)
+        assert one.gain == pytest.approx(other.gain)
+        assert first.accuracies() == pytest.approx(whole.accuracies(), nan_ok=True)
+        assert first.calibration_errors() == pytest.approx(whole.calibration_errors(), nan_ok=True)
+        torch.testing.assert_close(first.disagreements(), whole.disagreements())
+    with pytest.raises(ValueError, match="evidence of one task is wanted, got regression and classification"):
+        first.extend(evidence_of(torch.randn(5, 4, 3), torch.zeros(4).long()))
+
+
+# ------------------------------------------------------------------------------ the report
+
+
+def test_accuracy_calibration_and_disagreement_are_those_of_torchmetrics_and_the_definition() -> None:
+    outputs, targets = world("equally good", 300, torch.Generator().manual_seed(0))
+    outputs[2] *= 1000  # saturated
+    evidence = evidence_of(outputs, targets)
+    for member in range(5):
+        expected = multiclass_calibration_error(outputs[member], targets, num_classes=5, n_bins=15).item()
+        assert evidence.calibration_errors()[member] == pytest.approx(expected, abs=1e-6)
+        hits = (outputs[member].argmax(-1) == targets).double().mean().item()
+        assert evidence.accuracies()[member] == pytest.approx(hits)
+        for other in range(5):
+            differs = (outputs[member].argmax(-1) != outputs[other].argmax(-1)).double().mean().item()
+            assert evidence.disagreements()[member, other].item() == pytest.approx(differs)
+    truth = targets > 2
+    binary = evidence_of(outputs[..., 0], truth)
+    expected = binary_calibration_error(outputs[0, :, 0].sigmoid(), truth.long(), n_bins=15).item()
+    assert binary.calibration_errors()[0] == pytest.approx(expected, abs=1e-6)
+    assert binary.accuracies()[1] == pytest.approx(((outputs[1, :, 0] > 0) == truth).double().mean().item())
+
+
+def test_disagreement_of_regression_has_no_scale() -> None:
+    generator = torch.Generator().manual_seed(0)
+    targets, noise = torch.randn(2000, generator=generator), torch.randn(2, 2000, generator=generator)
+    outputs = targets + torch.stack([noise[0], noise[1], noise[0]])
+    for scale in (1.0, 1e-3, 1e4):
+        pairs = evidence_of(scale * outputs, scale * targets).disagreements()
+        assert pairs[0, 1].item() == pytest.approx(1, abs=0.1)
+        assert pairs[0, 2].item() == pytest.approx(0, abs=1e-6)
