@@ -140,12 +140,16 @@ def can_average(
     averaged = losses_of(average_weights(states))
     worse, error = paired(averaged - together, torch.ones_like(together))
     as_good = worse <= quantile(len(together)) * error
+    above = "below" if between.height < 0 else "above"
     measured = (
-        f"Halfway between the last two snapshots the loss is {between.height:.3g} ± {between.error:.2g} above the"
-        f" line; the average of all weights has a loss of {float(averaged.mean()):.4g}, the ensemble"
+        f"Halfway between the last two snapshots the loss is {abs(between.height):.3g} ± {between.error:.2g} {above}"
+        f" the line; the average of all weights has a loss of {float(averaged.mean()):.4g}, the ensemble"
         f" {float(together.mean()):.4g}."
     )
-    advice = "Use the average of the weights: one network instead of several." if as_good else "Average predictions."
+    if as_good:
+        advice = "Use the average of the weights (core.ensembles.average_weights): one network instead of several."
+    else:
+        advice = "Average predictions, not weights." if len(ensemble.members) > 1 else "Use the best snapshot."
     evidence: dict[str, float | str] = {
         "barrier": between.height,
         "barrier_error": between.error,

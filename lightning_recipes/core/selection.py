@@ -393,11 +393,16 @@ def _finding(members: tuple[Member, ...], selection: Selection, differ: float, s
             "Raise the learning rate of restarts or shorten the cycles; the network may already interpolate its data."
         )
     else:
-        message = (
-            f"The ensemble ({selection.tried}) is not better than the best member beyond noise: {measured} in loss, on "
-            f"{samples} samples; {alone}."
+        outcome = (
+            f"The ensemble ({selection.tried}) is not better than the best member beyond noise: {measured} in loss"
+            if selection.gain_error > 0
+            else "No ensemble is better than the best member"
         )
-        advice = "Take more held-out samples to tell, or longer cycles if the early members are weak."
+        message = f"{outcome}, on {samples} samples; {alone}."
+        advice = (
+            "Take more held-out samples to tell; members help that are nearly as good as the best: longer cycles where "
+            "early ones are weak, a shorter run where late ones have overfitted."
+        )
     if broken:
         severity = "warning"
         message += f" No numbers come from {', '.join(broken)}, weight 0."
