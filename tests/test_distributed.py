@@ -19,6 +19,7 @@ from lightning_recipes import (
     InstabilityDetector,
     LearningRateSchedule,
     PercentileGradientClipping,
+    SnapshotEnsemble,
     WarmupSweep,
 )
 from lightning_recipes.callbacks import clipping as clipping_module
@@ -420,14 +421,21 @@ def test_a_plateau_is_everybodys(tmp_path: Path) -> None:
     assert first[0]
 
 
-def test_a_sweep_of_shards_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="cannot train copies of a model in shards"):
-        run_on_ranks(train_sharded_sweep, tmp_path)
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (WarmupSweep(), "WarmupSweep cannot train copies of a model in shards"),
+        (SnapshotEnsemble(), "SnapshotEnsemble cannot keep a model in shards"),
+    ],
+)
+def test_what_needs_whole_weights_refuses_shards(callback: pl.Callback, message: str, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        run_on_ranks(train_in_shards, tmp_path, callback)
 
 
-def train_sharded_sweep(folder: Path) -> None:
+def train_in_shards(folder: Path, callback: pl.Callback) -> None:
     trainer = quiet_trainer(
-        folder, max_steps=200, max_epochs=-1, callbacks=[WarmupSweep()], strategy=make_strategy("full"), devices=2
+        folder, max_steps=200, max_epochs=-1, callbacks=[callback], strategy=make_strategy("full"), devices=2
     )
     trainer.fit(Sharded(), regression_data())
 

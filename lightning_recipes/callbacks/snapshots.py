@@ -236,6 +236,8 @@ class SnapshotEnsemble(pl.Callback):
             if updates != self.rule.ends[-1]:
                 self.rule.shorten(updates)
                 self.rates[0].start(trainer.optimizers[0])
+        if len(self.rule.kept) == len(self.rule.ends):
+            self._conclude(trainer, pl_module)  # so that the checkpoints of the last epoch know how they predict
 
     def _keep(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         averaging = _averaging(trainer) if self.weights == "average" else None
@@ -256,12 +258,10 @@ class SnapshotEnsemble(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        run: Any = trainer  # connectors set some attributes
         ended = trainer.global_step >= self._planned * len(trainer.optimizers)
         if ended and len(self.rule.kept) == len(self.rule.ends) - 1:
             self._keep(trainer, pl_module)  # a GradScaler has skipped the very last update
-        if not run.fast_dev_run and self.rule.kept:
-            self._conclude(trainer, pl_module)
+        self._conclude(trainer, pl_module)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -296,16 +296,17 @@ class SnapshotEnsemble(pl.Callback):
         return pl_module
 
     def _conclude(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Weigh the snapshots; whatever goes wrong, there is an ensemble, and the training is not lost."""
+        """Weigh the snapshots, once; whatever goes wrong, there is an ensemble, and the training is not lost."""
+        run: Any = trainer  # connectors set some attributes
+        if run.fast_dev_run or self.ensemble is not None or not self.rule.kept:
+            return
         taken, cycles = len(self.rule.kept), len(self.rule.ends)
         step = self.rule.ends[taken - 1]
         if taken < cycles:
             tell(trainer, _cut_short(taken, cycles, step))
         module, data = self._submodule(pl_module), self._held_out(trainer, pl_module)
         problem, findings = "" if data is not None else "there is no validation data", list[Finding]()
-        states = self.rule.states() if trainer.is_global_zero or not self._folder else []
-        if self._folder:
-            states = trainer.strategy.broadcast(states)
+        states = self._states(trainer)
         members = [with_state(module, state) for state in states]
         if data is not None:
             try:
@@ -325,6 +326,12 @@ class SnapshotEnsemble(pl.Callback):
             self.ensemble.save(Path(self._folder).parent / "ensemble.pt")
         for finding in findings:
             tell(trainer, finding)
+
+    def _states(self, trainer: pl.Trainer) -> list[dict[str, Tensor]]:
+        """Of the snapshots; of those in files rank zero knows."""
+        if not self._folder:
+            return self.rule.states()
+        return trainer.strategy.broadcast(self.rule.states() if trainer.is_global_zero else [])
 
     def _judge(
         self,

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from models import (
     Adversaries,
     Regression,
@@ -115,6 +115,19 @@ def test_updates_that_a_scaler_skips_leave_five_snapshots(scale: float, tmp_path
     assert [step for step in range(1, made) if watch.rates[step][0] > 2 * watch.rates[step - 1][0]] == ends[:-1]
 
 
+def test_a_skipped_last_update_leaves_five_snapshots(tmp_path: Path) -> None:
+    class Overflows(Regression):
+        def training_step(self, *args: Any) -> Tensor:
+            loss: Tensor = super().training_step(*args)
+            return loss * (math.inf if self.trainer.global_step == 59 else 1.0)
+
+    watch, snapshots = Watch(), SnapshotEnsemble(5)
+    trainer = quiet_trainer(tmp_path, max_epochs=5, callbacks=[snapshots, watch], plugins=[fp16(1.0)])
+    trainer.fit(Overflows(), regression_data(), regression_data(2))
+    assert len(members_of(snapshots)) == 5
+    assert same(members_of(snapshots)[-1], inside(watch.weights[-1]))
+
+
 def test_several_optimizers_by_hand(tmp_path: Path) -> None:
     watch, snapshots = Watch(), SnapshotEnsemble(3, module="first")
     trainer = quiet_trainer(tmp_path, max_epochs=3, callbacks=[snapshots, watch])
@@ -168,11 +181,13 @@ class KillAt(pl.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def killed_and_resumed(folder: Path, kill_at: int | None, resume: bool, arguments: dict[str, Any]) -> Any:
+def killed_and_resumed(
+    folder: Path, kill_at: int | None, resume: bool, arguments: dict[str, Any], scaled: bool = False
+) -> Any:
     snapshots, path = SnapshotEnsemble(5, **arguments), folder / "last.ckpt"
     others = [EMAWeights(0.9)] if arguments.get("weights") == "average" else []
     callbacks = [SeedEachStep(), snapshots, *others, SaveAt(path), *([KillAt(kill_at)] if kill_at else [])]
-    trainer = quiet_trainer(folder, max_epochs=5, callbacks=callbacks)
+    trainer = quiet_trainer(folder, max_epochs=5, callbacks=callbacks, plugins=[fp16(2.0**18)] if scaled else [])
     module = Regression(batch_norm=True, dropout=0.2, make_optimizer=two_groups)
     loader = Resumable(regression_data(11))
     trainer.fit(module, loader, regression_data(2), ckpt_path=path if resume else None)
@@ -195,6 +210,18 @@ def test_a_killed_run_ends_with_the_same_members(kill_at: int, arguments: dict[s
     assert all(same(one, other) for one, other in zip(members, again, strict=True))
     assert same(weights, weights_again)
     assert report == report_again
+
+
+def test_cycles_that_were_shortened_stay_so_when_resumed(tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for folder in (whole, cut):
+        folder.mkdir()
+    members, *others = killed_and_resumed(whole, None, False, {}, True)
+    assert run_until_killed(killed_and_resumed, cut, 43, False, {}, True) == -signal.SIGKILL
+    again, *others_again = killed_and_resumed(cut, None, True, {}, True)
+    assert all(same(one, other) for one, other in zip(members, again, strict=True))
+    assert same(others[0], others_again[0])
+    assert others[1] == others_again[1]
 
 
 # ---------------------------------------------------------------------------------------------------- the ensemble
@@ -291,6 +318,20 @@ def test_the_ensemble_is_better_and_the_report_says_so(tmp_path: Path, caplog: p
     assert torch.allclose(Ensemble.load(tmp_path / "one.pt", Classifier())(inputs), ensemble(inputs))
 
 
+def test_validation_data_need_not_have_been_used(tmp_path: Path) -> None:
+    snapshots, module = SnapshotEnsemble(2), Classifier()
+    never = {"check_val_every_n_epoch": 1000, "limit_val_batches": 3, "precision": "64-true"}
+    trained(tmp_path, module, snapshots, epochs=2, **never)
+    assert snapshots.report is not None
+    assert snapshots.report.samples == 3 * 64
+    member = Classifier().double()
+    member.load_state_dict(members_of(snapshots)[0])
+    inputs, targets = classes(400, 2, 64).dataset[: 3 * 64]
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(member.eval()(inputs.double()), targets)
+    assert snapshots.report.members[0].loss == pytest.approx(float(loss), rel=1e-4)
+
+
 def test_members_that_do_not_differ_claim_no_gain(tmp_path: Path) -> None:
     snapshots = SnapshotEnsemble(3)
     with pytest.warns(UserWarning, match="The members hardly differ"):
@@ -300,10 +341,12 @@ def test_members_that_do_not_differ_claim_no_gain(tmp_path: Path) -> None:
     assert sorted(snapshots.report.selection.weights) == [0, 0, 1]
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize("storage", ["memory", "files"])
 def test_test_and_predict_use_the_ensemble(storage: Any, tmp_path: Path) -> None:
-    snapshots, module = SnapshotEnsemble(4, evaluate=True, weighting="uniform", storage=storage), Classifier()
-    trainer = trained(tmp_path, module, snapshots)
+    snapshots, module = SnapshotEnsemble(4, evaluate=True, weighting="simplex", storage=storage), Classifier()
+    last = ModelCheckpoint(tmp_path)
+    trainer = trained(tmp_path, module, last, snapshots, enable_checkpointing=True)
     assert snapshots.ensemble is not None
     test = classes(300, 3, 64)
     expected = losses(snapshots.ensemble, test)
@@ -313,9 +356,8 @@ def test_test_and_predict_use_the_ensemble(storage: Any, tmp_path: Path) -> None
     assert torch.allclose(predicted, torch.cat([snapshots.ensemble(inputs) for inputs, _ in test]), atol=1e-6)
     assert "forward" not in vars(module)
     assert losses(module.eval(), test) != pytest.approx(expected, rel=1e-3)
-    trainer.save_checkpoint(tmp_path / "end.ckpt")
     fresh = quiet_trainer(tmp_path, callbacks=[SnapshotEnsemble(4, evaluate=True, storage=storage)])
-    found = fresh.test(Classifier(seed=5), test, ckpt_path=tmp_path / "end.ckpt", verbose=False)
+    found = fresh.test(Classifier(seed=5), test, ckpt_path=last.best_model_path, verbose=False)
     assert found[0]["test_loss"] == pytest.approx(expected, rel=1e-5)
     if storage == "files":
         loaded = Ensemble.load(tmp_path / "ensemble.pt", Classifier())
