@@ -98,6 +98,7 @@ class Ensemble(nn.Module):
         self.register_buffer("weights", torch.tensor([share for share in shares if share > 0]))
         self._stacked: _Stacked | None = None
         self._vmap_wins: dict[Any, bool] = {}
+        self._logs: dict[Any, Tensor] = {}
         self.eval()
 
     @override
@@ -105,17 +106,25 @@ class Ensemble(nn.Module):
         outputs = self.outputs(*inputs, **named)
         if callable(self.combine):
             return self.combine(outputs, self.weights)
-        return combined(outputs, self.weights, self.combine, self.dim)
+        if self.combine == "mean" or torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return combined(outputs, self.weights, self.combine, self.dim)
+        return _mixed(outputs, self._log_weights(outputs), self.combine, self.dim)
+
+    def _log_weights(self, outputs: Tensor) -> Tensor:
+        """Of the members, in dtype and dimensions of their outputs; computed once for each of these."""
+        weights = self._buffers["weights"]
+        assert isinstance(weights, Tensor)  # one of this class
+        kind = outputs.ndim, outputs.dtype, id(weights), None if weights.is_inference() else weights._version
+        if kind not in self._logs:
+            self._logs[kind] = _shaped(outputs, weights).log()
+        return self._logs[kind]
 
     def outputs(self, *inputs: Any, **named: Any) -> Tensor:
         """What each member gives for the inputs, shape (members, ...)."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return self._loop(inputs, named)
-        given = [*inputs, *named.values()]
-        kind = (
-            *named,
-            *[(value.shape, value.dtype, value.device) if type(value) is Tensor else None for value in given],
-        )
+        given = (*inputs, *named.values()) if named else inputs
+        kind = (*named, *[(value.shape, value.dtype) if type(value) is Tensor else None for value in given])
         vmap_wins = self._vmap_wins.get(kind)
         if vmap_wins is False or None in kind or not self._is_plain():
             return self._loop(inputs, named)
@@ -135,7 +144,8 @@ class Ensemble(nn.Module):
         return not (tracing or self.training or any(member.training for member in self.members))
 
     def _loop(self, inputs: Any, named: Any) -> Tensor:
-        outputs = [member(*inputs, **named) for member in self.members]
+        members: Any = self._modules["members"]._modules.values()  # type: ignore[union-attr]  # self.members, but faster
+        outputs = [member(*inputs, **named) for member in members]
         try:
             return torch.stack(outputs)
         except TypeError:
@@ -195,7 +205,7 @@ class Ensemble(nn.Module):
         return True
 
     def _forget(self) -> None:
-        self._stacked, self._vmap_wins = None, {}
+        self._stacked, self._vmap_wins, self._logs = None, {}, {}
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Ensemble":
@@ -207,7 +217,7 @@ class Ensemble(nn.Module):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_stacked": None, "_vmap_wins": {}}
+        return {**self.__dict__, "_stacked": None, "_vmap_wins": {}, "_logs": {}}
 
     def save(self, path: str | Path) -> None:
         """Write the members and how they are combined as one file, at once or not at all.
@@ -347,15 +357,25 @@ def combined(outputs: Tensor, weights: Tensor, combine: str, dim: int | None = N
         >>> combined(torch.tensor([[100.0], [-300.0]]), torch.tensor([0.5, 0.5]), "binary logits")
         tensor([0.])
     """
-    if outputs.dtype in HALF_PRECISION or not (outputs.is_floating_point() or outputs.is_complex()):
-        outputs = outputs.float()
-    if weights.dtype != outputs.dtype:
-        weights = weights.to(outputs.dtype)
-        weights = weights / weights.sum()  # to the precision of the outputs
-    weights = weights.view(-1, *[1] * (outputs.ndim - 1))
-    if combine == "mean":
-        return (weights * outputs).sum(0)
-    log_weights = weights.log()
+    shares = _shaped(outputs, weights)
+    return (shares * outputs).sum(0) if combine == "mean" else _mixed(outputs, shares.log(), combine, dim)
+
+
+def _shaped(outputs: Tensor, weights: Tensor) -> Tensor:
+    """Weights that can be multiplied with the members' outputs, of sum 1 to the precision of these."""
+    dtype = outputs.dtype if outputs.is_floating_point() or outputs.is_complex() else torch.float32
+    if dtype in HALF_PRECISION:
+        dtype = torch.float32
+    if weights.dtype != dtype:
+        weights = weights.to(dtype)
+        weights = weights / weights.sum()
+    return weights.view(-1, *[1] * (outputs.ndim - 1))
+
+
+def _mixed(outputs: Tensor, log_weights: Tensor, combine: str, dim: int | None) -> Tensor:
+    """Logits of the mean of the members' probabilities."""
+    if outputs.dtype != log_weights.dtype:
+        outputs = outputs.to(log_weights.dtype)
     if combine == "binary logits":
         sigmoid = nn.functional.logsigmoid
         return (sigmoid(outputs) + log_weights).logsumexp(0) - (sigmoid(-outputs) + log_weights).logsumexp(0)
