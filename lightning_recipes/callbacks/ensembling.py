@@ -19,6 +19,7 @@ Split = Callable[[Any], tuple[Any, Tensor]]
 State = Mapping[str, Tensor]
 
 COMBINES = ("auto", *COMBINATIONS)
+NEGLIGIBLE = 0.03  # of the loss
 BY_TASK = {"classification": "logits", "binary": "binary logits", "regression": "mean"}
 
 
@@ -139,24 +140,28 @@ def can_average(
     together = data.evidence(lambda inputs: ensemble(inputs)[None]).losses()[0]
     averaged = losses_of(average_weights(states))
     worse, error = paired(averaged - together, torch.ones_like(together))
-    as_good = worse <= quantile(len(together)) * error
+    error *= quantile(len(together))
     above = "below" if between.height < 0 else "above"
     measured = (
         f"Halfway between the last two snapshots the loss is {abs(between.height):.3g} ± {between.error:.2g} {above}"
         f" the line; the average of all weights has a loss of {float(averaged.mean()):.4g}, the ensemble"
         f" {float(together.mean()):.4g}."
     )
-    if as_good:
+    if worse + error <= NEGLIGIBLE * abs(float(together.mean())):
+        rule = "weights can be averaged"
         advice = "Use the average of the weights (core.ensembles.average_weights): one network instead of several."
-    else:
+    elif worse > error:
+        rule = "weights cannot be averaged"
         advice = "Average predictions, not weights." if len(ensemble.members) > 1 else "Use the best snapshot."
+    else:
+        rule = "weights can perhaps be averaged"
+        advice = "Take more held-out samples to tell whether one network will do instead of several."
     evidence: dict[str, float | str] = {
         "barrier": between.height,
         "barrier_error": between.error,
         "averaged_loss": float(averaged.mean()),
         "ensemble_loss": float(together.mean()),
     }
-    rule = "weights can be averaged" if as_good else "weights cannot be averaged"
     source = "Frankle et al. 2020, https://arxiv.org/abs/1912.05671"
     return Finding(rule, "info", measured, advice, step, evidence, source)
 

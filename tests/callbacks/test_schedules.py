@@ -415,3 +415,26 @@ def test_what_cannot_be_is_refused_when_fit_starts(tmp_path: Path) -> None:
 def test_bad_arguments_are_refused(arguments: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         LearningRateSchedule(**arguments)
+
+
+def test_checks_within_the_warmup_do_not_count(tmp_path: Path) -> None:
+    callback = LearningRateSchedule(ReduceOnPlateau("told", patience=2, min_delta=0.0), warmup_steps="4 epochs")
+    fit(tmp_path, Stalls([5.0] * 7), callback, max_epochs=3)
+    assert callback.plateau is not None
+    assert callback.plateau.milestones == [24]  # the second check behind the warmup
+    again = LearningRateSchedule(ReduceOnPlateau("told", patience=2, min_delta=0.0))
+    fit(tmp_path, Stalls([5.0] * 7), again, max_epochs=3)
+    assert again.plateau is not None
+    assert again.plateau.milestones == [36]
+
+
+def test_a_metric_that_is_not_fresh_is_no_check(tmp_path: Path) -> None:
+    class EverySecond(Scheduled):
+        def on_validation_epoch_end(self) -> None:
+            if self.trainer.current_epoch % 2 == 0 and not self.trainer.sanity_checking:
+                self.log("told", 5.0)
+
+    callback = LearningRateSchedule(ReduceOnPlateau("told", patience=3, min_delta=0.0))
+    fit(tmp_path, EverySecond(), callback, max_epochs=6)
+    assert callback.plateau is not None
+    assert callback.plateau.checks.curve.values == [5.0] * 3

@@ -1,5 +1,6 @@
 """SnapshotEnsemble under a real Trainer."""
 
+import json
 import math
 import os
 import signal
@@ -274,6 +275,14 @@ def trained(
     return trainer
 
 
+def findings(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "findings.jsonl").read_text().splitlines()]
+
+
+def rules(folder: Path) -> list[str]:
+    return [finding["rule"] for finding in findings(folder)]
+
+
 def losses(network: nn.Module, data: DataLoader[Any]) -> float:
     with torch.no_grad():
         pairs = [(network(inputs), targets) for inputs, targets in data]
@@ -339,6 +348,19 @@ def test_members_that_do_not_differ_claim_no_gain(tmp_path: Path) -> None:
     assert snapshots.report is not None
     assert snapshots.report.selection.verdict == "alike"
     assert sorted(snapshots.report.selection.weights) == [0, 0, 1]
+    assert "weights can be averaged" in rules(tmp_path)
+
+
+def test_snapshots_of_two_starts_cannot_be_averaged(tmp_path: Path) -> None:
+    class Anew(pl.Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            if trainer.current_epoch == 5:
+                pl_module.load_state_dict(Classifier(seed=9).state_dict())
+
+    trained(tmp_path, Classifier(), SnapshotEnsemble(2), Anew(), epochs=10)
+    (found,) = [each for each in findings(tmp_path) if each["rule"] == "weights cannot be averaged"]
+    assert found["evidence"]["barrier"] > 0.05
+    assert found["evidence"]["averaged_loss"] > found["evidence"]["ensemble_loss"] + 0.1
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from lightning_recipes.core.ensembles import combined
-from lightning_recipes.core.selection import Selection, report, select
+from lightning_recipes.core.selection import Selection, folds_of, gain_of, report, select
 
 
 def nll(outputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
@@ -171,6 +171,31 @@ def test_a_target_that_is_impossible_to_some_members_or_all_is_no_end() -> None:
     assert select(evidence, "best").weights[0] == 0
     outputs[:, 0, targets[0]] = -math.inf
     assert math.isfinite(select(evidence_of(outputs, targets)).loss)
+
+
+def test_every_sample_is_judged_by_weights_that_were_fitted_without_it() -> None:
+    outputs, targets = world("equally good", 40, torch.Generator().manual_seed(0))
+    selection = select(evidence_of(outputs, targets), "simplex", seed=3)
+    whole, _ = evidence_of(outputs, targets).table()
+    folds, losses = folds_of(40, 3), torch.zeros(40, dtype=torch.float64)
+    for fold in range(5):
+        others, own = folds != fold, folds == fold
+        table, _ = evidence_of(outputs[:, others], targets[others]).table()
+        losses[own] = whole.losses(table.simplex())[own]
+    assert selection.loss == pytest.approx(float(losses.mean()))
+    assert selection.loss != pytest.approx(whole.loss(whole.simplex()), rel=1e-3)
+
+
+def test_a_gain_has_to_be_beyond_its_noise() -> None:
+    noise, ones = torch.tensor([1.0, -1.0] * 50), torch.ones(100)
+    for mean, beyond in ((0.15, False), (0.18, True)):  # 1.66 standard errors of 0.1005
+        assert gain_of(noise + mean, ones, ones)[2] is beyond
+    assert not gain_of(noise + 0.18, noise + 0.09, ones)[2]  # the best on all samples is nearly as good
+
+
+def test_of_rules_that_are_alike_the_simplest_is_tried() -> None:
+    tried = [chosen("one is the truth", 100, seed)[0].tried for seed in range(20)]
+    assert tried.count("last 2") > 10
 
 
 def test_the_report_of_a_gain() -> None:

@@ -65,6 +65,14 @@ def test_dead_units_end_it_too() -> None:
     assert "vanishing gradient" in outcome.reason or "had been down" in outcome.reason
 
 
+def test_a_training_that_is_stuck_is_over_before_its_end() -> None:
+    chance = random.Random(1)
+    losses = [*falling(60), *[1.4 + 0.3 * chance.random() for _ in range(140)]]
+    outcome = judged(losses, [1.0] * 60 + [0.002] * 140)
+    assert outcome.reason.startswith("vanishing gradient")
+    assert outcome.steps < 200
+
+
 def test_a_rise_that_comes_back_is_stable_and_one_that_stays_is_not() -> None:
     bump = [loss + (6 if 40 <= step < 60 else 0) for step, loss in enumerate(falling(150))]
     assert judged(bump).stable

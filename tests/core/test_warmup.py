@@ -152,3 +152,10 @@ def test_in_whatever_order_outcomes_come_the_result_is_the_same() -> None:
 def test_bad_arguments_are_refused(arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         WarmupSearch(**{"learning_rate": 0.1, "max_steps": 1000, **arguments})
+
+
+def test_trials_bisect_and_confirm_in_half_the_time() -> None:
+    search = WarmupSearch(0.1, 10_000, base_learning_rate=1.0, seeds=3)
+    result = sweep(search, lambda trial: trial.warmup_steps >= 100)
+    by_seed = [{t.warmup_steps: t.steps for t in result.outcomes if t.seed == seed} for seed in range(3)]
+    assert by_seed == [{0: 100, 30: 100, 100: 300}, {100: 150}, {100: 150}]

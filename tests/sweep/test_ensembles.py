@@ -99,6 +99,17 @@ def test_a_seed_is_a_start_and_an_order_and_is_trained_once(tmp_path: Path, monk
     assert len(more.report.members) == 3
 
 
+def test_the_order_is_that_of_the_seed_whatever_was_drawn_before(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    train = DataLoader(points(160, 1).dataset, 16, shuffle=True, generator=generator)
+    found = []
+    for folder in ("one", "two"):
+        before = generator.get_state()
+        found.append(train_ensemble(make, tmp_path / folder, 2, train, points(100, 2), max_epochs=1, **QUIET).ensemble)
+        assert torch.equal(generator.get_state(), before)
+    assert all(same(weights_of(a), weights_of(b)) for a, b in zip(found[0].members, found[1].members, strict=True))
+
+
 def test_each_run_has_callbacks_of_its_own(tmp_path: Path) -> None:
     ema = EMAWeights(0.9)
     found = ensemble(tmp_path, seeds=2, callbacks=ema, max_epochs=3)
