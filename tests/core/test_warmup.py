@@ -158,4 +158,4 @@ def test_trials_bisect_and_confirm_in_half_the_time() -> None:
     search = WarmupSearch(0.1, 10_000, base_learning_rate=1.0, seeds=3)
     result = sweep(search, lambda trial: trial.warmup_steps >= 100)
     by_seed = [{t.warmup_steps: t.steps for t in result.outcomes if t.seed == seed} for seed in range(3)]
-    assert by_seed == [{0: 100, 30: 100, 100: 300}, {100: 150}, {100: 150}]
+    assert by_seed == [{0: 100, 10: 100, 30: 100, 100: 300}, {100: 150}, {100: 150}]
