@@ -329,7 +329,8 @@ def test_the_ensemble_is_better_and_the_report_says_so(tmp_path: Path, caplog: p
 
 def test_validation_data_need_not_have_been_used(tmp_path: Path) -> None:
     snapshots, module = SnapshotEnsemble(2), Classifier()
-    never = {"check_val_every_n_epoch": 1000, "limit_val_batches": 3, "precision": "64-true"}
+    never = {"check_val_every_n_epoch": 1000, "num_sanity_val_steps": 0}
+    never |= {"limit_val_batches": 3, "precision": "64-true"}
     trained(tmp_path, module, snapshots, epochs=2, **never)
     assert snapshots.report is not None
     assert snapshots.report.samples == 3 * 64
