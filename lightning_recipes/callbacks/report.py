@@ -223,7 +223,7 @@ class TrainingReport(pl.Callback):
         for name, value in metrics.items():
             forked = f"{name}_step" in metrics or f"{name}_epoch" in metrics
             own = name.startswith("lr-") and name in self.rule  # of LearningRateMonitor
-            if value is not self._seen.get(name) and isinstance(value, Tensor) and not forked and not own:
+            if isinstance(value, Tensor) and not _is_same(value, self._seen.get(name)) and not forked and not own:
                 self._take(name, step, value.detach())
         self._seen = metrics
 
@@ -264,6 +264,7 @@ class TrainingReport(pl.Callback):
             ended=self._ended,
             series=dict(self.rule.series),
             findings=self._findings(),
+            steps=_step(trainer),
             resumed=self._resumed,
             hyperparameters=_hyperparameters(trainer, pl_module),
             callbacks=self._callbacks,
@@ -320,6 +321,11 @@ class TrainingReport(pl.Callback):
 
 def _step(trainer: pl.Trainer) -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped  # the x-axis of everything that Lightning logs
+
+
+def _is_same(value: Tensor, seen: Any) -> bool:
+    """Whether a metric is one that has been seen; Lightning gives another view of it each time."""
+    return isinstance(seen, Tensor) and value.data_ptr() == seen.data_ptr()
 
 
 def _optimizer_name(trainer: pl.Trainer, optimizer: Optimizer) -> str:

@@ -16,6 +16,7 @@ from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.report import Record
 from lightning_recipes.report.numbers import duration
 from lightning_recipes.report.run import Run, finding_of
+from lightning_recipes.report.story import read_curves
 
 STATE = "report.json"  # what TrainingReport keeps beside the page
 FINDINGS = "findings.jsonl"
@@ -56,18 +57,22 @@ def read_run(folder: Path) -> Run:
     run, offset = _state(folder)
     run.name = run.name or _name(folder)
     if run.ended == "running":
-        run.ended = ""  # or it was killed: nobody knows from here
-    record = Record()
+        run.ended = ""
+        run.notes.append("The training goes on, or it was killed: it had not ended when it wrote its last page.")
+    record, tags = Record(), set[str]()
+    record.series = run.series  # what the files have again takes the place of what was kept
     for path in sorted(folder.glob(f"{EVENTS}*"), key=lambda path: path.stat().st_mtime):
-        _read_events(path, run, record)
+        tags |= _read_events(path, run, record)
     if (folder / "metrics.csv").exists():
-        _read_csv(folder / "metrics.csv", run, record)
-    run.series = {**run.series, **record.series}
+        _read_csv(folder / "metrics.csv", run, record, tags)
     run.findings += read_findings(folder / FINDINGS, offset, run.notes)
     if (folder / FINDINGS).exists():
         run.sources.append(FINDINGS)
     run.hyperparameters = run.hyperparameters or _hyperparameters(folder / "hparams.yaml", run.notes)
     read_extras(folder, run)
+    found = read_curves(run) if not run.findings else None
+    if found is not None:
+        run.findings.append(found)
     if not run.series and not run.findings:
         run.notes.append("The files hold neither a scalar nor a finding.")
     return run
@@ -138,8 +143,8 @@ def _state(folder: Path) -> tuple[Run, int]:
 # ---------------------------------------------------------------------------------- what loggers write
 
 
-def _read_events(path: Path, run: Run, record: Record) -> None:
-    """Add the scalars of a TensorBoard file, and the newest histogram of gradient norms."""
+def _read_events(path: Path, run: Run, record: Record) -> set[str]:
+    """Add the scalars of a TensorBoard file, and the newest histogram of gradient norms; return their names."""
     first = last = 0.0
     steps: dict[str, int] = {}
     for event in _events(path, run.notes):
@@ -148,17 +153,19 @@ def _read_events(path: Path, run: Run, record: Record) -> None:
             scalar = _scalar(value)
             if scalar is not None:
                 record.update(value.tag, event.step, scalar)
-                steps.setdefault(value.tag, event.step)
+                if value.tag != "hp_metric":  # which is at step 0 whenever a run begins
+                    steps.setdefault(value.tag, event.step)
             elif value.tag == "grad_norm" and value.HasField("histo"):
                 edges = [value.histo.min, *value.histo.bucket_limit]
                 run.bins = list(zip(edges, edges[1:], value.histo.bucket, strict=False))
     if not steps:
-        return
+        return set()
     if any(source.startswith(EVENTS) for source in run.sources) and min(steps.values()) > 0:
         run.resumed.append(min(steps.values()))
     run.sources.append(path.name)
     if last > first:
         run.costs.setdefault("time from first to last entry", duration(last - first))
+    return set(steps)
 
 
 def _events(path: Path, notes: list[str]) -> Iterator[Any]:
@@ -183,9 +190,8 @@ def _scalar(value: Any) -> float | None:
     return None
 
 
-def _read_csv(path: Path, run: Run, record: Record) -> None:
+def _read_csv(path: Path, run: Run, record: Record, known: set[str]) -> None:
     """Add the columns of CSVLogger's file that no other logger has."""
-    known = set(record)
     with path.open(encoding="utf-8", errors="replace", newline="") as lines:
         for row in csv.DictReader(_without_nul(lines)):
             step = _number(row.get("step"))

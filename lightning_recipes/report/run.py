@@ -9,6 +9,8 @@ from lightning_recipes.core.report import Series
 
 STEP_LOSS = "loss of training_step"  # the series of every step, which no logger has
 
+PLAIN = ("name", "ended", "resumed", "steps", "hyperparameters", "callbacks", "setup", "costs")
+
 
 @dataclass
 class Run:
@@ -19,6 +21,7 @@ class Run:
         ended: How it ended: ``"finished"``, ``"running"``, ``"stopped early"``..., with a reason; empty if not known.
         series: What was logged, by name; ``STEP_LOSS`` has the loss of every step.
         findings: In the order in which they were told.
+        steps: Updates made; 0 if not known.
         resumed: Steps at which it was resumed.
         bins: The histogram of gradient norms, each ``(lower edge, upper edge, count)``.
         hyperparameters: Name and value.
@@ -35,6 +38,7 @@ class Run:
     ended: str = ""
     series: dict[str, Series] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
+    steps: int = 0
     resumed: list[int] = field(default_factory=list)
     bins: list[tuple[float, float, float]] = field(default_factory=list)
     hyperparameters: dict[str, str] = field(default_factory=dict)
@@ -49,13 +53,13 @@ class Run:
     @property
     def updates(self) -> int:
         """How many are known to have been made."""
-        return max((series.bins[-1].last + 1 for series in self.series.values() if series.bins), default=0)
+        logged = [series.bins[-1].last + 1 for series in self.series.values() if series.bins]
+        return self.steps or max(logged, default=0)
 
     def as_dict(self) -> dict[str, Any]:
         """As plain values without NaN."""
-        kept = ("name", "ended", "resumed", "hyperparameters", "callbacks", "setup", "costs")
         return {
-            **{name: getattr(self, name) for name in kept},
+            **{name: getattr(self, name) for name in PLAIN},
             "series": {name: {"width": each.width, "bins": each.as_rows()} for name, each in self.series.items()},
             "findings": [finding.as_dict() for finding in self.findings],
         }
@@ -63,8 +67,7 @@ class Run:
     @classmethod
     def of_dict(cls, values: Mapping[str, Any]) -> "Run":
         """What :meth:`as_dict` gave."""
-        kept = ("name", "ended", "resumed", "hyperparameters", "callbacks", "setup", "costs")
-        run = cls(**{name: values[name] for name in kept if name in values})
+        run = cls(**{name: values[name] for name in PLAIN if name in values})
         for name, each in values.get("series", {}).items():
             run.series[name] = Series.of_rows(each["bins"], each["width"])
         run.findings = [finding_of(each) for each in values.get("findings", ())]

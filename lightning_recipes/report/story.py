@@ -1,10 +1,13 @@
 """What there is to say of a training: how it went, what was found, what happened when."""
 
+import math
 import re
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_recipes.core.early_stopping import Curve, reading
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.report import Bin, Series
 from lightning_recipes.report.numbers import shown
@@ -81,12 +84,14 @@ class Best:
         value: The best.
         step: Where; the middle of a bin.
         last: The last value.
+        lower: Whether lower is better.
     """
 
     name: str
     value: float
     step: float
     last: float
+    lower: bool
 
 
 def group(findings: Iterable[Finding]) -> list[Group]:
@@ -111,12 +116,16 @@ def verdict(run: Run) -> tuple[str, str, str]:
         return _how(run), f"No warning. {first.rule}: {first.message}", first.advice
     if not run.series:
         return _how(run), "Nothing was logged and nothing found.", "Log a loss, or attach a recipe."
-    if "findings.jsonl" in run.sources or run.callbacks:
-        return _how(run), "No recipe had anything to say.", "Nothing asks for action; look at the curves below."
+    if run.callbacks:
+        return (
+            _how(run),
+            "No finding: what was watched was sound.",
+            "Nothing asks for action; look at the curves below.",
+        )
     return (
         _how(run),
-        "No findings: no recipe watched this training, so only the curves can speak.",
-        "Look at the curves below; the next run can be watched with lightning_recipes.InstabilityDetector().",
+        "No findings in its files, so only the curves can speak.",
+        "Look at the curves below; lightning_recipes.InstabilityDetector() and EarlyStopping() can watch the next run.",
     )
 
 
@@ -160,7 +169,7 @@ def best(run: Run) -> Best | None:
             bins = [each for each in run.series[name].bins if each.count]
             if bins and good & set(_tokens(name)):
                 where = pick(bins, key=lambda each: each.low if pick is min else each.high)
-                return Best(name, where.low if pick is min else where.high, where.step, bins[-1].mean)
+                return Best(name, where.low if pick is min else where.high, where.step, bins[-1].mean, pick is min)
     return None
 
 
@@ -196,6 +205,25 @@ def key_of(found: Sequence[Event]) -> list[tuple[str, str]]:
         listed = steps if len(steps) <= MOST_STEPS else [*steps[: MOST_STEPS - 1], "…", steps[-1]]
         lines.append((letter, f"{KINDS[letter]}, {len(own):,} times: {', '.join(listed)}"))
     return lines
+
+
+def read_curves(run: Run) -> Finding | None:
+    """What the curves say of a run that nobody watched, by the reading of EarlyStopping."""
+    top, epochs = best(run), run.series.get("epoch")
+    if top is None or epochs is None:
+        return None
+    checks = [each for each in run.series[top.name].bins if each.count]
+    losses = [name for name in run.series if base(name) == "loss" and split(name) in ("train", "")]
+    train = run.series[min(losses, key=lambda name: ("epoch" not in name, name))].bins if losses else []
+    sign, curve, before = 1 if top.lower else -1, Curve(), -1
+    for check in checks:
+        between = [each.mean for each in train if before < each.last <= check.last and each.count]
+        curve.values.append(sign * check.mean)
+        curve.train.append(statistics.fmean(between) if between else math.nan)
+        curve.steps.append(check.last + 1)
+        curve.epochs.append(next((each.mean for each in reversed(epochs.bins) if each.first <= check.last), 0.0) + 1)
+        before = check.last
+    return reading(curve, top.name, "min" if top.lower else "max")
 
 
 def describe(name: str, series: Series) -> str:

@@ -11,7 +11,7 @@ from lightning_recipes.report.numbers import shown
 FONT = 12  # pixels of all text, where the picture has its own size
 CHARACTER = 6.4  # pixels of a character on average
 STYLES = 6  # told apart by colour and dashes
-SPAN = 30.0  # of the highest over the lowest but a fifth, from which on the scale is logarithmic
+SPANS = {1 / 5: 30.0, 1 / 2: 8.0}  # of the highest value over these quantiles, above which the scale is logarithmic
 
 
 @dataclass(frozen=True)
@@ -262,8 +262,8 @@ def _range(
     low = min([*(low for low, _ in spans), *guides])
     high = max([*(high for _, high in spans), *guides])
     if low > 0:
-        usual = sorted(low for low, _ in spans)[len(spans) // 5]
-        if high / usual > SPAN:
+        lows = sorted(low for low, _ in spans)
+        if any(high / lows[int(len(lows) * quantile)] > span for quantile, span in SPANS.items()):
             return (low / 1.15, high * 1.15, True) if pad else (low, high, True)
     margin = 0.05 * (high - low) if high > low else 0.5 * abs(high) or 1.0
     return (low - margin, high + margin, False) if pad or high == low else (low, high, False)
