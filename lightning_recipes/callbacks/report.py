@@ -196,7 +196,8 @@ class TrainingReport(pl.Callback):
             return
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor):
-            self._take(STEP_LOSS, _step(trainer), loss.detach() * trainer.accumulate_grad_batches)
+            share = trainer.accumulate_grad_batches  # by which Lightning has divided it
+            self._take(STEP_LOSS, _step(trainer), loss.detach() if share == 1 else loss.detach() * share)
         if time_to_log(trainer) and not trainer.fit_loop._should_accumulate():
             self._late = _step(trainer)
             self._collect(trainer, self._late)

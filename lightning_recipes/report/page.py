@@ -84,6 +84,7 @@ def _content(run: Run) -> dict[str, object]:
     others = {name: each for name, each in series.items() if name not in taken}
     happened = story.events(run, rates)
     main, rest = _main(others)
+    changes = [event for event in happened if event.letter in "CPRU"]
     draw = _Drawer()
     curves = [draw(main.title, {name: others[name] for name in main.names}, happened, wide=True)] if main else []
     small = [draw(panel.title, {name: others[name] for name in panel.names}, happened) for panel in rest[:SHOWN]]
@@ -97,7 +98,7 @@ def _content(run: Run) -> dict[str, object]:
         "left_out": left_out,
         "gradients": _gradients(draw, run, gradients, happened),
         "updates": [*_in_parts(draw, "Update over weight, ‖Δw‖ / ‖w‖", updates, (HEALTHY,))],
-        "rates": [*_in_parts(draw, "Learning rate as applied", rates)],
+        "rates": [*_in_parts(draw, "Learning rate as applied", rates, (), changes)],
         "ensemble": _table(run.ensemble),
         "members": ensemble and [story.describe(name, each) for name, each in ensemble.items()],
         "words": _words(run.ensemble),

@@ -148,11 +148,11 @@ class Picture:
     def axes(self, x: Axis, y: Axis, x_label: str) -> None:
         """Draw grid and numbers."""
         for tick in y.ticks(max(2, int(abs(y.end - y.start) / 36))):
-            self.line("grid", x.start, y(tick), x.end, y(tick))
+            self.line("tick", x.start, y(tick), x.end, y(tick))
             self.text(x.start - 5, y(tick) + 4, shown(tick), "end")
         for tick in x.ticks(max(2, int((x.end - x.start) / 62))):
             text = shown(tick)
-            self.line("grid", x(tick), y.start, x(tick), y.start + 4)
+            self.line("tick", x(tick), y.start, x(tick), y.start + 4)
             self.text(min(x(tick), self.width - 4 - len(text) * CHARACTER / 2), y.start + 17, text, "middle")
         self.line("axis", x.start, y.start, x.end, y.start)
         self.text(x.end, y.start + 32, x_label, "end", "label quiet")
