@@ -26,7 +26,7 @@ from lightning_recipes.core.arguments import check_real
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.report import Record
 from lightning_recipes.report.numbers import duration, shown, size
-from lightning_recipes.report.page import replace, write
+from lightning_recipes.report.page import put, write
 from lightning_recipes.report.reading import FINDINGS, STATE, plain, read_extras, read_findings
 from lightning_recipes.report.run import STEP_LOSS, Run, finding_of
 
@@ -251,7 +251,7 @@ class TrainingReport(pl.Callback):
         try:
             run = self._run(trainer, pl_module)
             state = {**run.as_dict(), "findings": [each.as_dict() for each in self._earlier]}
-            replace(self._folder / STATE, json.dumps({**state, "findings_from": self._from}, default=str))
+            put(self._folder / STATE, json.dumps({**state, "findings_from": self._from}, default=str))
             self.path = write(run, self._folder, time.strftime("%Y-%m-%d %H:%M"))
         except Exception as error:
             rank_zero_warn(f"{type(self).__name__} could not write its page: {type(error).__name__}: {error}")

@@ -4,7 +4,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -59,11 +59,11 @@ def render(run: Run, written: str = "") -> tuple[str, str]:
 def write(run: Run, folder: Path, written: str = "") -> Path:
     """Write ``report.html`` and ``report.md`` at once, so that a reader never sees half a page; return the first."""
     html, markdown = render(run, written)
-    replace(folder / "report.md", markdown)
-    return replace(folder / "report.html", html)
+    put(folder / "report.md", markdown)
+    return put(folder / "report.html", html)
 
 
-def replace(path: Path, text: str) -> Path:
+def put(path: Path, text: str) -> Path:
     """Give a file new contents, all at once."""
     new = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -167,19 +167,31 @@ def _main(series: Mapping[str, Series]) -> tuple[story.Panel | None, list[story.
 def _gradients(draw: _Drawer, run: Run, series: Mapping[str, Series], events: Sequence[Event]) -> list[Figure]:
     norms = {name: each for name, each in series.items() if name.startswith("grad_norm")}
     shares = {name: each for name, each in series.items() if name.startswith("clipped_fraction")}
+    parts = _in_parts(draw, "Gradient norm", norms, (), [event for event in events if event.letter != "B"])
     figures = [
-        *_in_parts(draw, "Gradient norm", norms, (), [event for event in events if event.letter != "B"]),
+        *(replace(each, sentences=[*each.sentences, *_clips(norms)]) for each in parts),
         draw("Share of the updates that were clipped", shares),
     ]
     bins = run.bins or _bins([each for name, each in norms.items() if "threshold" not in name])
     if len(bins) > 1:
         title = "Gradient norms" if run.bins else "Gradient norms as logged"
         peak = max(bins, key=lambda each: each[2])
-        words = f"{title}: most of them between {shown(peak[0])} and {shown(peak[1])}, all between"
+        words = f"{title}: most often between {shown(peak[0])} and {shown(peak[1])}, all between"
         words += f" {shown(bins[0][0])} and {shown(bins[-1][1])}."
         picture = histogram(draw.key(), title, f"Histogram. {words}", bins)
         figures.append(Figure(title, (picture, picture), [words], {}))
     return [each for each in figures if each]
+
+
+def _clips(norms: Mapping[str, Series]) -> Iterable[str]:
+    """How often a norm was above its threshold, where both were logged."""
+    for name, series in norms.items():
+        threshold = norms.get(name.replace("grad_norm", "grad_norm_threshold", 1))
+        if threshold is not None:
+            limits = {each.last: each.mean for each in threshold.bins if each.count}
+            pairs = [(each.mean, limits[each.last]) for each in series.bins if each.count and each.last in limits]
+            above = sum(norm > limit for norm, limit in pairs)
+            yield f"{name} was above its threshold, and clipped, at {above:,} of {len(pairs):,} points."
 
 
 def _in_parts(

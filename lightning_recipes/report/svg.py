@@ -10,6 +10,7 @@ from lightning_recipes.report.numbers import shown
 
 FONT = 12  # pixels of all text, where the picture has its own size
 CHARACTER = 6.4  # pixels of a character on average
+APART = 4  # pixels between the marks of events of one kind, at least
 STYLES = 6  # told apart by colour and dashes
 SPANS = {1 / 5: 30.0, 1 / 2: 8.0}  # of the highest value over these quantiles, above which the scale is logarithmic
 
@@ -159,9 +160,12 @@ class Picture:
 
     def events(self, x: Axis, y: Axis, events: Sequence[Event]) -> None:
         """Mark events by lines with their letters above, where there is room for them."""
-        free = -math.inf
+        free, last = -math.inf, dict[str, float]()
         for event in sorted(events, key=lambda event: event.step):
             at = x(event.step)
+            if at - last.get(event.letter, -math.inf) < APART:
+                continue
+            last[event.letter] = at
             self.parts.append(f"<g><title>{escape(event.label)}</title>")
             self.line("event", at, y.start, at, y.end)
             if at > free:
