@@ -218,7 +218,7 @@ def _line(name: str, series: Series) -> Line:
         if every:
             low, high = max(low, each.mean - each.deviation), min(high, each.mean + each.deviation)
         points.append(Point(each.step, each.mean if each.count else math.nan, low, high))
-    label = "training loss, mean ± spread" if every else name
+    label = "training loss, mean ± spread" if every else name.removeprefix("update_ratio/")
     return Line(label, points, marks=len(points) <= 40 and not every)
 
 

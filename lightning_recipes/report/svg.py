@@ -11,6 +11,7 @@ from lightning_recipes.report.numbers import shown
 FONT = 12  # pixels of all text, where the picture has its own size
 CHARACTER = 6.4  # pixels of a character on average
 APART = 4  # pixels between the marks of events of one kind, at least
+ROOM = 40  # pixels of a legend for which a picture need not be higher
 STYLES = 6  # told apart by colour and dashes
 SPANS = {1 / 5: 30.0, 1 / 2: 8.0}  # of the highest value over these quantiles, above which the scale is logarithmic
 
@@ -88,11 +89,11 @@ class Axis:
     def _least(self) -> float:
         return self.low if self.log else -math.inf
 
-    def ticks(self, most: int) -> list[float]:
-        """Round values within, some of them."""
+    def ticks(self, most: int, least: float = 0.0) -> list[float]:
+        """Round values within, some of them, no closer than ``least``."""
         if self.log:
             return _decades(self.low, self.high, most)
-        step = _round_up((self.high - self.low) / most)
+        step = _round_up(max(least, (self.high - self.low) / most))
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [number * step for number in range(first, last + 1)]
 
@@ -146,12 +147,12 @@ class Picture:
             x += wide
         return y + 6
 
-    def axes(self, x: Axis, y: Axis, x_label: str) -> None:
-        """Draw grid and numbers."""
+    def axes(self, x: Axis, y: Axis, x_label: str, least: float = 0.0) -> None:
+        """Draw grid and numbers, those of x no closer than ``least``."""
         for tick in y.ticks(max(2, int(abs(y.end - y.start) / 36))):
             self.line("tick", x.start, y(tick), x.end, y(tick))
             self.text(x.start - 5, y(tick) + 4, shown(tick), "end")
-        for tick in x.ticks(max(2, int((x.end - x.start) / 62))):
+        for tick in x.ticks(max(2, int((x.end - x.start) / 62)), least):
             text = shown(tick)
             self.line("tick", x(tick), y.start, x(tick), y.start + 4)
             self.text(min(x(tick), self.width - 4 - len(text) * CHARACTER / 2), y.start + 17, text, "middle")
@@ -197,7 +198,9 @@ def chart(
         height: Pixels.
     """
     picture = Picture(key, title, description, width, height)
-    top = picture.legend([line.name for line in lines]) + (FONT + 2 if events else 4)
+    top = picture.legend([line.name for line in lines])
+    height = picture.height = height + max(0, round(top) - ROOM)
+    top += FONT + 2 if events else 4
     points = [point for line in lines for point in line.points if math.isfinite(point.y)]
     y_low, y_high, log = _range([(point.low, point.high) for point in points], [value for value, _ in guides])
     y = Axis(y_low, y_high, height - 38, top, log)
@@ -205,13 +208,14 @@ def chart(
     left = 10 + CHARACTER * max((len(label) for label in labels), default=1)
     steps = [point.x for point in points]
     x = Axis(min(steps), max(steps) if max(steps) > min(steps) else min(steps) + 1, left, width - 10)
-    picture.axes(x, y, "updates")
-    for value, name in guides:
+    picture.axes(x, y, "updates", least=1)
+    for value, _ in guides:
         picture.line("guide", x.start, y(value), x.end, y(value))
-        picture.text(x.end, y(value) - 3, name, "end", "label quiet")
     picture.events(x, y, [event for event in events if x.low <= event.step <= x.high])
     for style, line in enumerate(lines):
         _draw(picture, line, style % STYLES, x, y)
+    for value, name in guides:
+        picture.text(x.end, y(value) - 3, name, "end", "label quiet")
     return picture.markup()
 
 
