@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_recipes.callbacks.measuring import index_of
+from lightning_recipes.callbacks.measuring import free_to_read, index_of
 from lightning_recipes.callbacks.substitute import substitute
 from lightning_recipes.callbacks.telling import run_folder, time_to_log
 from lightning_recipes.core.arguments import check_real
@@ -237,10 +237,10 @@ class TrainingReport(pl.Callback):
     def _read(self) -> None:
         """Remember what waits on its device, read at once."""
         unread, self._unread = self._unread, []
-        on_device = [value.float().reshape(()) for _, _, value in unread if value.device.type != "cpu"]
+        on_device = [value.float().reshape(()) for _, _, value in unread if not free_to_read(value)]
         read = iter(torch.stack(on_device).tolist() if on_device else ())
         for name, step, value in unread:
-            self.rule.update(name, step, value.item() if value.device.type == "cpu" else next(read))
+            self.rule.update(name, step, value.item() if free_to_read(value) else next(read))
 
     # ---------------------------------------------------------------------------------- tell
 

@@ -280,6 +280,16 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     assert (tmp_path / "report.html").stat().st_size < 300_000
 
 
+def test_what_lies_on_a_device_is_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reports = [TrainingReport(), TrainingReport()]
+    train(tmp_path, reports[0])
+    monkeypatch.setattr("lightning_recipes.callbacks.report.free_to_read", lambda value: value.requires_grad)
+    monkeypatch.setattr("lightning_recipes.callbacks.report.UNREAD", 10)
+    train(tmp_path, reports[1])
+    for name in reports[0].rule:
+        assert points(reports[0], name) == points(reports[1], name)
+
+
 @pytest.mark.parametrize("value", [0, -1.0, math.nan, "often", True])
 def test_bad_arguments_are_refused(value: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="every_n_seconds"):
