@@ -100,6 +100,7 @@ def test_it_has_what_a_logger_gets_at_the_same_steps(tmp_path: Path) -> None:
             values = [value for _, value in points(report, name)]
             assert [each.mean for each in series.bins] == pytest.approx(values, rel=1e-6)
     assert set(report.rule.series) == {*logged, STEP_LOSS}
+    assert [step for step, _ in points(report, "lr-Adam")] == list(range(3, 36, 4))
 
 
 def test_the_training_is_the_same_bit_for_bit(tmp_path: Path) -> None:
