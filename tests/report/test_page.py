@@ -224,6 +224,10 @@ def test_the_members_of_an_ensemble_are_a_table() -> None:
     assert "It helps." in read.text
 
 
+def test_what_is_no_number_is_said() -> None:
+    assert [shown(value) for value in (math.nan, math.inf, -math.inf)] == ["NaN", "inf", "-inf"]
+
+
 @pytest.mark.parametrize("value", [0.00012345, 1.0, 999.96, 1e11, 123456.7, -2.5, 1e-300])
 def test_four_significant_digits(value: float) -> None:
     assert float(shown(value).replace(",", "")) == pytest.approx(value, rel=6e-4)

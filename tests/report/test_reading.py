@@ -184,3 +184,34 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert done.stdout.strip() == str(tmp_path / "out" / "report.html")
     Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
     assert "train\\_loss: 2 → 1" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+
+
+def test_scalars_of_newer_writers_and_histograms_are_read(tmp_path: Path) -> None:
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary, SummaryMetadata
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    from tensorboard.util.tensor_util import make_tensor_proto
+
+    metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="scalars"))
+    histogram = HistogramProto(min=0.1, max=3.0, num=3, bucket_limit=[1.0, 3.0], bucket=[2.0, 1.0])
+    text = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
+    values = [
+        Summary.Value(tag="loss", metadata=metadata, tensor=make_tensor_proto(0.5)),
+        Summary.Value(tag="words", metadata=text, tensor=make_tensor_proto("hello")),
+        Summary.Value(tag="grad_norm", histo=histogram),
+    ]
+    writer = EventFileWriter(str(tmp_path))
+    writer.add_event(Event(step=7, wall_time=1.0, summary=Summary(value=values)))
+    writer.close()
+    run = read_run(tmp_path)
+    assert {name: [(each.last, each.mean) for each in series.bins] for name, series in run.series.items()} == {
+        "loss": [(7, 0.5)]
+    }
+    assert run.bins == [(0.1, 1.0, 2.0), (1.0, 3.0, 1.0)]
+
+
+def test_pictures_of_sweeps_are_carried_within_unless_they_are_large(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,loss\n0,1.0\n")
+    for size, count in ((100, 1), (3_000_000, 0)):
+        (tmp_path / "warmup_sweep.png").write_bytes(b"\x89PNG" + b"\0" * size)
+        assert len(Page(render(read_run(tmp_path))[0]).all("img")) == count
