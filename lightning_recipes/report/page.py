@@ -96,6 +96,7 @@ def _content(run: Run) -> dict[str, object]:
         "curves": [each for each in curves if each],
         "small": [each for each in small if each],
         "left_out": left_out,
+        "broken": [name for name, each in series.items() if not any(b.count for b in each.bins)],
         "gradients": _gradients(draw, run, gradients, happened),
         "updates": [*_in_parts(draw, "Update over weight, ‖Δw‖ / ‖w‖", updates, (HEALTHY,))],
         "rates": [*_in_parts(draw, "Learning rate as applied", rates, (), changes)],
