@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -245,6 +246,8 @@ def _spark(series: Series) -> str:
     finite = [mean for mean in means if math.isfinite(mean)]
     if not finite:
         return ""
+    if min(finite) > 0 and max(finite) > 8 * statistics.median(finite):  # one spike would leave nothing else to see
+        means, finite = [math.log(mean) for mean in means], [math.log(mean) for mean in finite]
     low, span = min(finite), (max(finite) - min(finite)) or 1.0
     return "".join("x" if math.isnan(mean) else SPARKS[min(7, int((mean - low) / span * 8))] for mean in means)
 
