@@ -4,6 +4,7 @@ from lightning_recipes.callbacks.averaging import EMAWeights
 from lightning_recipes.callbacks.clipping import PercentileGradientClipping
 from lightning_recipes.callbacks.early_stopping import EarlyStopping
 from lightning_recipes.callbacks.instability import InstabilityDetector
+from lightning_recipes.callbacks.report import TrainingReport
 from lightning_recipes.callbacks.schedules import LearningRateSchedule
 from lightning_recipes.callbacks.snapshots import SnapshotEnsemble
 from lightning_recipes.callbacks.warmup import WarmupSweep
@@ -15,5 +16,6 @@ __all__ = [
     "LearningRateSchedule",
     "PercentileGradientClipping",
     "SnapshotEnsemble",
+    "TrainingReport",
     "WarmupSweep",
 ]

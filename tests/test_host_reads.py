@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lightning_recipes
 from lightning_recipes import EMAWeights, InstabilityDetector, PercentileGradientClipping
-from lightning_recipes.callbacks import clipping, instability
+from lightning_recipes.callbacks import clipping, instability, report
 
 PACKAGE = Path(lightning_recipes.__file__).parent
 
@@ -34,7 +34,9 @@ def fused_adam(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, fused=True)
 
 
-@pytest.mark.parametrize("recipe", ["EMAWeights", "PercentileGradientClipping", "InstabilityDetector"])
+@pytest.mark.parametrize(
+    "recipe", ["EMAWeights", "PercentileGradientClipping", "InstabilityDetector", "TrainingReport"]
+)
 @pytest.mark.parametrize(
     ("make_module", "settings"),
     [
@@ -48,7 +50,7 @@ def fused_adam(parameters: Any) -> torch.optim.Optimizer:
 def test_a_steady_step_reads_nothing_back(
     recipe: str, make_module: Any, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (clipping, instability):
+    for module in (clipping, instability, report):
         monkeypatch.setattr(module, "free_to_read", lambda _: False)
     count = CountBetween(5, 55)
     callbacks = [count, getattr(lightning_recipes, recipe)()]
@@ -61,7 +63,7 @@ def test_a_steady_step_reads_nothing_back(
 
 def test_what_may_be_read_is_read_rarely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a step that logs, and once for all buffers at the start."""
-    for module in (clipping, instability):
+    for module in (clipping, instability, report):
         monkeypatch.setattr(module, "free_to_read", lambda _: False)
     count = CountBetween(0, 59)
     callbacks = [count, EMAWeights(), PercentileGradientClipping(), InstabilityDetector()]

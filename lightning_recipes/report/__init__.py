@@ -1,0 +1,1 @@
+"""What a training left behind, on one page."""

@@ -1,0 +1,54 @@
+"""Numbers as people write them."""
+
+import math
+
+
+def shown(value: float) -> str:
+    """A number in four significant digits, with commas between thousands.
+
+    Example:
+        >>> [shown(value) for value in (1234567, 0.123456, 31.0, 2.5e-7, -0.0, float("nan"), 12345.678, 1e15)]
+        ['1,234,567', '0.1235', '31', '2.5e-7', '0', 'NaN', '12,346', '1e15']
+    """
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    if value == 0:
+        return "0"
+    magnitude = abs(value)
+    if magnitude >= 1e12 or magnitude < 1e-4:
+        mantissa, _, exponent = f"{value:.3e}".partition("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    if magnitude >= 1000:
+        return f"{value:,.0f}"
+    text = f"{value:.{max(0, 3 - math.floor(math.log10(magnitude)))}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def duration(seconds: float) -> str:
+    """A time in the two largest units.
+
+    Example:
+        >>> [duration(seconds) for seconds in (0.25, 42.4, 125, 3725, 200_000)]
+        ['0.25 s', '42 s', '2 min 5 s', '1 h 2 min', '2 d 7 h']
+    """
+    if seconds < 10:
+        return f"{shown(float(f'{seconds:.2g}'))} s"
+    whole = round(seconds)
+    for unit, size, lower, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if whole >= size:
+            rest = whole % size // part
+            return f"{whole // size} {unit}" + (f" {rest} {lower}" if rest else "")
+    return f"{whole} s"
+
+
+def size(number_of_bytes: float) -> str:
+    """An amount of memory.
+
+    Example:
+        >>> size(3 * 2**30), size(5_000_000)
+        ('3 GiB', '4.8 MiB')
+    """
+    unit, factor = ("GiB", 2**30) if number_of_bytes >= 2**30 else ("MiB", 2**20)
+    return f"{float(f'{number_of_bytes / factor:.2g}'):g} {unit}"
