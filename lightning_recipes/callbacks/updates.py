@@ -445,7 +445,7 @@ def _never_changes(names: list[str], reason: str, rule: UpdateRatioRule) -> Find
         severity="warning",
         message=f"None of {rule.measured} measured updates changed {_listing(names)}{why}.",
         advice=advice,
-        step=int(rule.points[-1][0]) + 1,
+        step=rule.step + 1,
         evidence={"layers": ", ".join(names), "reason": reason, "measured_updates": rule.measured},
         source=NOTES,
     )
@@ -478,7 +478,7 @@ def _apart(rule: UpdateRatioRule) -> Finding | None:
         f" {'small' if small else 'large'} as the {median:.2g} of the middle layer.",
         advice="Look at its learning rate and initial scale"
         + (", and for gradients that vanish on the way to it (initialisation, normalisation)." if small else "."),
-        step=int(rule.points[-1][0]) + 1,
+        step=rule.step + 1,
         evidence={"layer": name, "ratio": ratio, "median_ratio": median},
         source=NOTES,
     )

@@ -30,6 +30,7 @@ GIVEN_BACK = 0.3  # of the gain: so much lost again and the run has diverged
 STEADY, STILL = 0.6, 0.1  # share of the gain made by a quarter of the run at most, and after the half at least
 ENOUGH = 20  # measured updates before anything is said when training ends
 CERTAIN = 100  # likewise while it goes on
+SETTLED = 200  # updates before a ratio is called too high or too low: the first ones are large in any training
 APART = 50.0  # times as large or small as the others' a layer's ratio is far from them
 POINTS = 512  # of the history
 
@@ -128,7 +129,7 @@ class UpdateRatioRule:
     """What the update ratios of one optimizer say.
 
     The *level* of an update is the median ratio of the layers that have a matrix (of all, if none has): biases and
-    scales have sizes of their own. Judged are, from 20 measured updates on:
+    scales have sizes of their own. Judged are, from 20 measured updates and 200 in all on:
 
     ====================== =============================================================================================
     too low                the highest levels of the run are below 1.3e-3 while the loss gains steadily: at a quarter of
@@ -154,7 +155,9 @@ class UpdateRatioRule:
     def __init__(self) -> None:
         self.points: list[list[float]] = []  # update, level, lowest, highest, loss, learning rate
         self.points_each = 1  # measured updates a point stands for
-        self.seen = self.measured = 0  # updates that were looked at, and those at which something moved
+        self.step = self.seen = self.measured = (
+            0  # newest update; how many were looked at, and how many moved something
+        )
         self.kick = 0.0  # level of the first update
         self.first_loss = math.nan
         self.layers: dict[str, list[float]] = {}  # measured, changed, sum of the logarithms of its ratios
@@ -179,6 +182,7 @@ class UpdateRatioRule:
             matrices: The layers that have a matrix; all if not given.
         """
         self.matrices = set(ratios if matrices is None else matrices)
+        self.step = step
         self.newest = {name: ratio for name, ratio in ratios.items() if math.isfinite(ratio)}
         lowest = level = highest = math.nan
         if any(self.newest.values()):  # else it was skipped, or the learning rate is 0, or the weights are broken
@@ -249,13 +253,14 @@ class UpdateRatioRule:
             return None
         if self._died():
             return "died" if self._before_it_died() > VERY_HIGH else None
-        if self.measured < enough:
+        if self.measured < enough or self.step + 1 < SETTLED:
             return None
         if self.level() > HIGH:
             return "too high"
         if self.kick > KICK:
             return "too high for the start"
-        return "too low" if self.peak() < LOW and self._gains_steadily() and not self._still_rises() else None
+        low = self.peak() < LOW and self._gains_steadily() and not self._still_rises()
+        return "too low" if low and not self._died(min) else None
 
     def finding(self, enough: int = ENOUGH) -> Finding | None:
         """The verdict on the learning rate as a finding.
@@ -295,7 +300,7 @@ class UpdateRatioRule:
             severity="warning" if warns else "info",
             message=message,
             advice=advice,
-            step=int(self.points[-1][0]) + 1,
+            step=self.step + 1,
             evidence={
                 "verdict": verdict,
                 "highest_ratio": peak,
@@ -318,8 +323,13 @@ class UpdateRatioRule:
         finite = [loss for loss in losses if math.isfinite(loss)]
         return statistics.median(finite) if 2 * len(finite) > len(losses) else math.nan
 
-    def _died(self) -> bool:
-        first, last = self.first_loss, self._loss(0.75, 1)
+    def _early_loss(self) -> float:
+        """The median loss of the first twentieth of the run, at least of three updates: one alone is noisy."""
+        return self._loss(0, max(0.05, 3 / len(self.points)))
+
+    def _died(self, of_both: Callable[..., float] = max) -> bool:
+        """Whether the run has gained nothing since its first or early loss, or has lost it again."""
+        first, last = of_both(self.first_loss, self._early_loss()), self._loss(0.75, 1)
         if not any(math.isfinite(point[4]) for point in self.points):
             return False  # the loss is not known
         if not (math.isfinite(first) and math.isfinite(last)) or first - last < DEAD * abs(first):
@@ -328,7 +338,8 @@ class UpdateRatioRule:
         return last - best > GIVEN_BACK * (first - best)
 
     def _gains_steadily(self) -> bool:
-        first, early, middle, last = self.first_loss, self._loss(0.2, 0.3), self._loss(0.45, 0.55), self._loss(0.75, 1)
+        first, last = self._early_loss(), self._loss(0.75, 1)
+        early, middle = self._loss(0.2, 0.3), self._loss(0.45, 0.55)
         losses = [point[4] for point in self._part(0.75, 1)]
         noise = statistics.median(abs(loss - last) for loss in losses) / math.sqrt(len(losses))
         slow = first - early <= STEADY * (first - last)
