@@ -158,6 +158,7 @@ class UpdateRatioMonitor(pl.Callback):
         self._meters: dict[int, UpdateMeter] = {}
         self._waiting: set[int] = set()  # optimizers in a step whose gradient is still to be computed
         self._raw: set[int] = set()  # optimizers that step with a closure, but past Lightning
+        self._wants_losses = True  # whether an optimizer's next update is to be measured
         self._losses: list[Tensor] = []  # of the backward passes since the last update
         self._losses_of_update: list[Tensor] = []
 
@@ -187,7 +188,7 @@ class UpdateRatioMonitor(pl.Callback):
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        if any(map(self._is_due, range(len(trainer.optimizers)))):
+        if self._wants_losses:
             self._losses.append(loss.detach())
 
     @override
@@ -240,18 +241,19 @@ class UpdateRatioMonitor(pl.Callback):
         layout.names.extend(layers)
         return layout
 
-    @torch.no_grad()
     def _after_step(self, trainer: pl.Trainer, index: int, optimizer: Optimizer, *_: Any) -> None:
-        losses = self._losses_of_update or self._losses
-        self._losses_of_update, self._losses = [], []
-        if self._is_due(index):
-            meter = self._meters.pop(index, None)
-            if meter is None:
-                self._raw.add(index)
-                self._waiting.discard(index)
-            else:
-                self._measure(trainer, index, optimizer, meter, losses)
+        if self._wants_losses:
+            losses = self._losses_of_update or self._losses
+            self._losses_of_update, self._losses = [], []
+            if self._is_due(index):
+                meter = self._meters.pop(index, None)
+                if meter is None:
+                    self._raw.add(index)
+                    self._waiting.discard(index)
+                else:
+                    self._measure(trainer, index, optimizer, meter, losses)
         self._updates[index] = self._updates.get(index, 0) + 1
+        self._wants_losses = any(map(self._is_due, range(len(trainer.optimizers))))
         if len(self._unread) >= UNREAD or (self._unread and time_to_log(trainer)):
             self._read()
             if not self._looked_for_strays and not is_sharded(trainer):
@@ -263,6 +265,7 @@ class UpdateRatioMonitor(pl.Callback):
             if time_to_log(trainer):
                 self._log(trainer)
 
+    @torch.no_grad()
     def _measure(
         self, trainer: pl.Trainer, index: int, optimizer: Optimizer, meter: UpdateMeter, losses: list[Tensor]
     ) -> None:
@@ -270,10 +273,10 @@ class UpdateRatioMonitor(pl.Callback):
         skipped = getattr(optimizer, "found_inf", None)  # a GradScaler has set it for a fused optimizer
         if skipped is not None:
             ratios = torch.where(skipped.to(ratios.device) > 0, torch.nan, ratios)
-        loss = torch.full((1,), math.nan, device=ratios.device, dtype=ratios.dtype)
+        loss = torch.tensor(math.nan)
         if losses:
-            mean = mean_over_ranks(trainer, loss_of_update(trainer, losses))
-            loss = mean.detach().reshape(1).to(ratios.device, ratios.dtype)
+            loss = mean_over_ranks(trainer, loss_of_update(trainer, losses))
+        loss = loss.reshape(1).to(ratios.device, ratios.dtype)
         step, layout = self._updates.get(index, 0), self._layouts[index]
         names = layout.turn(step // self.every_n_steps, self.turns).names
         rates = [group["lr"] for group in optimizer.param_groups if isinstance(group.get("lr"), float)]
@@ -380,6 +383,7 @@ class UpdateRatioMonitor(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rule.load_state_dict(state_dict["rule"])
         self._updates = dict(state_dict["updates"])
+        self._wants_losses = any(map(self._is_due, self._updates))
         self._unread = [_Measured(*each) for each in state_dict["unread"]]
 
 

@@ -64,31 +64,32 @@ class UpdateMeter:
     def ratios(self) -> Tensor:
         """The ratio of each layer, shape ``(layers,)``, not read back; the copies are used up.
 
-        A layer whose weights were all zero before the update has no ratio, which is NaN; one that did not change has 0.
+        A layer whose weights were all zero before the update has none: NaN or infinite. One that did not change has 0.
         """
-        weights = squared_norms(self.before)
-        after = [_local(parameter) for parameter in self.parameters]
-        for change, weight in zip(_alike(self.before), _alike(after), strict=True):
-            torch._foreach_sub_(change, weight)
-        squares = _summed_shards(torch.stack([weights, squared_norms(self.before)]), self.parameters)
+        if not self.before:
+            return torch.zeros(0)
+        runs = list(zip(_alike(self.before), _alike([_local(parameter) for parameter in self.parameters]), strict=True))
+        norms = [norm for copies, _ in runs for norm in _norms(copies)]
+        for copies, weights in runs:
+            torch._foreach_sub_(copies, weights)
+        norms += [norm for copies, _ in runs for norm in _norms(copies)]
+        device, dtype = norms[0].device, torch.float32
+        if len(runs) > 1:
+            dtype = max((norm.dtype for norm in norms), key=lambda each: each.itemsize)
+            norms = [norm.to(device, dtype) for norm in norms]
+        squares = _summed_shards(torch.stack(norms).square_().view(2, -1), self.parameters)
         if self.whole is not None:
             squares = self.whole(squares)
-        index = torch.tensor(self.layers, device=squares.device)
-        of_layers = squares.new_zeros(2, max(self.layers, default=-1) + 1).index_add_(1, index, squares)
-        ratios = (of_layers[1] / of_layers[0]).sqrt()
-        return torch.where(of_layers[0] > 0, ratios, torch.nan)
+        index = torch.tensor(self.layers, device=device)
+        changed = squares.new_zeros(2, max(self.layers) + 1).index_add_(1, index, squares)
+        return changed[1].div_(changed[0]).sqrt_()
 
 
-def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
-    """The squared L2 norm of each tensor, shape ``(tensors,)``, in at least single precision, on the first's device."""
-    norms: list[Tensor] = []
-    for group in _alike(tensors):
-        half = group[0].dtype in (torch.float16, torch.bfloat16)
-        norms += torch._foreach_norm(group, 2, dtype=torch.float32 if half else None)
-    device = norms[0].device if norms else None
-    wide = [norm if norm.dtype is torch.float64 else norm.float() for norm in norms]
-    dtype = torch.float64 if any(norm.dtype is torch.float64 for norm in wide) else torch.float32
-    return torch.stack([norm.to(device, dtype) for norm in wide]) ** 2 if wide else torch.zeros(0)
+def _norms(tensors: list[Tensor]) -> Sequence[Tensor]:
+    """The L2 norm of each tensor, all of one dtype and device, in at least single precision."""
+    half = tensors[0].dtype in (torch.float16, torch.bfloat16)
+    norms: Sequence[Tensor] = torch._foreach_norm(tensors, 2, dtype=torch.float32 if half else None)
+    return norms
 
 
 def _alike(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
