@@ -21,7 +21,7 @@ from lightning_recipes.callbacks.tracking import parameters_of
 from lightning_recipes.core.arguments import check_count
 from lightning_recipes.core.clipping import total_norm
 from lightning_recipes.core.findings import Finding
-from lightning_recipes.core.noise_scale import PAPER, NoiseScaleRule
+from lightning_recipes.core.noise_scale import ENOUGH, PAPER, NoiseScaleRule
 
 UNREAD = 100  # updates at most until they are read
 EVERY = 4  # updates of which one is measured where every parameter needs a hook of its own
@@ -67,8 +67,10 @@ class GradientNoiseScale(pl.Callback):
     micro-batches of different sizes (a short last one), without a loss, or with a gradient that is not finite are left
     out, so that updates a GradScaler skips are none.
 
-    Logs, every ``log_every_n_steps``: ``gradient_noise_scale``, but not where the standard error of ``|G|^2`` is above
-    half of it, as it is near convergence; and ``gradient_noise_scale_at_least``, the lower end of the 95 % interval.
+    Logs, every ``log_every_n_steps`` once a hundred updates (or the window) were measured: ``gradient_noise_scale``,
+    but not where the standard error of ``|G|^2`` is above half of it, as it is near convergence; and
+    ``gradient_noise_scale_at_least``, the lower end of the 95 % interval. Near convergence, where few examples carry
+    the gradient, that interval is too narrow for few updates.
 
     Tells, at the end: the noise scale with its error, or ``>= x`` where only a bound is known, and whether the
     effective batch is small or large against it.
@@ -238,6 +240,8 @@ class GradientNoiseScale(pl.Callback):
     def _log(self, trainer: pl.Trainer) -> None:
         self._read()
         scale = self.rule.estimate()
+        if scale.updates < min(ENOUGH, self.rule.window):
+            return
         scalars = {"gradient_noise_scale": scale.value} if scale.is_certain else {}
         if scale.low > 0:
             scalars["gradient_noise_scale_at_least"] = scale.low

@@ -16,7 +16,7 @@ from lightning_recipes.core.findings import Finding
 PAPER = "McCandlish et al., An Empirical Model of Large-Batch Training, 2018: https://arxiv.org/abs/1812.06162"
 Z = 1.96  # standard errors in a 95 % interval
 CERTAIN = 0.5  # standard error of |G|^2 over |G|^2, above which there is a lower bound only
-ENOUGH = 20  # updates before anything is said of their mean
+ENOUGH = 100  # updates before anything is said: near convergence, where few examples carry the gradient, few mislead
 FAR = 2.0  # times the noise scale a batch is large, likewise small; even the nearer end of the interval
 
 
@@ -147,7 +147,7 @@ class NoiseScaleRule:
     def finding(self, step: int) -> Finding | None:
         """What the noise scale says about the batch size; None before there is enough to tell."""
         scale = self.estimate()
-        if scale.updates < ENOUGH or scale.low <= 0:
+        if scale.updates < min(ENOUGH, self.window) or scale.low <= 0:
             return None
         verdict = self._verdict(scale)
         batch, bound = self.batch, "" if scale.is_certain else " (|G|^2 is lost in its noise, so this is a bound)"

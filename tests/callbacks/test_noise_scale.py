@@ -193,7 +193,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_it_logs_and_concludes(tmp_path: Path, told: list[Any]) -> None:
     noise = GradientNoiseScale()
-    trainer = fit(tmp_path, Regression(), noise, loader=regression_data(120), accumulate_grad_batches=2)
+    trainer = fit(tmp_path, Regression(), noise, loader=regression_data(240), accumulate_grad_batches=2)
     scale = noise.rule.estimate()
     (finding,) = told
     assert finding.rule == "gradient noise scale"
@@ -202,7 +202,7 @@ def test_it_logs_and_concludes(tmp_path: Path, told: list[Any]) -> None:
     logged = trainer.callback_metrics
     assert logged["gradient_noise_scale_at_least"] > 0
     assert ("gradient_noise_scale" in logged) == scale.is_certain
-    assert finding.step == 60
+    assert finding.step == 120
 
 
 def test_where_it_cannot_be_measured_it_says_so_once(tmp_path: Path, told: list[Any]) -> None:

@@ -105,7 +105,7 @@ def test_a_bound_says_that_it_is_one_and_no_more_than_it_can() -> None:
         assert finding.evidence["verdict"] == verdict
         assert ">= " in finding.message
         assert "a bound" in finding.message
-    assert rule_of(pairs[:19], 8).finding(0) is None
+    assert rule_of(pairs[:99], 8).finding(0) is None
 
 
 def test_what_is_not_finite_stays_out_and_the_window_slides() -> None:
