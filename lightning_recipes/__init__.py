@@ -4,18 +4,22 @@ from lightning_recipes.callbacks.averaging import EMAWeights
 from lightning_recipes.callbacks.clipping import PercentileGradientClipping
 from lightning_recipes.callbacks.early_stopping import EarlyStopping
 from lightning_recipes.callbacks.instability import InstabilityDetector
+from lightning_recipes.callbacks.noise_scale import GradientNoiseScale
 from lightning_recipes.callbacks.report import TrainingReport
 from lightning_recipes.callbacks.schedules import LearningRateSchedule
 from lightning_recipes.callbacks.snapshots import SnapshotEnsemble
+from lightning_recipes.callbacks.updates import UpdateRatioMonitor
 from lightning_recipes.callbacks.warmup import WarmupSweep
 
 __all__ = [
     "EMAWeights",
     "EarlyStopping",
+    "GradientNoiseScale",
     "InstabilityDetector",
     "LearningRateSchedule",
     "PercentileGradientClipping",
     "SnapshotEnsemble",
     "TrainingReport",
+    "UpdateRatioMonitor",
     "WarmupSweep",
 ]

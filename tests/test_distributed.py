@@ -20,6 +20,7 @@ from lightning_recipes import (
     LearningRateSchedule,
     PercentileGradientClipping,
     SnapshotEnsemble,
+    UpdateRatioMonitor,
     WarmupSweep,
 )
 from lightning_recipes.callbacks import clipping as clipping_module
@@ -443,3 +444,42 @@ def train_in_shards(folder: Path, callback: pl.Callback) -> None:
 def test_both_ranks_raise(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="TrainingInstability: not finite at step 45"):
         run_on_ranks(poison_one_rank, tmp_path, "raise", 10)
+
+
+def ratios_on_ranks(folder: Path, name: str) -> list[tuple[float, dict[str, float], float]]:
+    """Of a run that validates in between, after which the root of a sharded model stays gathered."""
+    monitor, seen = UpdateRatioMonitor(1), []
+    take = monitor.rule[0].update
+
+    def note(step: int, ratios: dict[str, float], loss: float, *more: Any) -> None:
+        seen.append((step, ratios, loss))
+        take(step, ratios, loss, *more)
+
+    monitor.rule[0].update = note  # type: ignore[method-assign]
+    monitor.rule.make = lambda: rule
+    rule = monitor.rule[0]
+    alone = name == "alone"
+    trainer = quiet_trainer(
+        folder,
+        max_epochs=2,
+        callbacks=[monitor],
+        strategy="auto" if alone else make_strategy(name),
+        devices=1 if alone else 2,
+        use_distributed_sampler=False,
+        log_every_n_steps=4,
+    )
+    module = Sharded() if name in ("sharded", "one file") else Regression()
+    trainer.fit(module, regression_data(batches=6) if alone else SplitData(), regression_data(2))
+    return seen
+
+
+@pytest.mark.parametrize("name", ["ddp", "one file", "fsdp"])
+def test_the_update_ratio_is_that_of_the_whole_layer_on_every_rank(name: str, tmp_path: Path) -> None:
+    expected = ratios_on_ranks(tmp_path, "alone")
+    first, second = run_on_ranks(ratios_on_ranks, tmp_path, name)
+    assert first == second
+    assert len(first) == 12
+    for (step, ratios, loss), (expected_step, expected_ratios, expected_loss) in zip(first, expected, strict=True):
+        assert step == expected_step
+        assert loss == pytest.approx(expected_loss, rel=1e-4)
+        assert ratios == pytest.approx(expected_ratios, rel=1e-3)

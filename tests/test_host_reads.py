@@ -35,7 +35,15 @@ def fused_adam(parameters: Any) -> torch.optim.Optimizer:
 
 
 @pytest.mark.parametrize(
-    "recipe", ["EMAWeights", "PercentileGradientClipping", "InstabilityDetector", "TrainingReport"]
+    "recipe",
+    [
+        "EMAWeights",
+        "GradientNoiseScale",
+        "InstabilityDetector",
+        "PercentileGradientClipping",
+        "TrainingReport",
+        "UpdateRatioMonitor",
+    ],
 )
 @pytest.mark.parametrize(
     ("make_module", "settings"),

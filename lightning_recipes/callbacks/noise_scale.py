@@ -1,0 +1,284 @@
+"""Measure the gradient noise scale while a training goes on."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from lightning_recipes.callbacks.measuring import gradient_norm, mean_over_ranks, scaler_of
+from lightning_recipes.callbacks.sharding import is_sharded
+from lightning_recipes.callbacks.telling import log_scalars, tell, time_to_log
+from lightning_recipes.callbacks.tracking import parameters_of
+from lightning_recipes.core.arguments import check_count
+from lightning_recipes.core.clipping import total_norm
+from lightning_recipes.core.findings import Finding
+from lightning_recipes.core.noise_scale import ENOUGH, PAPER, NoiseScaleRule
+
+UNREAD = 100  # updates at most until they are read
+EVERY = 4  # updates of which one is measured where every parameter needs a hook of its own
+
+NOT_MEASURED = Finding(
+    rule="noise scale not measured",
+    severity="info",
+    message="The gradient noise scale needs two gradients of an update: of a micro-batch and of the whole.",
+    advice="Set accumulate_grad_batches to 2 or more (with smaller batches), or train on several devices with DDP; with"
+    " manual optimization it cannot be measured.",
+    step=0,
+    source=PAPER,
+)
+
+
+@dataclass(slots=True)
+class _Pair:
+    """Two squared norms of an update that are not read yet, and of how many examples each is."""
+
+    small: Any
+    large: Any
+    small_batch: int
+    large_batch: int
+
+
+class GradientNoiseScale(pl.Callback):
+    """Estimate the gradient noise scale from gradients that the training computes anyway.
+
+    The noise scale ``S / |G|^2`` is the trace of the covariance of one example's gradient over the squared length of
+    the true gradient, in examples. At a batch of that size noise and gradient are equally long: far below it a larger
+    batch saves updates almost in proportion, far above it examples are wasted. It grows as the loss falls. An example
+    is what the batch counts: an image, or a sequence of tokens. Dropout and augmentation are part of the noise.
+
+    Each update gives one pair of estimates from two squared norms (McCandlish et al., appendix A.1), ``S`` and
+    ``|G|^2``, which are averaged separately over the last ``window`` updates and then divided:
+
+    - with ``accumulate_grad_batches``: after the first micro-batch (``on_after_backward``; under DDP that of each rank,
+      which is not reduced yet) and before the update;
+    - with DDP alone: of each rank's own gradient before it is reduced, which hooks on the parameters see, and of the
+      reduced one, at every fourth update.
+
+    Where there is neither, or under manual optimization, nothing is measured, and a finding says so once. Updates with
+    micro-batches of different sizes (a short last one), without a loss, or with a gradient that is not finite are left
+    out, so that updates a GradScaler skips are none.
+
+    Logs, every ``log_every_n_steps`` once a hundred updates (or the window) were measured: ``gradient_noise_scale``,
+    but not where the standard error of ``|G|^2`` is above half of it, as it is near convergence; and
+    ``gradient_noise_scale_at_least``, the lower end of the 95 % interval. Near convergence, where few examples carry
+    the gradient, that interval is too narrow for few updates.
+
+    Tells, at the end: the noise scale with its error, or ``>= x`` where only a bound is known, and whether the
+    effective batch is small or large against it.
+
+    Costs one more pass over the gradients at an update (the norm of the whole is measured once for this callback, the
+    clipping and ``InstabilityDetector``), no copy of them, and a host read at the steps that log. Under DDP a sum over
+    the ranks of one number, and in the second case a small norm for each parameter. The training is left bit for bit as
+    it is.
+
+    Attributes:
+        rule: A :class:`~lightning_recipes.core.noise_scale.NoiseScaleRule`; ``rule.estimate()`` is the newest estimate.
+
+    Args:
+        window: Updates that ``S`` and ``|G|^2`` are averaged over, at least 2. Fifty give an error of about 30 %, four
+            hundred of 10 %.
+        batch_size: Examples in a micro-batch of one rank, at least 1. Without it the first dimension of the first
+            tensor in the batch.
+
+    Raises:
+        TypeError: If an argument is not of its kind.
+        ValueError: If it is out of its range.
+        MisconfigurationException: When fit starts, under DeepSpeed or with a model in shards, whose local gradients
+            cannot be seen.
+
+    Example:
+        >>> trainer = pl.Trainer(callbacks=[GradientNoiseScale()], accumulate_grad_batches=4, logger=False)
+
+    References:
+        McCandlish et al., An Empirical Model of Large-Batch Training, 2018: https://arxiv.org/abs/1812.06162
+    """
+
+    def __init__(self, window: int = 400, batch_size: int | None = None) -> None:
+        self.rule = NoiseScaleRule(window)
+        self.batch_size = batch_size if batch_size is None else check_count("batch_size", batch_size, 1)
+        self._handles: list[RemovableHandle] = []
+        self._forget()
+
+    def _forget(self) -> None:
+        """Start anew: what was seen of another training says nothing about this one."""
+        self.rule = NoiseScaleRule(self.rule.window)
+        self._updates = 0
+        self._unread: list[_Pair] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin the next update."""
+        self._unhook()
+        self._sizes: list[int] = []  # of the micro-batches since the last update
+        self._backwards = 0  # since then
+        self._small: Tensor | None = None  # squared norm of the first micro-batch's gradient
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._forget()
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if isinstance(trainer.strategy, DeepSpeedStrategy) or is_sharded(trainer):
+            raise MisconfigurationException(
+                f"{type(self).__name__} cannot see the local gradients of {type(trainer.strategy).__name__}: use it"
+                " with DDP or on one device, and remove it here"
+            )
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begin()
+        run: Any = trainer  # connectors set some attributes
+        scheduled = any(isinstance(callback, GradientAccumulationScheduler) for callback in run.callbacks)
+        accumulates = trainer.accumulate_grad_batches > 1 or scheduled
+        if not pl_module.automatic_optimization or not (accumulates or self._has_replicas(trainer)):
+            tell(trainer, NOT_MEASURED)
+
+    def _has_replicas(self, trainer: pl.Trainer) -> bool:
+        return isinstance(trainer.strategy, DDPStrategy) and trainer.world_size > 1
+
+    # ---------------------------------------------------------------------------------- measure
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if not pl_module.automatic_optimization:
+            return
+        self._sizes.append(self.batch_size or _size_of(batch))
+        alone = trainer.accumulate_grad_batches == 1 and self._has_replicas(trainer)
+        if alone and self._updates % EVERY == 0:
+            self._hook(trainer)
+
+    def _hook(self, trainer: pl.Trainer) -> None:
+        """Sum the squares of this rank's gradients as they come, before DDP reduces them."""
+        self._unhook()
+        squares: list[Tensor] = []
+
+        def see(gradient: Tensor) -> None:
+            squares.append(total_norm([gradient.detach()]).to(trainer.strategy.root_device) ** 2)
+            self._small = squares[0] if len(squares) == 1 else self._small + squares[-1]  # type: ignore[operator]
+
+        for each in parameters_of(trainer.optimizers[0]):
+            parameter: Any = each  # register_hook has no types
+            if parameter.requires_grad:
+                self._handles.append(parameter.register_hook(see))
+
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._unhook()
+        self._backwards += 1
+        shares = trainer.accumulate_grad_batches  # by which the loss is divided
+        if self._backwards == 1 and shares > 1 and pl_module.automatic_optimization:
+            gradients = [p.grad for p in parameters_of(trainer.optimizers[0]) if p.grad is not None]
+            self._small = (total_norm(gradients) * shares) ** 2
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        if not pl_module.automatic_optimization:
+            return
+        norm = gradient_norm(trainer, optimizer, self)  # to be asked for at every update
+        pair = self._pair(trainer, norm)
+        if pair is not None:
+            self._unread.append(pair)
+        self._updates += 1
+        self._begin()
+        if len(self._unread) >= UNREAD:
+            self._read()
+        if time_to_log(trainer):
+            self._log(trainer)
+
+    def _pair(self, trainer: pl.Trainer, norm: Tensor | None) -> _Pair | None:
+        """Both squared norms, of mean gradients over examples, unscaled; the same on all ranks."""
+        small, sizes, ranks, shares = self._small, self._sizes, trainer.world_size, trainer.accumulate_grad_batches
+        alike = bool(sizes) and min(sizes) == max(sizes) and len(sizes) == self._backwards
+        if (
+            small is None
+            or norm is None
+            or not alike
+            or ranks * len(sizes) < 2
+            or min(len(sizes), shares) == 1 < shares
+        ):
+            return None
+        scaler = scaler_of(trainer)
+        if scaler is not None:
+            small = small / scaler.scale(torch.ones_like(small)) ** 2
+        small = mean_over_ranks(trainer, small.detach())
+        large = (norm.detach() * (shares / len(sizes))) ** 2
+        return _Pair(small, large, sizes[0], sizes[0] * len(sizes) * ranks)
+
+    # ---------------------------------------------------------------------------------- ask, tell
+
+    def _read(self) -> None:
+        unread, self._unread = self._unread, []
+        if not unread:
+            return
+        device = unread[0].small.device if isinstance(unread[0].small, Tensor) else None
+        values = [
+            torch.as_tensor(value, device=device).float() for each in unread for value in (each.small, each.large)
+        ]
+        for each, (small, large) in zip(unread, torch.stack(values).view(-1, 2).tolist(), strict=True):
+            self.rule.update(small, large, each.small_batch, each.large_batch)
+
+    def _log(self, trainer: pl.Trainer) -> None:
+        self._read()
+        scale = self.rule.estimate()
+        if scale.updates < min(ENOUGH, self.rule.window):
+            return
+        scalars = {"gradient_noise_scale": scale.value} if scale.is_certain else {}
+        if scale.low > 0:
+            scalars["gradient_noise_scale_at_least"] = scale.low
+        if scalars:
+            log_scalars(trainer, scalars)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._read()
+        finding = self.rule.finding(self._updates)
+        if finding is not None:
+            tell(trainer, finding)
+        self._begin()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._begin()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._begin()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        unread = [[float(each.small), float(each.large), each.small_batch, each.large_batch] for each in self._unread]
+        return {"rule": self.rule.state_dict(), "updates": self._updates, "unread": unread}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rule.load_state_dict(state_dict["rule"])
+        self._updates = state_dict["updates"]
+        self._unread = [_Pair(*each) for each in state_dict["unread"]]
+
+
+def _size_of(batch: Any) -> int:
+    """First dimension of the first tensor in a batch; 1 if there is none."""
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.ndim else 1
+    parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, list | tuple) else ()
+    return next((size for size in map(_size_of, parts) if size > 1), 1)

@@ -1,0 +1,126 @@
+import math
+import statistics
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_recipes.core.noise_scale import NoiseScaleRule, components, estimate
+
+
+def exact(gradients: Tensor) -> tuple[float, float]:
+    """The trace of the covariance and the squared mean, from every example's gradient."""
+    mean = gradients.mean(0)
+    return float((gradients - mean).pow(2).sum(1).mean()), float(mean @ mean)
+
+
+def pairs_of(gradients: Tensor, small: int, large: int, count: int, seed: int = 0) -> list[tuple[float, float]]:
+    generator = torch.Generator().manual_seed(seed)
+    pairs = []
+    for _ in range(count):
+        batch = gradients[torch.randint(0, len(gradients), (large,), generator=generator)]
+        norms = [float(part.mean(0).pow(2).sum()) for part in (batch[:small], batch)]
+        pairs.append(components(*norms, small, large))
+    return pairs
+
+
+def population(signal: float, dimensions: int = 50, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.logspace(0, -1, dimensions, dtype=torch.float64)
+    return torch.randn(2000, dimensions, generator=generator, dtype=torch.float64) * spread + signal
+
+
+@pytest.mark.parametrize("batches", [(8, 64), (8, 16), (1, 2)])
+def test_the_components_are_unbiased(batches: tuple[int, int]) -> None:
+    gradients = population(0.1)
+    variance, squared = exact(gradients)
+    pairs = pairs_of(gradients, *batches, count=6000)
+    for number, truth in enumerate((variance, squared)):
+        values = [pair[number] for pair in pairs]
+        assert abs(statistics.mean(values) - truth) < 4 * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says_near_zero_too() -> None:
+    for signal in (0.3, 0.05, 0.01):
+        gradients = population(signal)
+        variance, squared = exact(gradients)
+        covered, certain = 0, 0
+        for seed in range(200):
+            scale = estimate(pairs_of(gradients, 8, 64, 50, seed))
+            covered += scale.low <= variance / squared <= scale.high
+            certain += scale.is_certain
+        assert 180 <= covered <= 199
+        assert certain == 200 if signal == 0.3 else certain < 60 if signal == 0.01 else True
+
+
+def test_the_delta_method_gives_the_spread_of_repeated_estimates() -> None:
+    gradients = population(0.15)
+    scales = [estimate(pairs_of(gradients, 8, 64, 200, seed)) for seed in range(60)]
+    spread = statistics.stdev(scale.value for scale in scales)
+    assert statistics.mean(scale.error for scale in scales) == pytest.approx(spread, rel=0.3)
+
+
+def test_there_is_no_point_estimate_where_the_gradient_is_lost_in_noise() -> None:
+    scale = estimate(pairs_of(population(0.0), 8, 64, 400))
+    assert not scale.is_certain
+    assert math.isnan(scale.error)
+    assert scale.high == math.inf
+    assert scale.text.startswith(">= ")
+    assert scale.low > 100
+
+
+def test_edges() -> None:
+    for pairs in ([], [(16.0, 1.0)]):
+        scale = estimate(pairs)
+        assert (scale.updates, scale.low, scale.high, scale.text) == (len(pairs), 0.0, math.inf, "unknown")
+    same = estimate([(16.0, 1.0)] * 5)
+    assert (same.value, same.low, same.high, same.error) == (16.0, 16.0, 16.0, 0.0)
+    no_noise = estimate([(-1.0, 1.0), (1.5, 1.0), (-0.7, 1.0)])  # S cannot be told from zero
+    assert not no_noise.is_certain
+    assert no_noise.low == 0.0
+
+
+def rule_of(pairs: list[tuple[float, float]], batch: int) -> NoiseScaleRule:
+    rule = NoiseScaleRule()
+    rule.pairs.extend(pairs)
+    rule.batch = float(batch)
+    return rule
+
+
+@pytest.mark.parametrize(("batch", "verdict"), [(1, "small"), (4, "small"), (10, "balanced"), (64, "large")])
+def test_the_batch_is_compared_with_the_noise_scale(batch: int, verdict: str) -> None:
+    pairs = pairs_of(population(0.15, dimensions=200), 8, 64, 400)
+    finding = rule_of(pairs, batch).finding(7)
+    assert finding is not None
+    assert finding.severity == "info"
+    assert (finding.evidence["verdict"], finding.step) == (verdict, 7)
+    assert "nan" not in finding.text
+
+
+def test_a_bound_says_that_it_is_one_and_no_more_than_it_can() -> None:
+    pairs = pairs_of(population(0.0), 8, 64, 400)
+    for batch, verdict in ((8, "small"), (10**6, "unknown")):
+        finding = rule_of(pairs, batch).finding(0)
+        assert finding is not None
+        assert finding.evidence["verdict"] == verdict
+        assert ">= " in finding.message
+        assert "a bound" in finding.message
+    assert rule_of(pairs[:99], 8).finding(0) is None
+
+
+def test_what_is_not_finite_stays_out_and_the_window_slides() -> None:
+    rule = NoiseScaleRule(window=3)
+    for small in (math.nan, math.inf, 1.0, 2.0, 3.0, 4.0):
+        rule.update(small, 0.5, 8, 32)
+    rule.update(1.0, math.inf, 8, 32)
+    assert list(rule.pairs) == [components(small, 0.5, 8, 32) for small in (2.0, 3.0, 4.0)]
+    assert rule.measured == 4
+    restored = NoiseScaleRule(window=2)
+    restored.load_state_dict(rule.state_dict())
+    assert (restored.window, len(restored.pairs), restored.measured) == (2, 2, 4)
+
+
+@pytest.mark.parametrize(("window", "error"), [(1, ValueError), (2.0, TypeError), (True, TypeError)])
+def test_bad_windows_are_refused(window: object, error: type[Exception]) -> None:
+    with pytest.raises(error, match="window must be a whole number of at least 2"):
+        NoiseScaleRule(window)  # type: ignore[arg-type]

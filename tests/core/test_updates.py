@@ -1,0 +1,247 @@
+import math
+import statistics
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_recipes.core import updates as module_under_test
+from lightning_recipes.core.updates import UpdateMeter, UpdateRatioRule
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2)
+    )
+
+
+def slow_ratio(before: list[Tensor], after: list[Tensor]) -> float:
+    """The definition, element by element, in double precision."""
+    changed = math.sqrt(sum(float((b.double() - a.double()).pow(2).sum()) for b, a in zip(before, after)))
+    size = math.sqrt(sum(float(b.double().pow(2).sum()) for b in before))
+    return changed / size if size else math.nan
+
+
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=0.01),
+    "sgd foreach": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, nesterov=True, foreach=True),
+    "sgd fused": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, fused=True),
+    "adam": lambda p: torch.optim.Adam(p, 0.01),
+    "adam foreach": lambda p: torch.optim.Adam(p, 0.01, foreach=True),
+    "adam fused": lambda p: torch.optim.Adam(p, 0.01, fused=True),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1),
+    "adamw foreach": lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1, foreach=True),
+    "adamw fused": lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1, fused=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 0.01),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_ratios_are_those_of_the_definition(name: str, dtype: torch.dtype) -> None:
+    net = network().to(dtype)
+    optimizer = OPTIMIZERS[name](net.parameters())
+    layers = [layer for layer in net if list(layer.parameters())]
+    owners = [number for number, layer in enumerate(layers) for _ in layer.parameters()]
+    for _ in range(5):
+        net(torch.randn(32, 6, dtype=dtype)).pow(2).mean().backward()
+        before = [[p.detach().clone() for p in layer.parameters()] for layer in layers]
+        meter = UpdateMeter(list(net.parameters()), owners)
+        optimizer.step()
+        optimizer.zero_grad()
+        after = [[p.detach() for p in layer.parameters()] for layer in layers]
+        expected = [slow_ratio(old, new) for old, new in zip(before, after)]
+        got = meter.ratios()
+        assert got.dtype is dtype
+        # single precision: the difference of two weights is exact, their sizes are summed in another order
+        assert got.tolist() == pytest.approx(expected, rel=1e-5 if dtype is torch.float32 else 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_summed_in_single(dtype: torch.dtype) -> None:
+    weights = [torch.full((100_000,), 100.0, dtype=dtype), torch.full((3, 3), 0.5, dtype=dtype)]
+    before = [weight.clone() for weight in weights]
+    meter = UpdateMeter(weights, [0, 1])
+    weights[0].mul_(1.25)
+    weights[1].add_(0.25)
+    ratios = meter.ratios()
+    assert ratios.dtype is torch.float32
+    assert ratios.tolist() == pytest.approx([slow_ratio([b], [a]) for b, a in zip(before, weights)], rel=1e-6)
+
+
+def test_mixed_kinds_of_tensors_and_edges() -> None:
+    weights = [
+        torch.ones(3),
+        torch.tensor(2.0),  # of no dimension
+        torch.ones(2, dtype=torch.float64),
+        torch.zeros(4),  # of no size: no ratio
+        torch.ones(5),  # does not change
+        torch.ones(0),  # an empty shard
+        torch.tensor([3 + 4j]),
+    ]
+    meter = UpdateMeter(weights, [0, 1, 2, 3, 4, 0, 5])
+    weights[0] += 0.1
+    weights[1] -= 1
+    weights[2] *= 1.5
+    weights[3] += 1
+    weights[6] *= 2
+    ratios = meter.ratios().tolist()
+    assert ratios[:3] == pytest.approx([0.1, 0.5, 0.5])
+    assert not math.isfinite(ratios[3])
+    assert ratios[4:] == pytest.approx([0.0, 1.0])
+
+
+def test_a_bias_of_zero_is_no_edge_beside_its_weight() -> None:
+    weights = [torch.full((2, 2), 1.0), torch.zeros(2)]
+    meter = UpdateMeter(weights, [0, 0])
+    weights[1] += 0.02
+    assert meter.ratios().tolist() == pytest.approx([0.02 * math.sqrt(2) / 2])
+
+
+def test_an_optimizer_without_anything_to_train() -> None:
+    assert UpdateMeter([], []).ratios().shape == (0,)
+
+
+# ---------------------------------------------------------------------------------------------------------- judgement
+
+
+def ran(
+    ratio: Any, loss: Any, count: int = 60, every: int = 10, rate: Any = lambda share: 0.1, layers: int = 3
+) -> UpdateRatioRule:
+    """A rule that saw a run; ratio, loss and rate are functions of the share of the run that is over."""
+    rule = UpdateRatioRule()
+    for number in range(count):
+        share = number / count
+        wobble = 1 + 0.1 * math.sin(7 * number)
+        ratios = {f"layer {layer}": ratio(share) * wobble for layer in range(layers)}
+        rule.update(every * number, ratios, loss(share) * wobble**0.3, rate(share))
+    return rule
+
+
+def learns(share: float) -> float:
+    return 0.05 + 2 * math.exp(-12 * share)
+
+
+def creeps(share: float) -> float:
+    return 2.3 - share
+
+
+def stays(share: float) -> float:
+    return 2.3
+
+
+def explodes(share: float) -> float:
+    return 2.3 if share < 0.2 else math.nan
+
+
+@pytest.mark.parametrize(
+    ("ratio", "loss", "rate", "expected"),
+    [
+        (lambda share: 5e-3 * (1 - share), learns, None, None),  # a healthy run, with a linear decay
+        (lambda share: 1e-2 * math.exp(-8 * share), learns, None, None),  # converges: the ratio falls
+        (lambda share: 3e-4, creeps, None, "too low"),
+        (lambda share: 3e-4 * (1 - share), creeps, None, "too low"),
+        (lambda share: 3e-4, learns, None, None),  # slow weights and no harm done: fine-tuning
+        (lambda share: 3e-4, stays, None, None),  # dead, or hopeless: the ratio cannot tell
+        (lambda share: 1e-3 * share, creeps, lambda share: share, None),  # in its warmup
+        (lambda share: 3e-2, learns, None, "too high"),
+        (lambda share: 1.5e-2, learns, None, "too high"),
+        (lambda share: 1e-1 if share < 0.3 else 1e-8, stays, None, "died"),
+        (lambda share: 1e-1 if share < 0.3 else 0.0, stays, None, "died"),
+        (lambda share: 1e-1 if share < 0.2 else math.nan, explodes, None, "died"),
+        (lambda share: 1e-3 if share < 0.3 else 1e-8, stays, None, None),  # died of something else
+        (lambda share: 1e-4, lambda share: 2.3 - 4 * share if share < 0.5 else 2.0, None, None),  # gave its gain back
+        (lambda share: 0.5 if share == 0 else 4e-3, learns, None, "too high for the start"),
+    ],
+)
+def test_the_verdict(ratio: Any, loss: Any, rate: Any, expected: str | None) -> None:
+    rule = ran(ratio, loss, rate=rate or (lambda share: 0.1))
+    assert rule.verdict() == expected
+    finding = rule.finding()
+    assert (finding is None) == (expected is None)
+    if finding is not None:
+        assert finding.rule == f"learning rate looks too {'low' if expected == 'too low' else 'high'}"
+        assert finding.step == 591
+        assert "nan" not in finding.message.replace("is nan", "")
+
+
+@pytest.mark.parametrize(
+    ("ratio", "severity"), [(3e-2, "warning"), (1.5e-2, "info"), (lambda share: 2.0 if not share else 4e-3, "warning")]
+)
+def test_only_what_is_far_too_high_is_a_warning(ratio: Any, severity: str) -> None:
+    finding = ran(ratio if callable(ratio) else lambda share: ratio, learns).finding()
+    assert finding is not None
+    assert finding.severity == severity
+
+
+def test_a_loss_below_zero() -> None:
+    assert ran(lambda share: 3e-4, lambda share: -1 - 5 * share).verdict() == "too low"
+    assert ran(lambda share: 3e-4, lambda share: -5.0).verdict() is None
+
+
+def test_nothing_is_said_of_few_updates_or_without_a_loss() -> None:
+    assert ran(lambda share: 0.1, learns, count=19).verdict() is None
+    assert ran(lambda share: 0.1, learns, count=60).verdict(enough=100) is None
+    assert ran(lambda share: 3e-4, lambda share: math.nan, count=60).verdict() is None
+    assert UpdateRatioRule().finding(enough=0) is None
+    assert ran(lambda share: 0.0, stays).finding() is None  # nothing ever moved
+
+
+def test_the_level_is_that_of_the_layers_with_a_matrix() -> None:
+    rule = UpdateRatioRule()
+    rule.update(0, {"norm": 1.0, "a": 1e-3, "b": 3e-3, "zero": math.nan, "still": 0.0}, matrices=["a", "b", "zero"])
+    assert rule.summary == {"lowest": 1e-3, "median": 2e-3, "highest": 3e-3}
+    rule.update(1, {"norm": 1.0, "a": 0.0, "b": 0.0}, matrices=["a", "b"])
+    assert rule.summary["median"] == 1.0  # of those that moved
+    rule.update(2, {"norm": math.inf})
+    assert rule.summary == {}
+
+
+def test_layers_that_never_move() -> None:
+    rule = UpdateRatioRule()
+    for step in range(30):
+        rule.update(step, {"still": 0.0, "moves": 1e-3, "late": 1e-3 if step > 25 else 0.0, "zero": math.nan})
+        assert rule.unmoved() == ([] if step < 19 else ["still"] if step > 25 else ["still", "late"])
+    for step in range(30):
+        rule.update(step, dict.fromkeys(["still", "moves", "late"], 0.0))  # learning rate 0: nobody's fault
+    assert rule.unmoved() == ["still"]
+    assert rule.measured == 30
+
+
+@pytest.mark.parametrize("factor", [1 / 200, 1 / 20, 1.0, 200.0])
+def test_a_layer_far_from_the_others(factor: float) -> None:
+    rule = UpdateRatioRule()
+    for step in range(30):
+        ratios = {"a": 1e-3, "b": 2e-3, "c": 1.5e-3 * factor, "d": 1.2e-3}
+        rule.update(step, ratios, learns(step / 30))
+    found = rule.apart()
+    if 1 / 50 < factor < 50:
+        assert found is None
+    else:
+        assert found == (
+            "c",
+            pytest.approx(1.5e-3 * factor),
+            pytest.approx(statistics.median([1e-3, 1.2e-3, 2e-3]), rel=0.5),
+        )
+
+
+def test_memory_is_bounded_and_the_run_is_covered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module_under_test, "POINTS", 16)
+    rule = ran(lambda share: 5e-3, learns, count=1000)
+    assert 8 <= len(rule.points) < 16
+    steps = [point[0] for point in rule.points]
+    assert steps == [float(10 * rule.points_each * number) for number in range(len(steps))]
+    assert steps[-1] >= 8500
+    assert rule.measured == 1000
+
+
+def test_its_state_is_restored_whole() -> None:
+    rule = ran(lambda share: 5e-3 if share < 0.9 else math.nan, explodes)
+    restored = UpdateRatioRule()
+    restored.load_state_dict(rule.state_dict())
+    rule.update(1, {"layer 0": 1.0})
+    assert str(restored.state_dict()) != str(rule.state_dict())
+    restored.update(1, {"layer 0": 1.0})
+    assert str(restored.state_dict()) == str(rule.state_dict())
