@@ -2,6 +2,7 @@
 
 from lightning_recipes.callbacks.averaging import EMAWeights
 from lightning_recipes.callbacks.clipping import PercentileGradientClipping
+from lightning_recipes.callbacks.curves import LearningCurves
 from lightning_recipes.callbacks.early_stopping import EarlyStopping
 from lightning_recipes.callbacks.instability import InstabilityDetector
 from lightning_recipes.callbacks.schedules import LearningRateSchedule
@@ -12,6 +13,7 @@ __all__ = [
     "EMAWeights",
     "EarlyStopping",
     "InstabilityDetector",
+    "LearningCurves",
     "LearningRateSchedule",
     "PercentileGradientClipping",
     "SnapshotEnsemble",

@@ -464,38 +464,32 @@ def reading(curve: Curve, monitor: str, mode: str = "min", stopped: bool = False
     worse = statistics.median(curve.values[since]) - _level(curve.values, best)
     got_worse = worse > SIGNIFICANT * noise and worse > 0
     has_train = all(map(math.isfinite, curve.train))
-    if has_train:
-        lowest = min(range(checks), key=lambda check: _level(curve.train, check))
-        rise = _level(curve.train, last) - _level(curve.train, lowest)
-        fell = _level(curve.train, 0) - _level(curve.train, lowest)
-        if rise > max(SIGNIFICANT * train_noise, 0.1 * abs(_level(curve.train, lowest)), 0.05 * fell):
-            return found(
-                "training loss rises",
-                "warning",
-                f"The training loss rose from {_level(curve.train, lowest):.3g} at step {curve.steps[lowest]:,} to"
-                f" {_level(curve.train, last):.3g} at the end.",
-                "That is usually a bug in the data pipeline, else a learning rate that is too high: look for both.",
-            )
+    rises = rise(curve.train, curve.steps) if has_train else None
+    if rises is not None:
+        return rises
+    fall = _level(curve.train, best) - _level(curve.train, last) if has_train else 0.0
+    meanwhile = f"while the training loss fell from {_level(curve.train, best):.3g} to {_level(curve.train, last):.3g}"
+    overfits = got_worse and fall > SIGNIFICANT * train_noise and fall > 0
+    if overfits:
+        evidence |= {"got_worse_by": worse, "train_fell_by": fall}
     if got_worse and curve.steps[best] <= 0.1 * curve.steps[last]:
         return found(
             "best at the start",
             "warning",
-            f"{when}, in the first tenth of the run, and got worse by {worse:.3g}.",
+            f"{when}, in the first tenth of the run, and got worse by {worse:.3g}"
+            + (f", {meanwhile}: overfitting." if overfits else "."),
             "Train far shorter, and tune again: the learning rate may be too high for so many steps.",
         )
-    if got_worse and has_train:
-        fall = _level(curve.train, best) - _level(curve.train, last)
-        if fall > SIGNIFICANT * train_noise and fall > 0:
-            gap = statistics.median(curve.values[since]) - statistics.median(curve.train[since])
-            evidence |= {"got_worse_by": worse, "train_fell_by": fall, **({"gap": gap} if mode == "min" else {})}
-            return found(
-                "overfitting",
-                "warning",
-                f"{when} and has got worse by {worse:.3g} since, while the training loss fell from"
-                f" {_level(curve.train, best):.3g} to {_level(curve.train, last):.3g}"
-                + (f": a gap of {gap:.3g}." if mode == "min" else "."),
-                "Regularise (weight decay, dropout, augmentation), get more data, or keep the weights of that step.",
-            )
+    if overfits:
+        gap = statistics.median(curve.values[since]) - statistics.median(curve.train[since])
+        evidence |= {"gap": gap} if mode == "min" else {}
+        return found(
+            "overfitting",
+            "warning",
+            f"{when} and has got worse by {worse:.3g} since, {meanwhile}"
+            + (f": a gap of {gap:.3g}." if mode == "min" else "."),
+            "Regularise (weight decay, dropout, augmentation), get more data, or keep the weights of that step.",
+        )
     before = [_level(curve.values, check) for check in range(checks) if curve.steps[check] < 0.75 * curve.steps[last]]
     gain = min(before, default=-math.inf) - _level(curve.values, best)
     if not stopped and curve.steps[best] >= 0.75 * curve.steps[last] and gain > SIGNIFICANT * noise and gain > 0:
@@ -506,6 +500,33 @@ def reading(curve: Curve, monitor: str, mode: str = "min", stopped: bool = False
             "Train longer.",
         )
     return None
+
+
+def rise(train: Sequence[float], steps: Sequence[int]) -> Finding | None:
+    """Whether the training loss has risen beyond its noise, by a tenth of its lowest level and a twentieth of its fall.
+
+    Args:
+        train: Means over stretches of the run, all finite.
+        steps: Optimizer updates done at the end of each.
+    """
+    if len(train) < READABLE:
+        return None
+    last = len(train) - 1
+    levels = [_level(train, stretch) for stretch in range(len(train))]
+    lowest = min(range(len(train)), key=levels.__getitem__)
+    risen, fell = levels[last] - levels[lowest], levels[0] - levels[lowest]
+    if risen <= max(SIGNIFICANT * noise_of(train), 0.1 * abs(levels[lowest]), 0.05 * fell):
+        return None
+    return Finding(
+        rule="training loss rises",
+        severity="warning",
+        message=f"The training loss rose from {levels[lowest]:.3g} at step {steps[lowest]:,} to {levels[last]:.3g}"
+        " at the end.",
+        advice="That is usually a bug in the data pipeline, else a learning rate that is too high: look for both.",
+        step=steps[last],
+        evidence={"lowest": levels[lowest], "lowest_step": steps[lowest], "last": levels[last]},
+        source=PLAYBOOK,
+    )
 
 
 def _level(values: Sequence[float], check: int) -> float:
