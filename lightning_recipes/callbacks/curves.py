@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 UNREAD = 1000  # losses that are kept on the device until they are read together
 FIRST_FIGURE = 1000  # batches; the next one at twice as many, and so on
+DRAWN = 120  # points of the training curve in the figure
 FIGURE = "learning_curves"
 NAMES = ("val_loss", "valid_loss", "validation_loss", "val/loss", "valid/loss", "validation/loss")
 TRAIN, VALIDATION, GREY = "#0072B2", "#D55E00", "#595959"  # told apart by the colour-blind, and in grey
@@ -47,9 +48,9 @@ class LearningCurves(pl.Callback):
     falls too slowly, or fell fast and then stayed (at a constant rate); a decay of the learning rate that came too
     early; overfitting and since when; a best check in the first tenth or the last quarter; a validation that jumps
     from check to check; a pattern that all epochs share (data that are not shuffled); and, if ``target_loss`` says
-    what would be good, underfitting. Where the noise does not allow it nothing is said, and nothing of a run of fewer than 100
-    batches; what an :class:`~lightning_recipes.EarlyStopping` beside it tells is left to that one. :meth:`findings`
-    has the same at any moment.
+    what would be good, underfitting. Where the noise does not allow it nothing is said, and nothing of a run of fewer
+    than 100 batches; what an :class:`~lightning_recipes.EarlyStopping` beside it tells is left to that one.
+    :meth:`findings` has the same at any moment.
 
     Shows the figure ``learning_curves`` after 1,000 batches, whenever their number has doubled, and at the end: in
     TensorBoard, or as PNG beside the logs (needs the extra ``plots``).
@@ -250,7 +251,7 @@ def draw_curves(rule: CurvesRule, name: str = "val_loss") -> "Figure":
     """
     from matplotlib.figure import Figure
 
-    bins = [each for each in rule.train.bins if each.losses]
+    bins = rule.train.coarse(DRAWN)
     checks = [(step, value) for step, value in zip(rule.checks.steps, rule.checks.values, strict=True)]
     checks = [(step, value) for step, value in checks if math.isfinite(value)]
     accuracies = [(step, value) for step, value in zip(rule.checks.steps, rule.accuracies, strict=True)]

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from lightning_recipes.core.arguments import check_real
-from lightning_recipes.core.early_stopping import Curve, noise_of, reading, rise
+from lightning_recipes.core.early_stopping import RECENT, Curve, noise_of, reading, rise
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.selection import quantile
 
@@ -22,17 +22,20 @@ READABLE = 100  # losses below which the training curve is not interpreted
 BEYOND = 0.975  # one-sided confidence of what is claimed
 JUMPY = 0.02  # of the fall: noise of the validation above which it jumps
 JUMPY_CHECKS = 10  # whose noise is told
+TURNS = 0.33  # of the last checks, that a jumping curve turns at; noise does at two thirds
 FLAT = 0.03  # of the fall, that half the run may bring and be flat
 WOBBLES = 0.02  # of the fall: spread of the step losses above which a flat curve is not one that has arrived
 SLOW = 0.5  # of the fall in the first half, that the second one brings where the learning rate is too low
-STUCK = 0.02  # of the loss at the start, that a run has to gain to have learned something
+STUCK = 0.02  # of the loss at the start: a run in which it changes by less has learned nothing
 DROP = 2.0  # times lower within a twentieth of the run: the learning rate was dropped
 PHASES = 8  # of an epoch
 EPOCHS = 10  # whose losses by phase are kept
 ENOUGH_EPOCHS = 6  # of which a period is told
-PERIODIC = 8.0  # ratio of variances; 6 and 30 degrees of freedom exceed 4.8 once in 500 times by chance
-SEEN = 0.05  # of the fall, from where on a period is told,
-HARMFUL = 0.2  # and from where on it is worth a warning
+PERIODIC = 26.0  # a chi-squared with 6 degrees of freedom exceeds it once in 5,000 times
+SEEN = 0.03  # of the fall, from where on a period is told
+HARMFUL = 0.06  # and from where on it is worth a warning, if
+ALIKE = 2.0  # is exceeded by the ratio of variances: batches that follow each other are alike
+MATERIAL = 0.03  # of the fall, that a loss has to lose or promise to be worth a warning
 CLOSE = 0.1  # of what the training loss is above its target: a gap that is hardly one
 
 
@@ -133,6 +136,15 @@ class RunningCurve:
         self.bins = self.bins[::2]
         self.batches_per_bin *= 2
 
+    def coarse(self, most: int) -> list[Bin]:
+        """The bins, put together so that there are no more than so many; those without a finite loss are left out."""
+        size, coarse = -(-len(self.bins) // most), []
+        for at in range(0, len(self.bins), size or 1):
+            coarse.append(Bin())
+            for each in self.bins[at : at + size]:
+                coarse[-1].take(each)
+        return [each for each in coarse if each.losses]
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "bins": [list(astuple(each)) for each in self.bins],
@@ -156,8 +168,9 @@ class EpochProfile:
 
     def __init__(self) -> None:
         self.profiles: list[list[float]] = []
-        self.sums = [0.0] * PHASES
-        self.counts = [0] * PHASES
+        self.between: list[float] = []  # of each epoch: the variance of the eighths' means, times the batches of one,
+        self.within: list[float] = []  # and that of the losses in an eighth: alike if neighbours are not
+        self.eighths = [Bin() for _ in range(PHASES)]
         self.place = 0.0
 
     def add(self, loss: float, place: float) -> None:
@@ -173,41 +186,71 @@ class EpochProfile:
             self._end_epoch()
         self.place = place
         if math.isfinite(loss):
-            phase = min(PHASES - 1, int(place * PHASES))
-            self.sums[phase] += loss
-            self.counts[phase] += 1
+            self.eighths[min(PHASES - 1, int(place * PHASES))].take(Bin(1, 1, loss))
 
     def _end_epoch(self) -> None:
-        if all(self.counts):
-            means = [total / count for total, count in zip(self.sums, self.counts, strict=True)]
-            slope, intercept = statistics.linear_regression(range(PHASES), means)
-            self.profiles.append([mean - intercept - slope * phase for phase, mean in enumerate(means)])
-            del self.profiles[:-EPOCHS]
-        self.sums, self.counts = [0.0] * PHASES, [0] * PHASES
+        eighths, self.eighths = self.eighths, [Bin() for _ in range(PHASES)]
+        losses = sum(each.losses for each in eighths)
+        if min(each.losses for each in eighths) == 0 or losses == PHASES:
+            return
+        means = [each.mean for each in eighths]
+        slope, intercept = statistics.linear_regression(range(PHASES), means)
+        profile = [mean - intercept - slope * phase for phase, mean in enumerate(means)]
+        self.profiles.append(profile)
+        self.between.append(losses / PHASES * sum(value**2 for value in profile) / (PHASES - 2))
+        self.within.append(sum(each.squares for each in eighths) / (losses - PHASES))
+        for kept in (self.profiles, self.between, self.within):
+            del kept[:-EPOCHS]
 
-    def period(self) -> tuple[float, float]:
-        """The ratio of the variance that all epochs share to what is left, and the range of the mean pattern."""
-        epochs = len(self.profiles)
+    def period(self) -> "Period | None":
+        """What the epochs have in common; None of fewer than six."""
+        lengths = [math.sqrt(sum(value**2 for value in profile)) for profile in self.profiles]
+        epochs = sum(length > 0 for length in lengths)
         if epochs < ENOUGH_EPOCHS:
-            return 0.0, 0.0
+            return None
+        units = [
+            [value / length for value in each] for each, length in zip(self.profiles, lengths, strict=True) if length
+        ]
+        shared = sum(statistics.fmean(phase) ** 2 for phase in zip(*units, strict=True))
         pattern = [statistics.fmean(phase) for phase in zip(*self.profiles, strict=True)]
-        shared = epochs * sum(value**2 for value in pattern) / (PHASES - 2)
-        left = sum((value - mean) ** 2 for each in self.profiles for value, mean in zip(each, pattern, strict=True))
-        left /= (epochs - 1) * (PHASES - 2)
-        return shared / left if left > 0 else 0.0, max(pattern) - min(pattern)
+        within = statistics.fmean(self.within)
+        return Period(
+            size=max(pattern) - min(pattern),
+            chance=(PHASES - 2) * epochs * shared,
+            neighbours=statistics.fmean(self.between) / within if within else math.inf,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "profiles": [list(profile) for profile in self.profiles],
-            "sums": list(self.sums),
-            "counts": list(self.counts),
+            "between": list(self.between),
+            "within": list(self.within),
+            "eighths": [list(astuple(each)) for each in self.eighths],
             "place": self.place,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.profiles = [list(profile) for profile in state_dict["profiles"]]
-        self.sums, self.counts = list(state_dict["sums"]), list(state_dict["counts"])
+        self.between, self.within = list(state_dict["between"]), list(state_dict["within"])
+        self.eighths = [Bin(*each) for each in state_dict["eighths"]]
         self.place = state_dict["place"]
+
+
+@dataclass(frozen=True)
+class Period:
+    """The pattern that the epochs share.
+
+    Args:
+        size: Range of its mean.
+        chance: How well the directions of the patterns agree, whatever their sizes (Rayleigh's test): by chance
+            distributed about as chi-squared with 6 degrees of freedom.
+        neighbours: Ratio of variances between the eighths of an epoch and within them: about 1 unless batches that
+            follow each other are alike.
+    """
+
+    size: float
+    chance: float
+    neighbours: float
 
 
 # ------------------------------------------------------------------------------------------- slopes
@@ -433,8 +476,8 @@ class Reading:
         line = trend(self.means)
         first = statistics.fmean(self.rule.train.first)
         error = quantile(FIRST, BEYOND) * self.spread / math.sqrt(FIRST)
-        gained = max(first - self.end + error, -(line.change - line.error))
-        if len(self.means) < 2 * BLOCKS or gained > STUCK * abs(first):
+        changed = max(abs(first - self.end) + error, abs(line.change) + line.error)
+        if len(self.means) < 2 * BLOCKS or changed > STUCK * abs(first) or abs(first - self.end) > self.spread:
             return None
         return self.found(
             "training loss does not fall",
@@ -526,7 +569,9 @@ class Reading:
         before_level = old.level + old.change / 2
         gained = before_level - (new.level + new.change / 2)
         error = old.error / 2 + new.error / 2
-        if not old.falls or gained + error > 0.5 * promised or -(new.change - new.error) > 0.5 * promised:
+        if gained + error > 0.5 * promised or new.error - new.change > 0.5 * promised:
+            return None
+        if not old.falls or promised < MATERIAL * self.fall:
             return None
         step = self.bins[at].step
         return self.found(
@@ -545,20 +590,21 @@ class Reading:
 
     def periodic(self) -> Finding | None:
         """The same pattern in each epoch, while the learning rate has none."""
-        ratio, size = self.rule.profile.period()
+        period = self.rule.profile.period()
         rises = sum(later > 1.02 * sooner for sooner, later in pairwise(self.rates[len(self.rates) // 4 :]))
-        if ratio < PERIODIC or size < SEEN * self.fall or rises:
+        if period is None or rises or period.chance < PERIODIC or period.size < SEEN * self.fall:
             return None
-        harmful = size > HARMFUL * self.fall
+        alike = period.neighbours > ALIKE and period.size > HARMFUL * self.fall
         return self.found(
             "periodic training loss",
-            "warning" if harmful else "info",
+            "warning" if alike else "info",
             f"Within each of the last {len(self.rule.profile.profiles)} epochs the training loss goes the same way, by"
-            f" {size:.3g} from its highest to its lowest eighth ({ratio:.0f} times the variance of chance).",
-            "The data come in the same order in each epoch"
-            + (", and neighbours are alike: shuffle." if harmful else ": shuffle, if that was not meant."),
-            range=size,
-            variance_ratio=ratio,
+            f" {period.size:.3g} from the highest to the lowest eighth of the epoch"
+            + (f"; neighbouring batches are alike ({period.neighbours:.1f} times chance)." if alike else "."),
+            "The data come in the same order in each epoch: shuffle" + ("." if alike else ", if that was not meant."),
+            range=period.size,
+            agreement=period.chance,
+            neighbours=period.neighbours,
         )
 
     # ------------------------------------------------------------------------------------ of both
@@ -566,7 +612,7 @@ class Reading:
     def of_checks(self) -> Finding | None:
         """What :class:`~lightning_recipes.EarlyStopping` would say, too."""
         if self.rule.checks.values:
-            finding = reading(self.rule.checks, self.monitor)
+            finding = reading(self.rule.checks, self.monitor, least=MATERIAL * self.fall)
         else:
             size = max(1, len(self.bins) // 20)
             ends = range(size - 1, len(self.bins), size)
@@ -582,13 +628,15 @@ class Reading:
         """The validation goes up and down from check to check by more than a share of all that was learned."""
         values = self.rule.checks.values
         noise = noise_of(values) if len(values) >= JUMPY_CHECKS and all(map(math.isfinite, values)) else 0.0
-        if noise <= JUMPY * self.fall or not self.fall > 0:
-            return None
+        steps = [later - sooner for sooner, later in pairwise(values[-RECENT:])]
+        turns = sum(sooner * later < 0 for sooner, later in pairwise(steps))
+        if noise <= JUMPY * self.fall or not self.fall > 0 or turns < TURNS * len(steps):
+            return None  # a bend is not noise
         return self.found(
             "validation jumps",
             "info",
             f"{self.monitor} jumps from check to check: by a standard deviation of {noise:.2g} about"
-            f" {statistics.median(values[-20:]):.3g}, {noise / self.fall:.0%} of the whole fall.",
+            f" {statistics.median(values[-RECENT:]):.3g}, {noise / self.fall:.0%} of the whole fall.",
             "Decay the learning rate or average the weights (EMAWeights), or validate on more data: which check is best"
             " is chance.",
             PLAYBOOK,

@@ -26,6 +26,7 @@ UNCLEAR = 0.1  # what a check counts that is hardly worse than the best
 READABLE = 8  # checks below which a curve is not interpreted
 AROUND = 2  # checks on either side that a level is the median of
 SIGNIFICANT = 2  # noises by which two levels have to differ
+RISEN = 4  # noises by which the last level has to exceed the lowest of many
 PLATEAU = 0.1  # of the first value: no check that differs by less has left the plateau at the start
 
 
@@ -435,7 +436,7 @@ def _parse_min_delta(min_delta: object) -> tuple[float, bool]:
     return float(min_delta), False
 
 
-def reading(curve: Curve, monitor: str, mode: str = "min", stopped: bool = False) -> Finding | None:
+def reading(curve: Curve, monitor: str, mode: str = "min", stopped: bool = False, least: float = 0.0) -> Finding | None:
     """What the curves of a finished run say, if the noise lets them say anything.
 
     In this order: the training loss rises; the best check lies in the first tenth of the run; the metric has got worse
@@ -447,6 +448,7 @@ def reading(curve: Curve, monitor: str, mode: str = "min", stopped: bool = False
         monitor: Name of the metric.
         mode: ``"min"`` or ``"max"``, for the sign of what is told.
         stopped: Whether the run was stopped early.
+        least: By how much the metric has to be worse to have got worse, at least; a third of that is a gain.
     """
     checks = len(curve.values)
     if checks < READABLE or not all(map(math.isfinite, curve.values)):
@@ -462,7 +464,7 @@ def reading(curve: Curve, monitor: str, mode: str = "min", stopped: bool = False
     noise, train_noise = noise_of(curve.values), noise_of(curve.train)
     since = slice(min((best + last) // 2 + 1, last), None)  # the later half of the checks since the best
     worse = statistics.median(curve.values[since]) - _level(curve.values, best)
-    got_worse = worse > SIGNIFICANT * noise and worse > 0
+    got_worse = worse > max(SIGNIFICANT * noise, least) and worse > 0
     has_train = all(map(math.isfinite, curve.train))
     rises = rise(curve.train, curve.steps) if has_train else None
     if rises is not None:
@@ -492,7 +494,8 @@ def reading(curve: Curve, monitor: str, mode: str = "min", stopped: bool = False
         )
     before = [_level(curve.values, check) for check in range(checks) if curve.steps[check] < 0.75 * curve.steps[last]]
     gain = min(before, default=-math.inf) - _level(curve.values, best)
-    if not stopped and curve.steps[best] >= 0.75 * curve.steps[last] and gain > SIGNIFICANT * noise and gain > 0:
+    late = curve.steps[best] >= 0.75 * curve.steps[last]
+    if not stopped and late and gain > max(SIGNIFICANT * noise, least / 3) and gain > 0:
         return found(
             "best at the end",
             "info",
@@ -515,7 +518,7 @@ def rise(train: Sequence[float], steps: Sequence[int]) -> Finding | None:
     levels = [_level(train, stretch) for stretch in range(len(train))]
     lowest = min(range(len(train)), key=levels.__getitem__)
     risen, fell = levels[last] - levels[lowest], levels[0] - levels[lowest]
-    if risen <= max(SIGNIFICANT * noise_of(train), 0.1 * abs(levels[lowest]), 0.05 * fell):
+    if risen <= max(RISEN * noise_of(train), 0.1 * abs(levels[lowest]), 0.05 * fell):
         return None
     return Finding(
         rule="training loss rises",
