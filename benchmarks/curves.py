@@ -237,7 +237,7 @@ DEFECTS: dict[str, Setup] = {
         expected=("falls fast, then flat", "validation jumps", "training loss rises"),
     ),
     "no decay, noisy labels": Setup(
-        of_digits(898, 0.3), perceptron(64, 10), 0.3, 16, 60, expected=("falls fast, then flat",)
+        of_digits(898, 0.3), perceptron(64, 10), 0.03, 16, 60, expected=("falls fast, then flat",)
     ),
     "decayed too early": Setup(
         of_digits(), DIGITS, 0.003, 32, 40, drop_at(0.15), expected=("decayed too early",)

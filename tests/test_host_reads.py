@@ -34,7 +34,9 @@ def fused_adam(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, fused=True)
 
 
-@pytest.mark.parametrize("recipe", ["EMAWeights", "PercentileGradientClipping", "InstabilityDetector"])
+@pytest.mark.parametrize(
+    "recipe", ["EMAWeights", "PercentileGradientClipping", "InstabilityDetector", "LearningCurves"]
+)
 @pytest.mark.parametrize(
     ("make_module", "settings"),
     [

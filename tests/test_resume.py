@@ -11,7 +11,13 @@ import torch
 from models import Adversaries, Regression, Resumable, SeedEachStep, fp16, quiet_trainer, regression_data, weights_of
 from ranks import run_until_killed
 
-from lightning_recipes import EarlyStopping, EMAWeights, InstabilityDetector, PercentileGradientClipping
+from lightning_recipes import (
+    EarlyStopping,
+    EMAWeights,
+    InstabilityDetector,
+    LearningCurves,
+    PercentileGradientClipping,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:You.re resuming from a checkpoint that ended before the epoch ended")
 
@@ -61,7 +67,8 @@ def train(folder: Path, kind: str, kill_at: int | None, resume: bool, settings: 
     plugins = [fp16()] if settings.get("plugins") == "fp16" else None
     ema, clipping = EMAWeights(0.9, every_n_steps=2), PercentileGradientClipping(window=10, warmup_steps=3)
     detector, stopping = InstabilityDetector("skip"), EarlyStopping("val_loss", patience=1000, strict=False)
-    callbacks = [SeedEachStep(), ema, clipping, detector, stopping, SaveOften(folder / "last.ckpt")]
+    curves = LearningCurves()
+    callbacks = [SeedEachStep(), ema, clipping, detector, stopping, curves, SaveOften(folder / "last.ckpt")]
     if kill_at is not None:
         callbacks.append(KillAt(kill_at))
     module = make_module(kind)
@@ -80,6 +87,7 @@ def train(folder: Path, kind: str, kill_at: int | None, resume: bool, settings: 
         "ema": ema.state_dict(),
         "detector": detector.state_dict(),
         "stopping": stopping.rule.curve.values,
+        "curves": curves.state_dict(),
         "step": trainer.global_step,
     }
 

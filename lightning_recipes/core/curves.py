@@ -23,7 +23,7 @@ BEYOND = 0.975  # one-sided confidence of what is claimed
 JUMPY = 0.02  # of the fall: noise of the validation above which it jumps
 JUMPY_CHECKS = 10  # whose noise is told
 TURNS = 0.33  # of the last checks, that a jumping curve turns at; noise does at two thirds
-FLAT = 0.03  # of the fall, that half the run may bring and be flat
+FLAT = 0.1  # of the fall, below which all that half a run may have brought has to lie for it to be flat
 WOBBLES = 0.02  # of the fall: spread of the step losses above which a flat curve is not one that has arrived
 SLOW = 0.5  # of the fall in the first half, that the second one brings where the learning rate is too low
 STUCK = 0.02  # of the loss at the start: a run in which it changes by less has learned nothing
@@ -524,10 +524,11 @@ class Reading:
         fall = self.start - line.level
         constant = min(rates) > 0 and max(rates) < 1.3 * min(rates)
         wobbles = self.spread > WOBBLES * fall
-        if not (constant and wobbles and fall > 0) or abs(line.change) + line.error > FLAT * fall:
+        is_flat = abs(line.change) < line.error and abs(line.change) + line.error < FLAT * fall
+        if not (constant and wobbles and fall > 0 and is_flat):
             return None
         # Since when: from the end back, as long as no block is above the level of the half.
-        bound = line.level + 0.5 * FLAT * fall + line.error
+        bound = line.level + line.error + FLAT / 5 * fall
         size = max(1, len(self.means) // 20)
         since = half
         while since >= size and statistics.fmean(self.means[since - size : since]) <= bound:
