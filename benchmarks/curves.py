@@ -3,8 +3,8 @@
     python benchmarks/curves.py [--seeds 8] [--first-seed 100] [--figures FOLDER]
 
 Five classes of runs on scikit-learn's digits, two set-ups each; then runs with one defect each; then healthy runs. A
-run is read once, at its end. For the classes the finding that decides is the first of these: diverged; validation
-jumps; overfitting or best at the start; falls too slowly or best at the end; none of them means saturated.
+run is read once, at its end. For the classes the finding that decides is the first of these: diverged; overfitting or
+best at the start; validation jumps; falls too slowly or best at the end; none of them means saturated.
 """
 
 import argparse
@@ -32,9 +32,9 @@ Schedule = Callable[[float], float]
 
 CLASS_OF = {
     "diverged": "diverged",
-    "validation jumps": "noisy",
     "overfitting": "overfitting",
     "best at the start": "overfitting",
+    "validation jumps": "noisy",
     "falls too slowly": "still improving",
     "best at the end": "still improving",
 }

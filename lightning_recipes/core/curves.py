@@ -19,6 +19,7 @@ BINS = 400  # at most, of the training curve; when they are full each two become
 FIRST = 16  # losses at the start that are kept: a bin of theirs would have the fall in it
 BLOCKS = 10  # of bins, that a slope is fitted to: long enough that the noise of one is not that of the next
 READABLE = 100  # losses below which the training curve is not interpreted
+LOST = 5  # losses in a row that are not finite: a GradScaler may skip fewer and go on
 BEYOND = 0.975  # one-sided confidence of what is claimed
 JUMPY = 0.02  # of the fall: noise of the validation above which it jumps
 JUMPY_CHECKS = 10  # whose noise is told
@@ -74,7 +75,10 @@ class Bin:
             self.mean += away * other.losses / losses
             self.squares += other.squares + away**2 * self.losses * other.losses / losses
         self.losses, self.batches, self.step = losses, self.batches + other.batches, other.step
-        self.rate += (other.rate - self.rate) * other.batches / self.batches
+        if math.isnan(self.rate) or math.isnan(other.rate):
+            self.rate = other.rate if math.isnan(self.rate) else self.rate
+        else:
+            self.rate += (other.rate - self.rate) * other.batches / self.batches
 
 
 class RunningCurve:
@@ -85,7 +89,8 @@ class RunningCurve:
         batches_per_bin: Of a full one: doubled whenever all bins are full.
         first: The first 16 finite losses.
         nonfinite: How many losses were not finite.
-        lost_at: The update since which no loss was finite; None if the last one was.
+        lost: How many of the last losses were not finite in a row,
+        lost_at: and the update at which that began.
 
     Example:
         >>> curve = RunningCurve()
@@ -99,8 +104,7 @@ class RunningCurve:
         self.bins: list[Bin] = []
         self.batches_per_bin = 1
         self.first: list[float] = []
-        self.nonfinite = 0
-        self.lost_at: int | None = None
+        self.nonfinite = self.lost = self.lost_at = 0
 
     @property
     def losses(self) -> int:
@@ -115,13 +119,13 @@ class RunningCurve:
     def add(self, loss: float, rate: float = math.nan, step: int = 0) -> None:
         """Take in the loss of a batch; one that is not finite is counted and kept out of the means."""
         if math.isfinite(loss):
-            new, self.lost_at = Bin(1, 1, loss, 0.0, rate, step), None
+            new, self.lost = Bin(1, 1, loss, 0.0, rate, step), 0
             if len(self.first) < FIRST:
                 self.first.append(loss)
         else:
             new = Bin(1, 0, 0.0, 0.0, rate, step)
-            self.nonfinite += 1
-            self.lost_at = step if self.lost_at is None else self.lost_at
+            self.lost_at = self.lost_at if self.lost else step
+            self.nonfinite, self.lost = self.nonfinite + 1, self.lost + 1
         if not self.bins or self.bins[-1].batches >= self.batches_per_bin:
             self._make_room()
             self.bins.append(new)
@@ -150,14 +154,13 @@ class RunningCurve:
             "bins": [list(astuple(each)) for each in self.bins],
             "batches_per_bin": self.batches_per_bin,
             "first": list(self.first),
-            "nonfinite": self.nonfinite,
-            "lost_at": self.lost_at,
+            "nonfinite": [self.nonfinite, self.lost, self.lost_at],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.bins = [Bin(*each) for each in state_dict["bins"]]
         self.batches_per_bin, self.first = state_dict["batches_per_bin"], list(state_dict["first"])
-        self.nonfinite, self.lost_at = state_dict["nonfinite"], state_dict["lost_at"]
+        self.nonfinite, self.lost, self.lost_at = state_dict["nonfinite"]
 
 
 class EpochProfile:
@@ -402,8 +405,8 @@ class Reading:
     def __init__(self, rule: CurvesRule, monitor: str) -> None:
         self.rule, self.monitor = rule, monitor
         curve = rule.train
-        self.readable = curve.losses >= READABLE
         self.bins = [each for each in curve.bins if each.losses]
+        self.readable = curve.losses >= READABLE and len(self.bins) >= 4 * BLOCKS
         self.means = [each.mean for each in self.bins]
         self.rates = [each.rate for each in self.bins]
         self.step = curve.bins[-1].step if curve.bins else 0
@@ -417,9 +420,10 @@ class Reading:
     @property
     def fall(self) -> float:
         """From the start to the lowest level of either curve: the scale of this training, whatever its loss."""
-        levels = [self.end, *(value for value in self.rule.checks.values if math.isfinite(value))]
-        first = self.rule.checks.values[:1]
-        return max([self.start, *(value for value in first if math.isfinite(value))]) - min(levels)
+        checks = [value for value in self.rule.checks.values if math.isfinite(value)]
+        train = [] if math.isnan(self.start) else [self.start]
+        lowest = min([*checks, *(self.end for _ in train)], default=math.nan)
+        return max([*checks[:1], *train], default=math.nan) - lowest
 
     def others(self) -> Iterable[Finding]:
         """All readings of a training that has not diverged."""
@@ -446,8 +450,7 @@ class Reading:
         """The last losses are no numbers, or the loss ends where it began and was far above that."""
         curve, checks = self.rule.train, self.rule.checks
         advice = "Cut the learning rate (by three, then by ten), or warm it up; look for what is not finite."
-        lost = sum(1 for _ in _last(curve.bins, lambda each: not each.losses))
-        if curve.lost_at is not None and (lost >= 1 or curve.nonfinite > 1):
+        if curve.lost >= LOST:
             message = f"The training loss has not been finite since step {curve.lost_at:,}."
             return self.found("diverged", "error", message, advice, PLAYBOOK, since=curve.lost_at)
         if checks.values and math.isinf(checks.values[-1]):
@@ -491,7 +494,8 @@ class Reading:
 
     def falls_too_slowly(self) -> Finding | None:
         """The second half of the run brings at least half of what the first one does, at a rate that is not lower."""
-        top = next((i for i, rate in enumerate(self.rates) if rate >= 0.9 * max(self.rates)), 0)
+        highest = max((rate for rate in self.rates if rate > 0), default=0.0)
+        top = next((at for at, rate in enumerate(self.rates) if rate >= 0.9 * highest), 0)
         means = self.means[top:]
         if len(means) < 4 * BLOCKS:
             return None
@@ -667,14 +671,9 @@ class Reading:
         )
 
 
-def _last(values: Sequence[Any], fits: Callable[[Any], bool]) -> Iterable[Any]:
-    """The values at the end that fit."""
-    for value in reversed(values):
-        if not fits(value):
-            return
-        yield value
-
-
 def _since(values: Sequence[float], steps: Sequence[int]) -> int:
     """The step of the first of the infinite values at the end."""
-    return steps[len(values) - sum(1 for _ in _last(values, math.isinf))]
+    lost = len(values)
+    while lost and math.isinf(values[lost - 1]):
+        lost -= 1
+    return steps[lost]

@@ -73,10 +73,10 @@ def test_what_is_not_finite_is_counted_and_kept_out() -> None:
     curve = RunningCurve()
     for step, value in enumerate([1.0, math.nan, 3.0, math.inf, -math.inf] * 200, 1):
         curve.add(value, 0.1, step)
-    assert (curve.losses, curve.nonfinite, curve.lost_at) == (400, 600, 999)
+    assert (curve.losses, curve.nonfinite, curve.lost, curve.lost_at) == (400, 600, 2, 999)
     assert all(1.0 <= each.mean <= 3.0 for each in curve.bins if each.losses)
     curve.add(2.0, 0.1, 1001)
-    assert curve.lost_at is None
+    assert curve.lost == 0
 
 
 def test_a_resumed_rule_goes_on_as_if_nothing_had_been() -> None:
@@ -197,9 +197,34 @@ def test_divergence(schedule: Any) -> None:
 
 def test_single_losses_that_are_not_finite_are_no_divergence() -> None:
     rule = trained(learned, rate=lambda share: 1 - share)
-    rule.update(math.nan, 0.0, 3001)
-    rule.update(0.3, 0.0, 3002)
+    for step in range(3001, 3005):
+        rule.update(math.nan, 0.0, step)
     assert rules_of(rule) == []
+    rule.update(math.nan, 0.0, 3005)
+    assert rules_of(rule) == ["diverged"]
+    rule.update(0.3, 0.0, 3006)
+    assert rules_of(rule) == []
+
+
+def test_a_rate_that_is_not_known_yet_is_no_rate() -> None:
+    curve = RunningCurve()
+    for step in range(2 * BINS):
+        curve.add(1.0, math.nan if step < 3 else 0.5, step)
+    assert [each.rate for each in curve.bins[:3]] == pytest.approx([math.nan, 0.5, 0.5], nan_ok=True)
+
+
+def test_few_losses_among_many_that_are_not_finite_are_not_read() -> None:
+    rule = CurvesRule(target_loss=0.0)
+    for step in range(20_000):
+        rule.update(1.0 if step < 120 or step == 19_999 else math.nan, 0.1, step)
+    assert rules_of(rule) == []
+
+
+def test_jumps_are_told_without_a_training_loss() -> None:
+    rule, chance = CurvesRule(), random.Random(0)
+    for check in range(30):
+        rule.check(2 * math.exp(-check / 3) + chance.gauss(0, 0.2), check)
+    assert rules_of(rule) == ["validation jumps"]
 
 
 def test_a_loss_that_stays_where_it_was() -> None:
