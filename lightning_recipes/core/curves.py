@@ -409,6 +409,7 @@ class Reading:
         self.readable = curve.losses >= READABLE and len(self.bins) >= 4 * BLOCKS
         self.means = [each.mean for each in self.bins]
         self.rates = [each.rate for each in self.bins]
+        self.highest = max((rate for rate in self.rates if rate > 0), default=math.nan)
         self.step = curve.bins[-1].step if curve.bins else 0
         spreads = [each.spread for each in self.bins if each.losses > 1]
         # Of single losses: from one to the next where a bin has one loss only; the trend is not in it.
@@ -494,8 +495,7 @@ class Reading:
 
     def falls_too_slowly(self) -> Finding | None:
         """The second half of the run brings at least half of what the first one does, at a rate that is not lower."""
-        highest = max((rate for rate in self.rates if rate > 0), default=0.0)
-        top = next((at for at, rate in enumerate(self.rates) if rate >= 0.9 * highest), 0)
+        top = next((at for at, rate in enumerate(self.rates) if rate >= 0.9 * self.highest), 0)
         means = self.means[top:]
         if len(means) < 4 * BLOCKS:
             return None
@@ -526,7 +526,7 @@ class Reading:
         half = len(self.means) // 2
         rates, line = self.rates[half:], trend(self.means[half:])
         fall = self.start - line.level
-        constant = min(rates) > 0 and max(rates) < 1.3 * min(rates)
+        constant = min(rates) > 0 and self.highest < 1.3 * min(rates)  # nor was it dropped before
         wobbles = self.spread > WOBBLES * fall
         is_flat = abs(line.change) < line.error and abs(line.change) + line.error < FLAT * fall
         if not (constant and wobbles and fall > 0 and is_flat):

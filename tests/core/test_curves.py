@@ -164,6 +164,7 @@ def test_flat_at_a_constant_rate_is_told_and_since_when() -> None:
     assert (finding.rule, finding.severity) == ("falls fast, then flat", "info")
     assert 200 <= float(finding.evidence["since"]) <= 1000
     assert rules_of(trained(level, 0.2, rate=lambda share: 0.1 * (1 - share))) == []
+    assert rules_of(trained(level, 0.2, rate=lambda share: 0.1 if share < 0.2 else 0.01)) == []
     assert rules_of(trained(level, 0.001)) == []  # has arrived
 
 
