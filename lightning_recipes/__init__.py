@@ -2,6 +2,7 @@
 
 from lightning_recipes.callbacks.averaging import EMAWeights
 from lightning_recipes.callbacks.clipping import PercentileGradientClipping
+from lightning_recipes.callbacks.curves import LearningCurves
 from lightning_recipes.callbacks.early_stopping import EarlyStopping
 from lightning_recipes.callbacks.instability import InstabilityDetector
 from lightning_recipes.callbacks.noise_scale import GradientNoiseScale
@@ -16,6 +17,7 @@ __all__ = [
     "EarlyStopping",
     "GradientNoiseScale",
     "InstabilityDetector",
+    "LearningCurves",
     "LearningRateSchedule",
     "PercentileGradientClipping",
     "SnapshotEnsemble",

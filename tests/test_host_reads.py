@@ -40,6 +40,7 @@ def fused_adam(parameters: Any) -> torch.optim.Optimizer:
         "EMAWeights",
         "GradientNoiseScale",
         "InstabilityDetector",
+        "LearningCurves",
         "PercentileGradientClipping",
         "TrainingReport",
         "UpdateRatioMonitor",

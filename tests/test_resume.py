@@ -16,6 +16,7 @@ from lightning_recipes import (
     EMAWeights,
     GradientNoiseScale,
     InstabilityDetector,
+    LearningCurves,
     PercentileGradientClipping,
     UpdateRatioMonitor,
 )
@@ -68,8 +69,9 @@ def train(folder: Path, kind: str, kill_at: int | None, resume: bool, settings: 
     plugins = [fp16()] if settings.get("plugins") == "fp16" else None
     ema, clipping = EMAWeights(0.9, every_n_steps=2), PercentileGradientClipping(window=10, warmup_steps=3)
     detector, stopping = InstabilityDetector("skip"), EarlyStopping("val_loss", patience=1000, strict=False)
-    noise, ratios = GradientNoiseScale(window=5), UpdateRatioMonitor(2)
-    callbacks = [SeedEachStep(), ema, clipping, detector, stopping, noise, ratios, SaveOften(folder / "last.ckpt")]
+    noise, ratios, curves = GradientNoiseScale(window=5), UpdateRatioMonitor(2), LearningCurves()
+    recipes = [ema, clipping, detector, stopping, noise, ratios, curves]
+    callbacks = [SeedEachStep(), *recipes, SaveOften(folder / "last.ckpt")]
     if kill_at is not None:
         callbacks.append(KillAt(kill_at))
     module = make_module(kind)
@@ -90,6 +92,7 @@ def train(folder: Path, kind: str, kill_at: int | None, resume: bool, settings: 
         "stopping": stopping.rule.curve.values,
         "noise": noise.state_dict(),
         "ratios": ratios.state_dict(),
+        "curves": curves.state_dict(),
         "step": trainer.global_step,
     }
 

@@ -26,6 +26,7 @@ UNCLEAR = 0.1  # what a check counts that is hardly worse than the best
 READABLE = 8  # checks below which a curve is not interpreted
 AROUND = 2  # checks on either side that a level is the median of
 SIGNIFICANT = 2  # noises by which two levels have to differ
+RISEN = 4  # noises by which the last level has to exceed the lowest of many
 PLATEAU = 0.1  # of the first value: no check that differs by less has left the plateau at the start
 
 
@@ -435,7 +436,7 @@ def _parse_min_delta(min_delta: object) -> tuple[float, bool]:
     return float(min_delta), False
 
 
-def reading(curve: Curve, monitor: str, mode: str = "min", stopped: bool = False) -> Finding | None:
+def reading(curve: Curve, monitor: str, mode: str = "min", stopped: bool = False, least: float = 0.0) -> Finding | None:
     """What the curves of a finished run say, if the noise lets them say anything.
 
     In this order: the training loss rises; the best check lies in the first tenth of the run; the metric has got worse
@@ -447,6 +448,7 @@ def reading(curve: Curve, monitor: str, mode: str = "min", stopped: bool = False
         monitor: Name of the metric.
         mode: ``"min"`` or ``"max"``, for the sign of what is told.
         stopped: Whether the run was stopped early.
+        least: By how much the metric has to be worse to have got worse, at least; a third of that is a gain.
     """
     checks = len(curve.values)
     if checks < READABLE or not all(map(math.isfinite, curve.values)):
@@ -462,43 +464,38 @@ def reading(curve: Curve, monitor: str, mode: str = "min", stopped: bool = False
     noise, train_noise = noise_of(curve.values), noise_of(curve.train)
     since = slice(min((best + last) // 2 + 1, last), None)  # the later half of the checks since the best
     worse = statistics.median(curve.values[since]) - _level(curve.values, best)
-    got_worse = worse > SIGNIFICANT * noise and worse > 0
+    got_worse = worse > max(SIGNIFICANT * noise, least) and worse > 0
     has_train = all(map(math.isfinite, curve.train))
-    if has_train:
-        lowest = min(range(checks), key=lambda check: _level(curve.train, check))
-        rise = _level(curve.train, last) - _level(curve.train, lowest)
-        fell = _level(curve.train, 0) - _level(curve.train, lowest)
-        if rise > max(SIGNIFICANT * train_noise, 0.1 * abs(_level(curve.train, lowest)), 0.05 * fell):
-            return found(
-                "training loss rises",
-                "warning",
-                f"The training loss rose from {_level(curve.train, lowest):.3g} at step {curve.steps[lowest]:,} to"
-                f" {_level(curve.train, last):.3g} at the end.",
-                "That is usually a bug in the data pipeline, else a learning rate that is too high: look for both.",
-            )
+    rises = rise(curve.train, curve.steps) if has_train else None
+    if rises is not None:
+        return rises
+    fall = _level(curve.train, best) - _level(curve.train, last) if has_train else 0.0
+    meanwhile = f"while the training loss fell from {_level(curve.train, best):.3g} to {_level(curve.train, last):.3g}"
+    overfits = got_worse and fall > SIGNIFICANT * train_noise and fall > 0
+    if overfits:
+        evidence |= {"got_worse_by": worse, "train_fell_by": fall}
     if got_worse and curve.steps[best] <= 0.1 * curve.steps[last]:
         return found(
             "best at the start",
             "warning",
-            f"{when}, in the first tenth of the run, and got worse by {worse:.3g}.",
+            f"{when}, in the first tenth of the run, and got worse by {worse:.3g}"
+            + (f", {meanwhile}: overfitting." if overfits else "."),
             "Train far shorter, and tune again: the learning rate may be too high for so many steps.",
         )
-    if got_worse and has_train:
-        fall = _level(curve.train, best) - _level(curve.train, last)
-        if fall > SIGNIFICANT * train_noise and fall > 0:
-            gap = statistics.median(curve.values[since]) - statistics.median(curve.train[since])
-            evidence |= {"got_worse_by": worse, "train_fell_by": fall, **({"gap": gap} if mode == "min" else {})}
-            return found(
-                "overfitting",
-                "warning",
-                f"{when} and has got worse by {worse:.3g} since, while the training loss fell from"
-                f" {_level(curve.train, best):.3g} to {_level(curve.train, last):.3g}"
-                + (f": a gap of {gap:.3g}." if mode == "min" else "."),
-                "Regularise (weight decay, dropout, augmentation), get more data, or keep the weights of that step.",
-            )
+    if overfits:
+        gap = statistics.median(curve.values[since]) - statistics.median(curve.train[since])
+        evidence |= {"gap": gap} if mode == "min" else {}
+        return found(
+            "overfitting",
+            "warning",
+            f"{when} and has got worse by {worse:.3g} since, {meanwhile}"
+            + (f": a gap of {gap:.3g}." if mode == "min" else "."),
+            "Regularise (weight decay, dropout, augmentation), get more data, or keep the weights of that step.",
+        )
     before = [_level(curve.values, check) for check in range(checks) if curve.steps[check] < 0.75 * curve.steps[last]]
     gain = min(before, default=-math.inf) - _level(curve.values, best)
-    if not stopped and curve.steps[best] >= 0.75 * curve.steps[last] and gain > SIGNIFICANT * noise and gain > 0:
+    late = curve.steps[best] >= 0.75 * curve.steps[last]
+    if not stopped and late and gain > max(SIGNIFICANT * noise, least / 3) and gain > 0:
         return found(
             "best at the end",
             "info",
@@ -506,6 +503,33 @@ def reading(curve: Curve, monitor: str, mode: str = "min", stopped: bool = False
             "Train longer.",
         )
     return None
+
+
+def rise(train: Sequence[float], steps: Sequence[int]) -> Finding | None:
+    """Whether the training loss has risen beyond its noise, by a tenth of its lowest level and a twentieth of its fall.
+
+    Args:
+        train: Means over stretches of the run, all finite.
+        steps: Optimizer updates done at the end of each.
+    """
+    if len(train) < READABLE:
+        return None
+    last = len(train) - 1
+    levels = [_level(train, stretch) for stretch in range(len(train))]
+    lowest = min(range(len(train)), key=levels.__getitem__)
+    risen, fell = levels[last] - levels[lowest], levels[0] - levels[lowest]
+    if risen <= max(RISEN * noise_of(train), 0.1 * abs(levels[lowest]), 0.05 * fell):
+        return None
+    return Finding(
+        rule="training loss rises",
+        severity="warning",
+        message=f"The training loss rose from {levels[lowest]:.3g} at step {steps[lowest]:,} to {levels[last]:.3g}"
+        " at the end.",
+        advice="That is usually a bug in the data pipeline, else a learning rate that is too high: look for both.",
+        step=steps[last],
+        evidence={"lowest": levels[lowest], "lowest_step": steps[lowest], "last": levels[last]},
+        source=PLAYBOOK,
+    )
 
 
 def _level(values: Sequence[float], check: int) -> float:

@@ -1,0 +1,679 @@
+"""What the curves of a training say: the loss of its steps in bounded memory, its validations, and the reading."""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple, dataclass
+from itertools import pairwise
+from typing import Any
+
+from lightning_recipes.core.arguments import check_real
+from lightning_recipes.core.early_stopping import RECENT, Curve, noise_of, reading, rise
+from lightning_recipes.core.findings import Finding
+from lightning_recipes.core.selection import quantile
+
+PLAYBOOK = "Deep Learning Tuning Playbook, training curves: https://github.com/google-research/tuning_playbook"
+CS231N = "CS231n, babysitting the learning process: https://cs231n.github.io/neural-networks-3/"
+
+BINS = 400  # at most, of the training curve; when they are full each two become one
+FIRST = 16  # losses at the start that are kept: a bin of theirs would have the fall in it
+BLOCKS = 10  # of bins, that a slope is fitted to: long enough that the noise of one is not that of the next
+READABLE = 100  # losses below which the training curve is not interpreted
+LOST = 5  # losses in a row that are not finite: a GradScaler may skip fewer and go on
+BEYOND = 0.975  # one-sided confidence of what is claimed
+JUMPY = 0.02  # of the fall: noise of the validation above which it jumps
+JUMPY_CHECKS = 10  # whose noise is told
+TURNS = 0.33  # of the last checks, that a jumping curve turns at; noise does at two thirds
+FLAT = 0.1  # of the fall, below which all that half a run may have brought has to lie for it to be flat
+WOBBLES = 0.02  # of the fall: spread of the step losses above which a flat curve is not one that has arrived
+SLOW = 0.5  # of the fall in the first half, that the second one brings where the learning rate is too low
+STUCK = 0.02  # of the loss at the start: a run in which it changes by less has learned nothing
+DROP = 2.0  # times lower within a twentieth of the run: the learning rate was dropped
+PHASES = 8  # of an epoch
+EPOCHS = 10  # whose losses by phase are kept
+ENOUGH_EPOCHS = 6  # of which a period is told
+PERIODIC = 26.0  # a chi-squared with 6 degrees of freedom exceeds it once in 5,000 times
+SEEN = 0.03  # of the fall, from where on a period is told
+HARMFUL = 0.06  # and from where on it is worth a warning, if
+ALIKE = 2.0  # is exceeded by the ratio of variances: batches that follow each other are alike
+MATERIAL = 0.03  # of the fall, that a loss has to lose or promise to be worth a warning
+CLOSE = 0.1  # of what the training loss is above its target: a gap that is hardly one
+
+
+# ------------------------------------------------------------------------------------------- bounded memory
+
+
+@dataclass
+class Bin:
+    """The losses of successive batches.
+
+    Args:
+        batches: How many, the ones without a finite loss included.
+        losses: How many finite losses.
+        mean: Of these.
+        squares: Sum of their squared distances from the mean.
+        rate: Mean learning rate, NaN if it is not known.
+        step: Optimizer updates done at the end.
+    """
+
+    batches: int = 0
+    losses: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+    rate: float = 0.0
+    step: int = 0
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the step losses; NaN of fewer than two."""
+        return math.sqrt(self.squares / (self.losses - 1)) if self.losses > 1 else math.nan
+
+    def take(self, other: "Bin") -> None:
+        """Take in the batches of the next bin (Chan's update of mean and squares)."""
+        losses, away = self.losses + other.losses, other.mean - self.mean
+        if other.losses:
+            self.mean += away * other.losses / losses
+            self.squares += other.squares + away**2 * self.losses * other.losses / losses
+        self.losses, self.batches, self.step = losses, self.batches + other.batches, other.step
+        if math.isnan(self.rate) or math.isnan(other.rate):
+            self.rate = other.rate if math.isnan(self.rate) else self.rate
+        else:
+            self.rate += (other.rate - self.rate) * other.batches / self.batches
+
+
+class RunningCurve:
+    """Mean and spread of the step losses over a run of any length, in at most 400 bins of as many batches each.
+
+    Attributes:
+        bins: In order; the last may not be full.
+        batches_per_bin: Of a full one: doubled whenever all bins are full.
+        first: The first 16 finite losses.
+        nonfinite: How many losses were not finite.
+        lost: How many of the last losses were not finite in a row,
+        lost_at: and the update at which that began.
+
+    Example:
+        >>> curve = RunningCurve()
+        >>> for step in range(1000):
+        ...     curve.add(1.0 if step % 2 else 3.0, step=step + 1)
+        >>> len(curve.bins), curve.batches_per_bin, curve.bins[0].mean, round(curve.bins[0].spread, 2)
+        (250, 4, 2.0, 1.15)
+    """
+
+    def __init__(self) -> None:
+        self.bins: list[Bin] = []
+        self.batches_per_bin = 1
+        self.first: list[float] = []
+        self.nonfinite = self.lost = self.lost_at = 0
+
+    @property
+    def losses(self) -> int:
+        """Finite ones so far."""
+        return sum(each.losses for each in self.bins)
+
+    @property
+    def batches(self) -> int:
+        """So far, those without a finite loss included."""
+        return (len(self.bins) - 1) * self.batches_per_bin + self.bins[-1].batches if self.bins else 0
+
+    def add(self, loss: float, rate: float = math.nan, step: int = 0) -> None:
+        """Take in the loss of a batch; one that is not finite is counted and kept out of the means."""
+        if math.isfinite(loss):
+            new, self.lost = Bin(1, 1, loss, 0.0, rate, step), 0
+            if len(self.first) < FIRST:
+                self.first.append(loss)
+        else:
+            new = Bin(1, 0, 0.0, 0.0, rate, step)
+            self.lost_at = self.lost_at if self.lost else step
+            self.nonfinite, self.lost = self.nonfinite + 1, self.lost + 1
+        if not self.bins or self.bins[-1].batches >= self.batches_per_bin:
+            self._make_room()
+            self.bins.append(new)
+        else:
+            self.bins[-1].take(new)
+
+    def _make_room(self) -> None:
+        if len(self.bins) < BINS:
+            return
+        for first, second in zip(self.bins[::2], self.bins[1::2], strict=True):
+            first.take(second)
+        self.bins = self.bins[::2]
+        self.batches_per_bin *= 2
+
+    def coarse(self, most: int) -> list[Bin]:
+        """The bins, put together so that there are no more than so many; those without a finite loss are left out."""
+        size, coarse = -(-len(self.bins) // most), []
+        for at in range(0, len(self.bins), size or 1):
+            coarse.append(Bin())
+            for each in self.bins[at : at + size]:
+                coarse[-1].take(each)
+        return [each for each in coarse if each.losses]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "bins": [list(astuple(each)) for each in self.bins],
+            "batches_per_bin": self.batches_per_bin,
+            "first": list(self.first),
+            "nonfinite": [self.nonfinite, self.lost, self.lost_at],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.bins = [Bin(*each) for each in state_dict["bins"]]
+        self.batches_per_bin, self.first = state_dict["batches_per_bin"], list(state_dict["first"])
+        self.nonfinite, self.lost, self.lost_at = state_dict["nonfinite"]
+
+
+class EpochProfile:
+    """What the loss does within an epoch, of the last ten: means over eighths of the epoch, less their straight line.
+
+    Where data are shuffled nothing but chance is left of that; where each epoch has the same order, the same pattern.
+    """
+
+    def __init__(self) -> None:
+        self.profiles: list[list[float]] = []
+        self.between: list[float] = []  # of each epoch: the variance of the eighths' means, times the batches of one,
+        self.within: list[float] = []  # and that of the losses in an eighth: alike if neighbours are not
+        self.eighths = [Bin() for _ in range(PHASES)]
+        self.place = 0.0
+
+    def add(self, loss: float, place: float) -> None:
+        """Take in a loss.
+
+        Args:
+            loss: A number that is finite, or it is left out.
+            place: In the epoch, from 0 to below 1; NaN if its length is not known.
+        """
+        if math.isnan(place):
+            return
+        if place < self.place:
+            self._end_epoch()
+        self.place = place
+        if math.isfinite(loss):
+            self.eighths[min(PHASES - 1, int(place * PHASES))].take(Bin(1, 1, loss))
+
+    def _end_epoch(self) -> None:
+        eighths, self.eighths = self.eighths, [Bin() for _ in range(PHASES)]
+        losses = sum(each.losses for each in eighths)
+        if min(each.losses for each in eighths) == 0 or losses == PHASES:
+            return
+        means = [each.mean for each in eighths]
+        slope, intercept = statistics.linear_regression(range(PHASES), means)
+        profile = [mean - intercept - slope * phase for phase, mean in enumerate(means)]
+        self.profiles.append(profile)
+        self.between.append(losses / PHASES * sum(value**2 for value in profile) / (PHASES - 2))
+        self.within.append(sum(each.squares for each in eighths) / (losses - PHASES))
+        for kept in (self.profiles, self.between, self.within):
+            del kept[:-EPOCHS]
+
+    def period(self) -> "Period | None":
+        """What the epochs have in common; None of fewer than six."""
+        lengths = [math.sqrt(sum(value**2 for value in profile)) for profile in self.profiles]
+        epochs = sum(length > 0 for length in lengths)
+        if epochs < ENOUGH_EPOCHS:
+            return None
+        units = [
+            [value / length for value in each] for each, length in zip(self.profiles, lengths, strict=True) if length
+        ]
+        shared = sum(statistics.fmean(phase) ** 2 for phase in zip(*units, strict=True))
+        pattern = [statistics.fmean(phase) for phase in zip(*self.profiles, strict=True)]
+        within = statistics.fmean(self.within)
+        return Period(
+            size=max(pattern) - min(pattern),
+            chance=(PHASES - 2) * epochs * shared,
+            neighbours=statistics.fmean(self.between) / within if within else math.inf,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "profiles": [list(profile) for profile in self.profiles],
+            "between": list(self.between),
+            "within": list(self.within),
+            "eighths": [list(astuple(each)) for each in self.eighths],
+            "place": self.place,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.profiles = [list(profile) for profile in state_dict["profiles"]]
+        self.between, self.within = list(state_dict["between"]), list(state_dict["within"])
+        self.eighths = [Bin(*each) for each in state_dict["eighths"]]
+        self.place = state_dict["place"]
+
+
+@dataclass(frozen=True)
+class Period:
+    """The pattern that the epochs share.
+
+    Args:
+        size: Range of its mean.
+        chance: How well the directions of the patterns agree, whatever their sizes (Rayleigh's test): by chance
+            distributed about as chi-squared with 6 degrees of freedom.
+        neighbours: Ratio of variances between the eighths of an epoch and within them: about 1 unless batches that
+            follow each other are alike.
+    """
+
+    size: float
+    chance: float
+    neighbours: float
+
+
+# ------------------------------------------------------------------------------------------- slopes
+
+
+@dataclass(frozen=True)
+class Trend:
+    """A straight line through a stretch of a curve.
+
+    Args:
+        change: By how much the line rises from the beginning of the stretch to its end.
+        error: Half the width of its 95 % interval.
+        level: The mean.
+    """
+
+    change: float
+    error: float
+    level: float
+
+    @property
+    def falls(self) -> bool:
+        """Beyond noise."""
+        return self.change + self.error < 0
+
+
+def trend(values: Sequence[float]) -> Trend:
+    """The line through a stretch, with an interval that noise of one value and the next may not fool.
+
+    The values are averaged in ten blocks (or as many as there are values), and the error is that of the blocks' means
+    about the line, by Student's t: correlations shorter than a block are in it, and so is a bend.
+
+    Args:
+        values: At equal distances, at least 3.
+
+    Example:
+        >>> trend([3.0, 2.0, 1.0, 0.0]).change
+        -4.0
+    """
+    blocks = min(BLOCKS, len(values))
+    edges = [round(block * len(values) / blocks) for block in range(blocks + 1)]
+    means = [statistics.fmean(values[low:high]) for low, high in pairwise(edges)]
+    places = [(low + high) / 2 / len(values) for low, high in pairwise(edges)]
+    slope, intercept = statistics.linear_regression(places, means)
+    left = sum((mean - intercept - slope * place) ** 2 for place, mean in zip(places, means, strict=True))
+    middle = statistics.fmean(places)
+    error = math.sqrt(left / (blocks - 2) / sum((place - middle) ** 2 for place in places)) if blocks > 2 else math.inf
+    return Trend(slope, quantile(blocks - 1, BEYOND) * error, statistics.fmean(values))
+
+
+# ------------------------------------------------------------------------------------------- the rule
+
+
+class CurvesRule:
+    """Keeps the curves of a training and reads them.
+
+    Attributes:
+        train: Mean and spread of the step losses.
+        checks: The validations, with the mean training loss between them.
+        accuracies: Of the validations, NaN where there was none.
+        profile: Of the step losses within an epoch.
+
+    Args:
+        target_loss: A training loss that would be good enough, any number; None if nobody knows: then underfitting is
+            not told.
+
+    Example:
+        >>> rule = CurvesRule()
+        >>> for step in range(2000):
+        ...     rule.update(2.0 - step / 1000, rate=0.001, step=step + 1)
+        >>> [finding.rule for finding in rule.findings()]
+        ['falls too slowly']
+
+    References:
+        Godbole et al., Deep Learning Tuning Playbook, 2023: https://github.com/google-research/tuning_playbook
+    """
+
+    def __init__(self, target_loss: float | None = None) -> None:
+        if target_loss is not None:
+            check_real("target_loss", target_loss, -math.inf, math.inf)
+        self.target_loss = target_loss
+        self.train = RunningCurve()
+        self.checks = Curve()
+        self.accuracies: list[float] = []
+        self.profile = EpochProfile()
+        self._sum, self._losses = 0.0, 0  # since the last check
+
+    def update(self, loss: float, rate: float = math.nan, step: int = 0, place: float = math.nan) -> None:
+        """Take in the loss of a batch.
+
+        Args:
+            loss: Any number.
+            rate: Learning rate.
+            step: Optimizer updates done.
+            place: In the epoch, from 0 to below 1; NaN if its length is not known.
+        """
+        self.train.add(loss, rate, step)
+        self.profile.add(loss, place)
+        if math.isfinite(loss):
+            self._sum += loss
+            self._losses += 1
+
+    def check(self, value: float, step: int, epochs: float = 0.0, accuracy: float = math.nan) -> None:
+        """Take in a validation loss."""
+        checks = self.checks
+        checks.values.append(value if math.isfinite(value) else math.inf)
+        checks.train.append(self._sum / self._losses if self._losses else math.nan)
+        checks.steps.append(step)
+        checks.epochs.append(epochs)
+        self.accuracies.append(accuracy)
+        self._sum, self._losses = 0.0, 0
+
+    def findings(self, monitor: str = "val_loss") -> list[Finding]:
+        """What the curves say so far, the gravest first; nothing where the noise forbids.
+
+        Args:
+            monitor: Name of the validation loss.
+        """
+        read = Reading(self, monitor)
+        diverged = read.diverged()
+        return [diverged] if diverged is not None else list(read.others())
+
+    def state_dict(self) -> dict[str, Any]:
+        names = ("values", "train", "steps", "epochs")
+        return {
+            "train": self.train.state_dict(),
+            "profile": self.profile.state_dict(),
+            "checks": {name: list(getattr(self.checks, name)) for name in names},
+            "accuracies": list(self.accuracies),
+            "since": [self._sum, self._losses],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.train.load_state_dict(state_dict["train"])
+        self.profile.load_state_dict(state_dict["profile"])
+        for name, values in state_dict["checks"].items():
+            setattr(self.checks, name, list(values))
+        self.accuracies = list(state_dict["accuracies"])
+        self._sum, self._losses = state_dict["since"]
+
+
+class Reading:
+    """One look at the curves.
+
+    Args:
+        rule: Has them.
+        monitor: Name of the validation loss.
+    """
+
+    def __init__(self, rule: CurvesRule, monitor: str) -> None:
+        self.rule, self.monitor = rule, monitor
+        curve = rule.train
+        self.bins = [each for each in curve.bins if each.losses]
+        self.readable = curve.losses >= READABLE and len(self.bins) >= 4 * BLOCKS
+        self.means = [each.mean for each in self.bins]
+        self.rates = [each.rate for each in self.bins]
+        self.highest = max((rate for rate in self.rates if rate > 0), default=math.nan)
+        self.step = curve.bins[-1].step if curve.bins else 0
+        spreads = [each.spread for each in self.bins if each.losses > 1]
+        # Of single losses: from one to the next where a bin has one loss only; the trend is not in it.
+        self.spread = statistics.median(spreads) if spreads else noise_of(self.means)
+        tenth = max(1, len(self.means) // 10)
+        self.start = curve.first[0] if curve.first else math.nan
+        self.end = statistics.median(self.means[-tenth:]) if self.means else math.nan
+
+    @property
+    def fall(self) -> float:
+        """From the start to the lowest level of either curve: the scale of this training, whatever its loss."""
+        checks = [value for value in self.rule.checks.values if math.isfinite(value)]
+        train = [] if math.isnan(self.start) else [self.start]
+        lowest = min([*checks, *(self.end for _ in train)], default=math.nan)
+        return max([*checks[:1], *train], default=math.nan) - lowest
+
+    def others(self) -> Iterable[Finding]:
+        """All readings of a training that has not diverged."""
+        of_checks = self.of_checks()
+        mine: list[Callable[[], Finding | None]] = [self.jumps]
+        if self.readable:
+            mine += [self.does_not_fall, self.falls_too_slowly, self.decayed_too_early, self.periodic]
+            mine += [self.underfits, self.flat]
+        found = [finding for finding in (look() for look in mine) if finding is not None]
+        rules = {finding.rule for finding in found}
+        if of_checks is not None and not (of_checks.rule == "best at the end" and "falls too slowly" in rules):
+            found.append(of_checks)
+        order = {"warning": 0, "info": 1}
+        return sorted(found, key=lambda finding: order[finding.severity])
+
+    def found(
+        self, rule: str, severity: Any, message: str, advice: str, source: str = CS231N, **evidence: Any
+    ) -> Finding:
+        return Finding(rule, severity, message, advice, self.step, evidence, source)
+
+    # ------------------------------------------------------------------------------------ of the training loss
+
+    def diverged(self) -> Finding | None:
+        """The last losses are no numbers, or the loss ends where it began and was far above that."""
+        curve, checks = self.rule.train, self.rule.checks
+        advice = "Cut the learning rate (by three, then by ten), or warm it up; look for what is not finite."
+        if curve.lost >= LOST:
+            message = f"The training loss has not been finite since step {curve.lost_at:,}."
+            return self.found("diverged", "error", message, advice, PLAYBOOK, since=curve.lost_at)
+        if checks.values and math.isinf(checks.values[-1]):
+            message = f"{self.monitor} is not finite since step {_since(checks.values, checks.steps):,}."
+            return self.found("diverged", "error", message, advice, PLAYBOOK)
+        if not self.readable:
+            return None
+        peak = max([*self.rule.train.first, *self.means])
+        clear = max(0.5 * abs(self.start), 6 * self.spread)
+        ends_high = self.end > self.start - 0.1 * abs(self.start)
+        if not (ends_high and peak > self.start + clear) and not self.end > self.start + clear:
+            return None
+        return self.found(
+            "diverged",
+            "error",
+            f"The training loss began at {self.start:.3g}, went up to {peak:.3g} and is {self.end:.3g} now.",
+            advice,
+            PLAYBOOK,
+            start=self.start,
+            peak=peak,
+            end=self.end,
+        )
+
+    def does_not_fall(self) -> Finding | None:
+        """Nothing was learned, and that is sure."""
+        line = trend(self.means)
+        first = statistics.fmean(self.rule.train.first)
+        error = quantile(FIRST, BEYOND) * self.spread / math.sqrt(FIRST)
+        changed = max(abs(first - self.end) + error, abs(line.change) + line.error)
+        if len(self.means) < 2 * BLOCKS or changed > STUCK * abs(first) or abs(first - self.end) > self.spread:
+            return None
+        return self.found(
+            "training loss does not fall",
+            "warning",
+            f"The training loss was {first:.4g} at the start and is {self.end:.4g} after {self.step:,} updates.",
+            "Look for a learning rate that is far too low, units that are dead, and parameters or labels that do not"
+            " belong to the loss.",
+            start=first,
+            end=self.end,
+        )
+
+    def falls_too_slowly(self) -> Finding | None:
+        """The second half of the run brings at least half of what the first one does, at a rate that is not lower."""
+        top = next((at for at, rate in enumerate(self.rates) if rate >= 0.9 * self.highest), 0)
+        means = self.means[top:]
+        if len(means) < 4 * BLOCKS:
+            return None
+        middle, tenth = len(means) // 2, max(2, len(means) // 20)
+        first = self.start if top == 0 else means[0]
+        if top == 0:
+            first = statistics.fmean(self.rule.train.first)
+        around = trend(means[middle - 2 * tenth : middle + 2 * tenth])
+        last = trend(means[-4 * tenth :])
+        line = trend(means[middle:])
+        early, late = first - around.level, around.level - (last.level + last.change / 2)
+        error = abs(around.error) / 2 + abs(last.error) / 2 + 2 * self.spread / math.sqrt(FIRST)
+        if not line.falls or not last.falls or late - error < SLOW * (early + error) or late <= 0:
+            return None
+        return self.found(
+            "falls too slowly",
+            "warning",
+            f"The training loss fell by {late:.3g} ± {error:.2g} in the second half of the run, by {early:.3g} in the"
+            f" first: it is far from its end, {self.end:.3g}.",
+            "Raise the learning rate (by three, then by ten), else train longer.",
+            first_half=early,
+            second_half=late,
+            error=error,
+        )
+
+    def flat(self) -> Finding | None:
+        """Flat at a constant rate, after a fall, and not because there is nothing left to fall."""
+        half = len(self.means) // 2
+        rates, line = self.rates[half:], trend(self.means[half:])
+        fall = self.start - line.level
+        constant = min(rates) > 0 and self.highest < 1.3 * min(rates)  # nor was it dropped before
+        wobbles = self.spread > WOBBLES * fall
+        is_flat = abs(line.change) < line.error and abs(line.change) + line.error < FLAT * fall
+        if not (constant and wobbles and fall > 0 and is_flat):
+            return None
+        # Since when: from the end back, as long as no block is above the level of the half.
+        bound = line.level + line.error + FLAT / 5 * fall
+        size = max(1, len(self.means) // 20)
+        since = half
+        while since >= size and statistics.fmean(self.means[since - size : since]) <= bound:
+            since -= size
+        return self.found(
+            "falls fast, then flat",
+            "info",
+            f"The training loss has been flat since about step {self.bins[since].step:,} of {self.step:,}, at"
+            f" {line.level:.3g} (a change of {line.change:.2g} ± {line.error:.2g} over the second half), at a constant"
+            f" learning rate; single steps spread by {self.spread:.2g}.",
+            "Let the learning rate decay from there on; if that does not lower the loss, the model or noise in the"
+            " labels is the limit.",
+            since=self.bins[since].step,
+            level=line.level,
+            change=line.change,
+            error=line.error,
+        )
+
+    def decayed_too_early(self) -> Finding | None:
+        """Flat after a drop of the rate, while the loss was still falling before it."""
+        window = max(1, len(self.means) // 20)
+        drops = [
+            at
+            for at in range(2 * BLOCKS, len(self.rates) - 2 * BLOCKS)
+            if self.rates[at - 1] > 0
+            and self.rates[at - 1] >= DROP * max(self.rates[at + window : at + window + 1])
+            and self.rates[at] < 0.99 * self.rates[at - 1]
+        ]
+        if not drops:
+            return None
+        at = drops[0]
+        after_drop = next((each for each in drops[1:] if each > at + 2 * window), len(self.means))
+        before, after = self.means[at // 2 : at], self.means[at + window : after_drop]
+        span = min(len(before), len(after))
+        if span < BLOCKS or max(self.rates[at // 2 : at]) > 1.3 * min(self.rates[at // 2 : at]):
+            return None
+        old, new = trend(before[-span:]), trend(after[:span])
+        promised = -(old.change + old.error)  # in as many updates, at the least
+        before_level = old.level + old.change / 2
+        gained = before_level - (new.level + new.change / 2)
+        error = old.error / 2 + new.error / 2
+        if gained + error > 0.5 * promised or new.error - new.change > 0.5 * promised:
+            return None
+        if not old.falls or promised < MATERIAL * self.fall:
+            return None
+        step = self.bins[at].step
+        return self.found(
+            "decayed too early",
+            "warning",
+            f"Before the learning rate dropped from {self.rates[at - 1]:.2g} to {self.rates[at + window]:.2g} at step"
+            f" {step:,}, the training loss was falling by {-old.change:.2g} ± {old.error:.2g} in {span}"
+            f" x {self.rule.train.batches_per_bin} batches; in as many after it by {gained:.2g} ± {error:.2g}.",
+            "Drop the learning rate later, where the loss is flat, or by less.",
+            dropped_at=step,
+            before=old.change,
+            before_error=old.error,
+            after=-gained,
+            after_error=error,
+        )
+
+    def periodic(self) -> Finding | None:
+        """The same pattern in each epoch, while the learning rate has none."""
+        period = self.rule.profile.period()
+        rises = sum(later > 1.02 * sooner for sooner, later in pairwise(self.rates[len(self.rates) // 4 :]))
+        if period is None or rises or period.chance < PERIODIC or period.size < SEEN * self.fall:
+            return None
+        alike = period.neighbours > ALIKE and period.size > HARMFUL * self.fall
+        return self.found(
+            "periodic training loss",
+            "warning" if alike else "info",
+            f"Within each of the last {len(self.rule.profile.profiles)} epochs the training loss goes the same way, by"
+            f" {period.size:.3g} from the highest to the lowest eighth of the epoch"
+            + (f"; neighbouring batches are alike ({period.neighbours:.1f} times chance)." if alike else "."),
+            "The data come in the same order in each epoch: shuffle" + ("." if alike else ", if that was not meant."),
+            range=period.size,
+            agreement=period.chance,
+            neighbours=period.neighbours,
+        )
+
+    # ------------------------------------------------------------------------------------ of both
+
+    def of_checks(self) -> Finding | None:
+        """What :class:`~lightning_recipes.EarlyStopping` would say, too."""
+        if self.rule.checks.values:
+            finding = reading(self.rule.checks, self.monitor, least=MATERIAL * self.fall)
+        else:
+            size = max(1, len(self.bins) // 20)
+            ends = range(size - 1, len(self.bins), size)
+            levels = [statistics.fmean(self.means[end - size + 1 : end + 1]) for end in ends]
+            finding = rise(levels, [self.bins[end].step for end in ends]) if self.readable else None
+        if finding is not None and finding.rule == "training loss rises" and self.rates:
+            lowest = min(self.bins, key=lambda each: abs(each.step - float(finding.evidence["lowest_step"])))
+            if self.rates[-1] > 1.3 * lowest.rate:
+                return None  # a restart of the learning rate
+        return finding
+
+    def jumps(self) -> Finding | None:
+        """The validation goes up and down from check to check by more than a share of all that was learned."""
+        values = self.rule.checks.values
+        noise = noise_of(values) if len(values) >= JUMPY_CHECKS and all(map(math.isfinite, values)) else 0.0
+        steps = [later - sooner for sooner, later in pairwise(values[-RECENT:])]
+        turns = sum(sooner * later < 0 for sooner, later in pairwise(steps))
+        if noise <= JUMPY * self.fall or not self.fall > 0 or turns < TURNS * len(steps):
+            return None  # a bend is not noise
+        return self.found(
+            "validation jumps",
+            "info",
+            f"{self.monitor} jumps from check to check: by a standard deviation of {noise:.2g} about"
+            f" {statistics.median(values[-RECENT:]):.3g}, {noise / self.fall:.0%} of the whole fall.",
+            "Decay the learning rate or average the weights (EMAWeights), or validate on more data: which check is best"
+            " is chance.",
+            PLAYBOOK,
+            noise=noise,
+            fall=self.fall,
+        )
+
+    def underfits(self) -> Finding | None:
+        """The training loss ends above its target, and validation with it."""
+        target, checks = self.rule.target_loss, self.rule.checks
+        if target is None or not checks.values or not all(map(math.isfinite, checks.values)):
+            return None
+        line = trend(self.means[-len(self.means) // 4 :])
+        above = line.level + line.change / 2 - line.error - target
+        gap = statistics.median(checks.values[-5:]) - statistics.median(checks.train[-5:])
+        if above <= 0 or gap > CLOSE * above + noise_of(checks.values):
+            return None
+        return self.found(
+            "underfitting",
+            "warning",
+            f"The training loss is {self.end:.3g}, at least {above:.2g} above the target of {target:g}, and"
+            f" {self.monitor} hardly higher: a gap of {gap:.2g}.",
+            "Use a larger model, train longer or at a better learning rate, regularise less.",
+            end=self.end,
+            target=target,
+            gap=gap,
+        )
+
+
+def _since(values: Sequence[float], steps: Sequence[int]) -> int:
+    """The step of the first of the infinite values at the end."""
+    lost = len(values)
+    while lost and math.isinf(values[lost - 1]):
+        lost -= 1
+    return steps[lost]

@@ -1,0 +1,334 @@
+"""When a network is not good enough: the tree that tells bias, optimization, overfitting and mismatch apart."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_recipes.core.findings import Finding
+from lightning_recipes.core.selection import quantile
+
+Leaf = Literal["model bias", "optimization", "overfitting", "mismatch", "done", "cannot tell"]
+
+LECTURE = "When a network fails to train: training loss first, then validation; Ng, Machine Learning Yearning, 2018"
+SURE = 0.975  # one-sided confidence of every comparison
+HIGH = 0.5  # of the trivial loss: a training loss above that is high
+LOW = 0.1  # of the trivial loss: a training loss below that is low, and so is a gap
+CLOSE = 0.1  # of what the training loss is too high by: networks whose losses differ by less are alike
+HALF = 0.5  # of the gap, that the larger of its two causes has
+TOLD_APART = 0.6  # area under the ROC curve: two sets of inputs that a classifier tells apart
+
+CURES: dict[str, tuple[str, ...]] = {
+    "model bias": (
+        "use a larger or deeper network",
+        "give it inputs that say more",
+        "regularise less (weight decay, dropout, augmentation)",
+    ),
+    "optimization": (
+        "sweep the learning rate, with a warmup",
+        "train longer",
+        "normalise activations, add residual connections, start from a better initialisation",
+        "try another optimizer",
+    ),
+    "overfitting": (
+        "get more data, or augment it",
+        "regularise (weight decay, dropout)",
+        "stop early",
+        "use a smaller network",
+    ),
+    "mismatch": (
+        "train on data like those it is used on, or augment towards them",
+        "look at what tells the two sets apart, and make preprocessing the same",
+        "more data like the present ones will not help",
+    ),
+    "done": (),
+}
+OF_OPTIMIZATION = (
+    "diverged",
+    "training loss does not fall",
+    "training loss rises",
+    "falls too slowly",
+    "decayed too early",
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A loss, and how sure it is.
+
+    Args:
+        value: The loss.
+        error: Half the width of its 95 % interval; 0 if that is not known.
+    """
+
+    value: float
+    error: float = 0.0
+
+    @property
+    def low(self) -> float:
+        """The lower end of the interval."""
+        return self.value - self.error
+
+    @property
+    def high(self) -> float:
+        """The upper end of the interval."""
+        return self.value + self.error
+
+    @override
+    def __str__(self) -> str:
+        return f"{self.value:.3g} ± {self.error:.1g}" if self.error else f"{self.value:.3g}"
+
+    def __sub__(self, other: "Measured") -> "Measured":
+        """The difference of two losses that were measured independently."""
+        return Measured(self.value - other.value, math.hypot(self.error, other.error))
+
+
+def measured(name: str, loss: "float | Sequence[float] | Tensor | Measured") -> Measured:
+    """A loss given as a number, or as a sample whose mean it is (over examples, batches or seeds).
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If it is empty or not finite.
+
+    Example:
+        >>> str(measured("val_loss", [0.5, 0.7, 0.6, 0.6]))
+        '0.6 ± 0.1'
+    """
+    if isinstance(loss, Measured):
+        return loss
+    given: Any = loss.detach().flatten().tolist() if isinstance(loss, Tensor) else loss
+    values = [given] if isinstance(given, int | float) and not isinstance(given, bool) else given
+    if isinstance(values, bool | str) or not all(isinstance(each, int | float) for each in values):
+        raise TypeError(f"{name} must be a number or a sequence of numbers, got {loss!r}")
+    if not values or not all(map(math.isfinite, values)):
+        raise ValueError(f"{name} must be finite and at least one number, got {loss!r}")
+    if len(values) == 1:
+        return Measured(float(values[0]))
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return Measured(statistics.fmean(values), quantile(len(values), SURE) * error)
+
+
+@dataclass(frozen=True)
+class TwoSamples:
+    """How well a classifier tells two sets of inputs apart that it was not fitted on.
+
+    Args:
+        auc: Area under the ROC curve; 0.5 if the sets are of one distribution.
+        error: Half the width of its 95 % interval.
+        chance: How far from 0.5 it gets by chance, in 95 % of the cases, if they are.
+        samples: Of both sets together.
+    """
+
+    auc: float
+    error: float
+    chance: float
+    samples: int
+
+    @override
+    def __str__(self) -> str:
+        return (
+            f"a classifier tells the inputs of the two sets apart with an AUC of {self.auc:.3f} ± {self.error:.2g}"
+            f" ({self.samples:,} examples; by chance 0.5 ± {self.chance:.2g})"
+        )
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """A leaf of the tree.
+
+    Args:
+        leaf: ``"model bias"``, ``"optimization"``, ``"overfitting"``, ``"mismatch"``, ``"done"`` or ``"cannot tell"``.
+        finding: The evidence, and what to do; the rule is the leaf.
+        cures: What helps, the first first; where it cannot be told, what to measure next.
+    """
+
+    leaf: Leaf
+    finding: Finding
+    cures: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the tree is asked with; everything but the training loss may be missing.
+
+    Args:
+        train: Training loss, as the validation loss is taken: without dropout and penalties.
+        val: Validation loss.
+        target: A loss that would be good enough: what people reach, or what is wanted.
+        trivial: Loss of the best constant prediction: the entropy of the class prior, the variance of the targets. For
+            losses whose least value is 0.
+        smaller: Training loss of a smaller or shallower network on the same data.
+        held_out: Loss on a part of the training distribution that was not trained on.
+        samples: How well the inputs of training and validation can be told apart.
+        curves: Rules that the learning curves were found to follow.
+        step: Optimizer updates done.
+    """
+
+    train: Measured
+    val: Measured | None = None
+    target: float | None = None
+    trivial: float | None = None
+    smaller: Measured | None = None
+    held_out: Measured | None = None
+    samples: TwoSamples | None = None
+    curves: frozenset[str] = frozenset()
+    step: int = 0
+
+
+def decide(evidence: Evidence) -> Diagnosis:
+    """Walk down the tree: first the training loss, then the validation loss.
+
+    Training loss high: model bias or optimization; low, and validation high: overfitting or mismatch; else done. A loss
+    is high if the whole of its interval is above the target. Without a target the trivial loss is the measure: a
+    training loss above half of it is high and one below a tenth low, between them it cannot be told (unless a smaller
+    network has a lower one); and validation is high if it is more than a tenth of the trivial loss above training.
+
+    Example:
+        >>> decide(Evidence(Measured(0.02), Measured(0.9), target=0.1, held_out=Measured(0.05))).leaf
+        'mismatch'
+
+    References:
+        Ng, Machine Learning Yearning, 2018, chapters 20 to 44
+        He et al., Deep Residual Learning for Image Recognition, 2015 (a deeper network with a higher training loss):
+        https://arxiv.org/abs/1512.03385
+    """
+    train, target, trivial = evidence.train, evidence.target, evidence.trivial
+    if target is None and trivial is None:
+        return _leaf(
+            evidence,
+            "cannot tell",
+            f"The training loss is {train}, and nothing says whether that is high.",
+            (
+                "the loss of the best constant prediction (trivial_loss)",
+                "what people or a known model reach (target_loss)",
+            ),
+        )
+    if target is not None:
+        high, low, than = train.low > target, train.low <= target, f"the target of {target:g}"
+    else:
+        assert trivial is not None  # one of the two is there
+        high, low = train.low > HIGH * trivial, train.high < LOW * trivial
+        than = f"the trivial loss of {trivial:.3g}"
+    beaten = evidence.smaller is not None and (train - evidence.smaller).low > 0
+    if high or (beaten and not low):
+        return _of_training(evidence, f"{'high' if high else 'not low'} against {than}")
+    if low:
+        return _of_validation(evidence, than)
+    return _leaf(
+        evidence,
+        "cannot tell",
+        f"The training loss is {train}, neither low nor high against {than}.",
+        ("what people or a known model reach (target_loss)", "the training loss of a smaller and of a larger network"),
+    )
+
+
+def _of_training(evidence: Evidence, than: str) -> Diagnosis:
+    train, smaller = evidence.train, evidence.smaller
+    saw = f"The training loss is {train}, {than}"
+    of_curves = [rule for rule in OF_OPTIMIZATION if rule in evidence.curves]
+    if smaller is not None:
+        difference = train - smaller
+        too_high = train.value - (evidence.target if evidence.target is not None else 0.0)
+        if difference.low > 0 and difference.value > CLOSE * too_high:
+            return _leaf(
+                evidence,
+                "optimization",
+                f"{saw}, and a smaller network reaches {smaller}: the larger one could, too, and does not find it.",
+            )
+        if difference.high <= CLOSE * too_high and not of_curves:
+            than_smaller = "lower than" if difference.high < 0 else "no higher than"
+            return _leaf(
+                evidence,
+                "model bias",
+                f"{saw}, but {than_smaller} the {smaller} of a smaller network: size helps, or does no harm.",
+            )
+    if of_curves:
+        return _leaf(evidence, "optimization", f"{saw}, and the learning curves say: {', '.join(of_curves)}.")
+    if smaller is not None:
+        saw += f", and that of a smaller network is {smaller}: too uncertain to compare"
+        return _leaf(evidence, "cannot tell", f"{saw}.", ("both training losses with more seeds",))
+    return _leaf(
+        evidence,
+        "cannot tell",
+        f"{saw}; a network that is too small and one that is not trained well look alike.",
+        ("the training loss of a smaller or shallower network on the same data (smaller_train_loss)",),
+    )
+
+
+def _of_validation(evidence: Evidence, than: str) -> Diagnosis:
+    train, val = evidence.train, evidence.val
+    saw = f"The training loss is {train}, low against {than}"
+    if val is None:
+        return _leaf(
+            evidence, "cannot tell", f"{saw}; there is no validation loss.", ("the validation loss (val_loss)",)
+        )
+    gap = val - train
+    saw += f"; the validation loss is {val}"
+    if evidence.target is not None:
+        high, low = val.low > evidence.target, val.value <= evidence.target or val.low <= evidence.target
+    else:
+        bound = LOW * (evidence.trivial or 0.0)
+        high, low = gap.low > bound, gap.high <= bound
+    if high:
+        return _of_gap(evidence, saw, gap)
+    if low:
+        return _leaf(evidence, "done", f"{saw}, which is not high either.")
+    return _leaf(evidence, "cannot tell", f"{saw}: too uncertain.", ("the validation loss on more examples",))
+
+
+def _of_gap(evidence: Evidence, saw: str, gap: Measured) -> Diagnosis:
+    val, held_out, samples = evidence.val, evidence.held_out, evidence.samples
+    assert val is not None  # or there were no gap
+    saw += f", {gap} higher"
+    if held_out is not None:
+        shift, within = val - held_out, held_out - evidence.train
+        says = f"{saw}: {within} of that on held-out data of the training distribution, {shift} more on validation"
+        if shift.low > HALF * gap.value:
+            return _leaf(evidence, "mismatch", f"{says}.")
+        if shift.high <= HALF * gap.value:
+            return _leaf(evidence, "overfitting", f"{says}.")
+        return _leaf(evidence, "cannot tell", f"{says}: too uncertain.", ("both losses on more examples",))
+    if samples is not None:
+        if samples.auc - samples.error > TOLD_APART:
+            return _leaf(evidence, "mismatch", f"{saw}, and {samples}.")
+        if samples.auc + samples.error <= TOLD_APART:
+            return _leaf(evidence, "overfitting", f"{saw}, and the inputs are alike: {samples}.")
+        saw += f", and {samples}, which does not decide"
+    elif "overfitting" in evidence.curves or "best at the start" in evidence.curves:
+        return _leaf(evidence, "overfitting", f"{saw}, and it has grown while the training loss fell.")
+    return _leaf(
+        evidence,
+        "cannot tell",
+        f"{saw}; overfitting and data of another distribution look alike.",
+        (
+            "the loss on a held-out part of the training distribution (held_out_loss)",
+            "whether a classifier tells the inputs of the two sets apart (train_inputs and val_inputs)",
+        ),
+    )
+
+
+def _leaf(evidence: Evidence, leaf: Leaf, message: str, measure: tuple[str, ...] = ()) -> Diagnosis:
+    cures = measure or CURES[leaf]
+    if leaf == "done":
+        advice = "Nothing to cure: tune for the last bit, or ask for more (a lower target_loss)."
+    elif measure:
+        advice = f"Measure {'; or '.join(cures)}."
+    else:
+        advice = f"In this order: {'; '.join(cures)}."
+    numbers: dict[str, float | str] = {}
+    for name in ("train", "val", "smaller", "held_out"):
+        loss = getattr(evidence, name)
+        if loss is not None:
+            numbers |= {f"{name}_loss": loss.value, f"{name}_loss_error": loss.error}
+    for name in ("target", "trivial"):
+        if getattr(evidence, name) is not None:
+            numbers[f"{name}_loss"] = getattr(evidence, name)
+    if evidence.samples is not None:
+        samples = evidence.samples
+        numbers |= {"auc": samples.auc, "auc_error": samples.error, "auc_by_chance": samples.chance}
+    severity: Literal["info", "warning"] = "info" if leaf in ("done", "cannot tell") else "warning"
+    return Diagnosis(leaf, Finding(leaf, severity, message, advice, evidence.step, numbers, LECTURE), cures)

@@ -1,0 +1,307 @@
+import json
+import math
+import random
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from lightning_recipes.core.curves import BINS, CurvesRule, EpochProfile, RunningCurve, trend
+
+
+def rules_of(rule: CurvesRule) -> list[str]:
+    return [finding.rule for finding in rule.findings()]
+
+
+def trained(
+    level: Callable[[float], float],
+    noise: float = 0.05,
+    steps: int = 3000,
+    rate: Callable[[float], float] = lambda share: 0.1,
+    validation: Callable[[float], float] | None = None,
+    checks: int = 30,
+    jump: float = 0.0,
+    seed: int = 0,
+    target_loss: float | None = None,
+) -> CurvesRule:
+    """A run whose loss has a level, given the share of the run that is over, and noise."""
+    chance = random.Random(seed)
+    rule = CurvesRule(target_loss)
+    for step in range(1, steps + 1):
+        share = step / steps
+        rule.update(level(share) + chance.gauss(0, noise), rate(share), step)
+        if validation is not None and step % (steps // checks) == 0:
+            rule.check(validation(share) + chance.gauss(0, jump), step, share * checks)
+    return rule
+
+
+def learned(share: float) -> float:
+    """Falls within a tenth of the run and still a little at its end."""
+    return 0.3 + 2.0 * math.exp(-20 * share) + 0.2 * math.exp(-3 * share)
+
+
+# ------------------------------------------------------------------------------------------------ bounded memory
+
+
+@pytest.mark.parametrize("losses", [1, 7, BINS, BINS + 1, 2 * BINS, 5000])
+def test_bins_have_mean_and_spread_of_their_batches(losses: int) -> None:
+    chance = random.Random(losses)
+    values = [chance.gauss(1000, 2) for _ in range(losses)]
+    curve = RunningCurve()
+    for step, value in enumerate(values, 1):
+        curve.add(value, rate=step, step=step)
+    assert len(curve.bins) <= BINS
+    assert curve.batches == curve.losses == losses
+    size = curve.batches_per_bin
+    for index, each in enumerate(curve.bins):
+        part = values[index * size : (index + 1) * size]
+        assert (each.batches, each.losses) == (len(part), len(part))
+        assert each.mean == pytest.approx(statistics.fmean(part))
+        assert each.step == index * size + len(part)
+        assert each.rate == pytest.approx(statistics.fmean(range(index * size + 1, index * size + len(part) + 1)))
+        if len(part) > 1:
+            assert each.spread == pytest.approx(statistics.stdev(part))
+        else:
+            assert math.isnan(each.spread)
+    coarse = curve.coarse(50)
+    assert len(coarse) <= 50
+    assert sum(each.batches for each in coarse) == losses
+
+
+def test_what_is_not_finite_is_counted_and_kept_out() -> None:
+    curve = RunningCurve()
+    for step, value in enumerate([1.0, math.nan, 3.0, math.inf, -math.inf] * 200, 1):
+        curve.add(value, 0.1, step)
+    assert (curve.losses, curve.nonfinite, curve.lost, curve.lost_at) == (400, 600, 2, 999)
+    assert all(1.0 <= each.mean <= 3.0 for each in curve.bins if each.losses)
+    curve.add(2.0, 0.1, 1001)
+    assert curve.lost == 0
+
+
+def test_a_resumed_rule_goes_on_as_if_nothing_had_been() -> None:
+    def feed(rule: CurvesRule, steps: range) -> None:
+        for step in steps:
+            chance = random.Random(step)
+            rule.update(chance.gauss(1, 0.1), 0.1, step, step % 30 / 30)
+            if step % 30 == 0:
+                rule.check(chance.gauss(1, 0.1), step, step / 30, 0.5)
+
+    whole, first, second = CurvesRule(), CurvesRule(), CurvesRule(target_loss=0.1)
+    feed(whole, range(1, 2000))
+    feed(first, range(1, 977))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    feed(second, range(977, 2000))
+    assert second.state_dict() == whole.state_dict()
+    assert second.target_loss == 0.1
+
+
+# ------------------------------------------------------------------------------------------------ slopes
+
+
+def test_the_interval_of_a_slope_has_the_truth_in_it_as_often_as_it_says() -> None:
+    for correlation in (0.0, 0.9):
+        within = 0
+        for seed in range(400):
+            chance, noise, values = random.Random(seed), 0.0, []
+            for place in range(1000):
+                noise = correlation * noise + chance.gauss(0, 1)
+                values.append(noise - 2 * place / 1000)
+            line = trend(values)
+            within += abs(line.change + 2) <= line.error
+        assert 0.91 <= within / 400 <= 0.99
+
+
+def test_a_line_is_found_exactly() -> None:
+    line = trend([5.0 - 3 * place / 40 for place in range(40)])
+    assert line.change == pytest.approx(-3)
+    assert line.error == pytest.approx(0, abs=1e-9)
+    assert line.falls
+
+
+# ------------------------------------------------------------------------------------------------ what is said
+
+
+def test_nothing_is_said_of_a_healthy_run_whatever_the_scale_of_its_loss() -> None:
+    for factor, shift in ((1, 0), (1e-4, 0), (1000, 0), (1, -5), (1e-3, -1)):
+        rule = trained(
+            lambda share, a=factor, b=shift: a * learned(share) + b,
+            noise=0.05 * factor,
+            rate=lambda share: 0.1 * (1 - share),
+            validation=lambda share, a=factor, b=shift: a * (learned(share) + 0.1) + b,
+            jump=0.005 * factor,
+        )
+        assert rules_of(rule) == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_nothing_is_said_of_pure_noise_about_a_healthy_curve(seed: int) -> None:
+    schedule = [lambda share: 0.1, lambda share: 0.1 * (1 - share), lambda share: 0.1 * 0.1 ** (share > 0.5)][seed % 3]
+    rule = trained(learned, 0.3, rate=schedule, validation=learned, jump=0.01, seed=seed)
+    assert [finding.rule for finding in rule.findings() if finding.severity != "info"] == []
+
+
+def test_a_short_run_is_told_nothing() -> None:
+    assert rules_of(CurvesRule()) == []
+    assert rules_of(trained(lambda share: 2 - share, steps=99)) == []
+
+
+def test_a_loss_that_falls_as_fast_in_the_second_half_falls_too_slowly() -> None:
+    (finding,) = trained(lambda share: 2.3 - 0.4 * share).findings()
+    assert (finding.rule, finding.severity) == ("falls too slowly", "warning")
+    assert finding.evidence["second_half"] == pytest.approx(0.2, abs=0.03)
+    warmup = trained(lambda share: 2.3 - 2 * max(0, share - 0.2) ** 0.3, rate=lambda share: min(1, share / 0.2))
+    assert "falls too slowly" not in rules_of(warmup)
+    noisy = trained(lambda share: 2.3 - 0.02 * share, noise=1.0)
+    assert rules_of(noisy) == []
+
+
+def test_flat_at_a_constant_rate_is_told_and_since_when() -> None:
+    def level(share: float) -> float:
+        return 0.5 + 2 * math.exp(-30 * share)
+
+    (finding,) = trained(level, 0.2).findings()
+    assert (finding.rule, finding.severity) == ("falls fast, then flat", "info")
+    assert 200 <= float(finding.evidence["since"]) <= 1000
+    assert rules_of(trained(level, 0.2, rate=lambda share: 0.1 * (1 - share))) == []
+    assert rules_of(trained(level, 0.2, rate=lambda share: 0.1 if share < 0.2 else 0.01)) == []
+    assert rules_of(trained(level, 0.001)) == []  # has arrived
+
+
+def test_a_decay_that_came_too_early() -> None:
+    def early(share: float) -> float:
+        return 2.3 - 3 * share if share < 0.3 else 1.35 + 0.05 * math.exp(-50 * (share - 0.3))
+
+    def late(share: float) -> float:
+        return 0.8 + 1.5 * math.exp(-20 * share) if share < 0.5 else 0.5 + 0.3 * math.exp(-50 * (share - 0.5))
+
+    finding = trained(early, 0.1, rate=lambda share: 0.1 if share < 0.3 else 0.01).findings()[0]
+    assert (finding.rule, finding.severity) == ("decayed too early", "warning")
+    assert 870 <= float(finding.evidence["dropped_at"]) <= 930
+    assert rules_of(trained(late, 0.1, rate=lambda share: 0.1 if share < 0.5 else 0.01)) == []
+    assert "decayed too early" not in rules_of(trained(early, 0.1))  # nothing was dropped
+
+
+@pytest.mark.parametrize("schedule", [lambda share: 0.1, lambda share: math.nan])
+def test_divergence(schedule: Any) -> None:
+    def explodes(share: float) -> float:
+        return 2.3 if share < 0.02 else 2.35 + 80 * math.exp(-20 * share)
+
+    for rule in (
+        trained(explodes, rate=schedule, validation=explodes),
+        trained(lambda share: math.nan if share > 0.7 else learned(share), validation=learned),
+        trained(learned, validation=lambda share: math.inf if share > 0.9 else learned(share)),
+    ):
+        (finding,) = rule.findings()
+        assert (finding.rule, finding.severity) == ("diverged", "error")
+
+
+def test_single_losses_that_are_not_finite_are_no_divergence() -> None:
+    rule = trained(learned, rate=lambda share: 1 - share)
+    for step in range(3001, 3005):
+        rule.update(math.nan, 0.0, step)
+    assert rules_of(rule) == []
+    rule.update(math.nan, 0.0, 3005)
+    assert rules_of(rule) == ["diverged"]
+    rule.update(0.3, 0.0, 3006)
+    assert rules_of(rule) == []
+
+
+def test_a_rate_that_is_not_known_yet_is_no_rate() -> None:
+    curve = RunningCurve()
+    for step in range(2 * BINS):
+        curve.add(1.0, math.nan if step < 3 else 0.5, step)
+    assert [each.rate for each in curve.bins[:3]] == pytest.approx([math.nan, 0.5, 0.5], nan_ok=True)
+
+
+def test_few_losses_among_many_that_are_not_finite_are_not_read() -> None:
+    rule = CurvesRule(target_loss=0.0)
+    for step in range(20_000):
+        rule.update(1.0 if step < 120 or step == 19_999 else math.nan, 0.1, step)
+    assert rules_of(rule) == []
+
+
+def test_jumps_are_told_without_a_training_loss() -> None:
+    rule, chance = CurvesRule(), random.Random(0)
+    for check in range(30):
+        rule.check(2 * math.exp(-check / 3) + chance.gauss(0, 0.2), check)
+    assert rules_of(rule) == ["validation jumps"]
+
+
+def test_a_loss_that_stays_where_it_was() -> None:
+    (finding,) = trained(lambda share: 2.303, 0.03).findings()
+    assert (finding.rule, finding.severity) == ("training loss does not fall", "warning")
+
+
+def test_a_loss_that_rises_without_any_validation() -> None:
+    rule = trained(lambda share: learned(share) + max(0, share - 0.5))
+    assert "training loss rises" in rules_of(rule)
+    restart = trained(
+        lambda share: learned(share) + (0.8 if share > 0.9 else 0), rate=lambda share: 1 if share > 0.9 else 1 - share
+    )
+    assert "training loss rises" not in rules_of(restart)
+
+
+def test_overfitting_and_validation_that_jumps() -> None:
+    rule = trained(
+        lambda share: 2.3 * math.exp(-5 * share), 0.02, rate=lambda share: 1 - share,
+        validation=lambda share: 0.5 + 2 * (share - 0.3) ** 2,
+    )  # fmt: skip
+    assert rules_of(rule) == ["overfitting"]
+    jumpy = trained(learned, rate=lambda share: 1 - share, validation=learned, jump=0.15)
+    assert [(finding.rule, finding.severity) for finding in jumpy.findings()] == [("validation jumps", "info")]
+    slight = trained(learned, rate=lambda share: 1 - share, validation=lambda share: learned(share) + 0.02 * share)
+    assert rules_of(slight) == []
+
+
+def test_underfitting_only_where_a_target_is_known() -> None:
+    for target, expected in ((None, []), (0.1, ["underfitting"]), (0.4, [])):
+        rule = trained(
+            lambda share: 0.3 + math.exp(-20 * share), 0.02, rate=lambda share: 1 - share,
+            validation=lambda share: 0.31 + math.exp(-20 * share), target_loss=target,
+        )  # fmt: skip
+        assert rules_of(rule) == expected
+
+
+# ------------------------------------------------------------------------------------------------ data order
+
+
+def epochs_of(pattern: Callable[[int], float], epochs: int, batches: int = 40, seed: int = 0) -> EpochProfile:
+    profile, chance = EpochProfile(), random.Random(seed)
+    for epoch in range(epochs + 1):
+        for batch in range(batches):
+            profile.add(pattern(batch) * 0.8**epoch + chance.gauss(0, 0.1), batch / batches)
+    return profile
+
+
+def test_a_shared_pattern_is_told_from_chance() -> None:
+    assert epochs_of(lambda batch: 1.0, 5).period() is None
+    periods = [epochs_of(lambda batch: 1.0, 10, seed=seed).period() for seed in range(300)]
+    assert statistics.fmean(period.chance for period in periods if period) == pytest.approx(6, abs=0.6)
+    assert max(period.chance for period in periods if period) < 26
+    sorted_data = epochs_of(lambda batch: float(batch // 10 % 2), 10).period()
+    assert sorted_data is not None
+    assert sorted_data.chance > 50
+    assert sorted_data.neighbours > 5
+    slope = epochs_of(lambda batch: batch / 40, 10).period()  # as where each epoch is a little worse at its end
+    assert slope is not None
+    assert slope.chance < 26
+
+
+def test_data_sorted_by_class_are_told() -> None:
+    rule, chance = CurvesRule(), random.Random(0)
+    for epoch in range(12):
+        for batch in range(40):
+            level = 2.3 * 0.8 ** (epoch + batch / 40)
+            rule.update(
+                level * (1 + 0.8 * (batch // 10 % 2)) + chance.gauss(0, 0.02), 0.1, 40 * epoch + batch, batch / 40
+            )
+    finding = next(finding for finding in rule.findings() if finding.rule == "periodic training loss")
+    assert finding.severity == "warning"
+
+
+def test_bad_arguments_are_refused() -> None:
+    with pytest.raises(ValueError, match="target_loss must be a number"):
+        CurvesRule(math.nan)
+    with pytest.raises(TypeError, match="target_loss must be a number"):
+        CurvesRule("low")  # type: ignore[arg-type]

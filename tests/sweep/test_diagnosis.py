@@ -1,0 +1,212 @@
+"""The tree on trainings of real digits."""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_recipes import LearningCurves
+from lightning_recipes.core.curves import CurvesRule
+from lightning_recipes.sweep import diagnose, two_sample_test
+
+Split = tuple[Tensor, Tensor]
+
+
+@functools.cache
+def digits() -> dict[str, Split]:
+    """Real handwritten digits: 900 to train, 300 held out, 500 to validate."""
+    load_digits = pytest.importorskip("sklearn.datasets").load_digits
+    images, labels = (torch.tensor(array) for array in load_digits(return_X_y=True))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    images, labels = (images[order].float() / 16 - 0.3) / 0.38, labels[order]
+    parts = {"train": slice(0, 900), "held_out": slice(900, 1200), "val": slice(1200, 1700)}
+    return {name: (images[part], labels[part]) for name, part in parts.items()}
+
+
+def perceptron(*sizes: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+    layers = [layer for a, b in itertools.pairwise(sizes) for layer in (nn.Linear(a, b), activation())]
+    return nn.Sequential(*layers[:-1])
+
+
+def trained(make: Callable[[], nn.Module], data: Split, seed: int = 0, steps: int = 400) -> nn.Module:
+    torch.manual_seed(seed)
+    net, (inputs, targets) = make(), data
+    optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
+    for _ in range(steps):
+        part = torch.randint(len(inputs), (32,))
+        loss = nn.functional.cross_entropy(net(inputs[part]), targets[part])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return net
+
+
+@torch.no_grad()
+def losses(net: nn.Module, data: Split) -> Tensor:
+    """Of each example."""
+    return nn.functional.cross_entropy(net(data[0]), data[1], reduction="none")
+
+
+def of_seeds(make: Callable[[], nn.Module], data: Split) -> list[float]:
+    return [float(losses(trained(make, data, seed, 250), data).mean()) for seed in range(3)]
+
+
+def test_a_network_that_is_too_small() -> None:
+    data = digits()["train"]
+    smaller = of_seeds(lambda: perceptron(64, 1, 10), data)
+    net = trained(lambda: perceptron(64, 2, 10), data)
+    diagnosis = diagnose(losses(net, data), losses(net, digits()["val"]), 0.1, smaller_train_loss=smaller)
+    assert diagnosis.leaf == "model bias"
+    assert "larger" in diagnosis.cures[0]
+
+
+def test_a_deep_network_that_does_not_train_while_a_shallow_one_does() -> None:
+    data = digits()["train"]
+
+    def deep() -> nn.Module:
+        return perceptron(64, *[32] * 12, 10, activation=nn.Sigmoid)
+
+    shallow = of_seeds(lambda: perceptron(64, 32, 10, activation=nn.Sigmoid), data)
+    for reference in ({"target_loss": 0.1}, {"trivial_loss": math.log(10)}):
+        diagnosis = diagnose(of_seeds(deep, data), smaller_train_loss=shallow, **reference)
+        assert diagnosis.leaf == "optimization"
+
+
+@functools.cache
+def overfitted() -> nn.Module:
+    return trained(lambda: perceptron(64, 128, 10), few(), steps=1500)
+
+
+@functools.cache
+def few() -> Split:
+    """Few samples, three in ten with a wrong label."""
+    inputs, labels = (each[:150] for each in digits()["train"])
+    wrong = torch.rand(len(labels), generator=torch.Generator().manual_seed(1)) < 0.3
+    return inputs, torch.where(wrong, (labels + 3) % 10, labels)
+
+
+def test_few_samples_with_wrong_labels() -> None:
+    net, val = overfitted(), digits()["val"]
+    train, validation, held_out = (losses(net, data) for data in (few(), val, digits()["held_out"]))
+    with_held_out = diagnose(train, validation, 0.3, held_out_loss=held_out)
+    with_inputs = diagnose(train, validation, trivial_loss=math.log(10), train_inputs=few()[0], val_inputs=val[0])
+    assert (with_held_out.leaf, with_inputs.leaf) == ("overfitting", "overfitting")
+    assert diagnose(train, validation, 0.3).leaf == "cannot tell"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda images: -images, lambda images: images.roll(2, 2), lambda images: images.rot90(1, (1, 2))],
+    ids=["inverted", "shifted", "rotated"],
+)
+def test_validation_data_of_another_distribution(change: Callable[[Tensor], Tensor]) -> None:
+    train, (inputs, labels) = digits()["train"], digits()["val"]
+    val = change(inputs.view(-1, 8, 8)).flatten(1), labels
+    net = healthy()
+    found = [losses(net, data) for data in (train, val, digits()["held_out"])]
+    assert diagnose(*found[:2], 0.3, held_out_loss=found[2]).leaf == "mismatch"
+    diagnosis = diagnose(*found[:2], 0.3, train_inputs=train[0], val_inputs=val[0])
+    assert diagnosis.leaf == "mismatch"
+    assert float(diagnosis.finding.evidence["auc"]) > 0.95
+
+
+@functools.cache
+def healthy() -> nn.Module:
+    return trained(lambda: perceptron(64, 64, 10), digits()["train"])
+
+
+def test_a_healthy_one() -> None:
+    found = [losses(healthy(), digits()[name]) for name in ("train", "val")]
+    for reference in ({"target_loss": 0.3}, {"trivial_loss": math.log(10)}):
+        assert diagnose(*found, **reference).leaf == "done"
+
+
+# ---------------------------------------------------------------------------------------------- the curves
+
+
+def curves(train: Callable[[float], float], val: Callable[[float], float]) -> CurvesRule:
+    rule, generator = CurvesRule(), torch.Generator().manual_seed(0)
+    noise = (0.02 * torch.randn(2000, generator=generator)).tolist()
+    for step in range(1, 2001):
+        rule.update(train(step / 2000) + noise[step - 1], 0.1, step)
+        if step % 100 == 0:
+            rule.check(val(step / 2000), step)
+    return rule
+
+
+def test_losses_and_readings_come_from_the_curves() -> None:
+    slow = curves(lambda share: 2.3 - 0.3 * share, lambda share: 2.3 - 0.3 * share)
+    assert diagnose(trivial_loss=2.3, curves=slow).leaf == "optimization"
+    overfits = curves(lambda share: 2.3 * math.exp(-9 * share), lambda share: 0.6 + (share - 0.3) ** 2)
+    diagnosis = diagnose(trivial_loss=2.3, curves=overfits)
+    assert (diagnosis.leaf, diagnosis.finding.step) == ("overfitting", 2000)
+    assert float(diagnosis.finding.evidence["val_loss"]) == pytest.approx(1.0, abs=0.1)
+    with pytest.raises(TypeError, match="there must be a training loss"):
+        diagnose(trivial_loss=2.3, curves=LearningCurves())
+
+
+# ---------------------------------------------------------------------------------------------- two samples
+
+
+def test_samples_of_one_distribution_are_told_apart_as_seldom_as_chance_says() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tests = []
+    for seed in range(8):
+        first, second = (torch.randn(150, 8, generator=generator) for _ in range(2))
+        tests.append(two_sample_test(first, second, seed=seed))
+    assert sum(abs(each.auc - 0.5) > each.chance for each in tests) <= 2
+    assert sum(each.auc for each in tests) / 8 == pytest.approx(0.5, abs=0.03)
+    assert all(each.samples == 300 for each in tests)
+
+
+def test_what_only_a_curved_border_tells_apart() -> None:
+    generator = torch.Generator().manual_seed(0)
+    narrow, wide = torch.randn(400, 2, generator=generator), 2.5 * torch.randn(400, 2, generator=generator)
+    found = two_sample_test(narrow, wide)
+    assert found.auc - found.error > 0.7
+    again = two_sample_test(narrow, wide, features=lambda inputs: inputs.abs())
+    assert again.auc > 0.75
+
+
+def test_batches_pairs_and_numbers_are_taken_and_the_random_state_left_alone() -> None:
+    inputs, labels = digits()["train"]
+    before = torch.random.get_rng_state()
+    with torch.inference_mode():
+        whole = two_sample_test(inputs[:100], inputs[100:200])
+    batches = [(inputs[:40], labels[:40]), (inputs[40:100], labels[40:100])]
+    assert two_sample_test(batches, inputs[100:200]) == whole
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert two_sample_test(torch.zeros(30), torch.ones(30)).auc == 1.0
+    assert two_sample_test(torch.zeros(30), torch.zeros(30)).auc == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, TypeError, "there must be a training loss"),
+        ({"train_loss": 1.0, "trivial_loss": 0.0}, ValueError, "trivial_loss must be a number above 0"),
+        ({"train_loss": 1.0, "target_loss": math.nan}, ValueError, "target_loss must be a number"),
+        ({"train_loss": 1.0, "curves": 3}, TypeError, "curves must be LearningCurves or its rule, got 3"),
+        ({"train_loss": 1.0, "train_inputs": torch.zeros(30, 1)}, TypeError, "the inputs of both sets"),
+        ({"train_loss": 1.0, "train_inputs": torch.zeros(9, 1), "val_inputs": torch.zeros(30, 1)}, ValueError, "20"),
+        ({"train_loss": 1.0, "train_inputs": [3], "val_inputs": torch.zeros(30, 1)}, TypeError, "must be a tensor"),
+        (
+            {"train_loss": 1.0, "train_inputs": torch.zeros(30, 1), "val_inputs": torch.zeros(30, 2)},
+            ValueError,
+            "must have one shape",
+        ),
+        (
+            {"train_loss": 1.0, "train_inputs": torch.full((30, 1), math.nan), "val_inputs": torch.zeros(30, 1)},
+            ValueError,
+            "inputs must be finite",
+        ),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        diagnose(**arguments)
