@@ -3,7 +3,9 @@
 from lightning_recipes.callbacks.averaging import EMAWeights
 from lightning_recipes.callbacks.clipping import PercentileGradientClipping
 from lightning_recipes.callbacks.early_stopping import EarlyStopping
+from lightning_recipes.callbacks.initial_loss import InitialLossCheck
 from lightning_recipes.callbacks.instability import InstabilityDetector
+from lightning_recipes.callbacks.overfit import OverfitCheck
 from lightning_recipes.callbacks.schedules import LearningRateSchedule
 from lightning_recipes.callbacks.snapshots import SnapshotEnsemble
 from lightning_recipes.callbacks.warmup import WarmupSweep
@@ -11,8 +13,10 @@ from lightning_recipes.callbacks.warmup import WarmupSweep
 __all__ = [
     "EMAWeights",
     "EarlyStopping",
+    "InitialLossCheck",
     "InstabilityDetector",
     "LearningRateSchedule",
+    "OverfitCheck",
     "PercentileGradientClipping",
     "SnapshotEnsemble",
     "WarmupSweep",
