@@ -333,7 +333,7 @@ class _Drive(pl.Callback):
         criteria, losses, self._criteria, self._losses = self._criteria, self._losses, [], []
         excess = self.rule.measure(mean_loss(losses), criteria)
         if self.seen is not None and len(self.rule.losses) == 1:
-            self.seen.known, self.seen.alike, self.seen.far = self.rule.known, self.rule.alike, self.rule.far
+            self.seen.known, self.seen.one_label, self.seen.far = self.rule.known, self.rule.one_label, self.rule.far
             self.seen.activation = activation_of(criteria)
         self._last = criteria
         if self.rule.follow(float(mean_over_ranks(trainer, torch.tensor(excess)))):
@@ -358,7 +358,7 @@ class _Drive(pl.Callback):
         if math.isfinite(rule.excess):
             now = self._look(trainer, pl_module)
             seen.dependence.or_(now)
-            if abs(rule.excess) <= LEARNT and not rule.alike and now.zeroed and len(self.sample) == 1:
+            if abs(rule.excess) <= LEARNT and not rule.one_label and now.zeroed and len(self.sample) == 1:
                 seen.leaked = rule.measure(math.nan, now.zeroed) <= LEARNT
                 rule.losses.pop()
 

@@ -18,6 +18,7 @@ LEARNT = 0.03  # of the loss of the best constant output
 STUCK = 0.5  # of it: a training that is still above has learnt next to nothing
 STILL = 0.9  # of what it was at two thirds: a training above does not get any further
 RISEN = 1.5  # times the loss of the best constant output, while what is trained falls
+SHOT_UP = 10.0  # excess after which a sample that is learnt in the end is worth a word
 UNSTABLE = 2.0  # excess that no training at a learning rate in order gets to, once it has begun
 FACTORS = (10.0, 0.1, 100.0, 0.01)  # of the learning rate
 
@@ -32,8 +33,9 @@ class _Group:
         self.least = sum(_floor(call) for call in calls) / len(calls)
         if calls[0].kind == "classes" and calls[0].reduction != "sum":
             self.least = max(self.least, least)
-        self.constant, self.alike = constant, constant - self.least <= 1e-3 * max(abs(self.start), abs(constant))
-        self.far = self.start - self.least > 10 * (constant - self.least) and calls[0].kind in ("squares", "absolute")
+        regression = calls[0].kind in ("squares", "absolute")
+        self.one_label = constant - self.least <= (1e-9 if regression else 1e-3) * max(abs(self.start), abs(constant))
+        self.far = regression and self.start - self.least > 10 * (constant - self.least)
         self.reference = min(constant, self.start) if self.start > self.least else constant
 
     def excess(self, calls: list[Criterion]) -> float:
@@ -86,7 +88,7 @@ class FitRule:
         self.curve: list[float] = []
         self.losses: list[float] = []
         self.beyond = 0.0
-        self.known = self.alike = self.far = False
+        self.known = self.one_label = self.far = False
         self._least = least_loss
         self._groups: dict[str, _Group] = {}
 
@@ -103,13 +105,15 @@ class FitRule:
                 calls.setdefault(f"{call.name} {tuple(call.outputs.shape[1:])}", []).append(call)
         if not self._groups and not self.losses:
             self._groups = {key: _Group(same, self._least) for key, same in calls.items()}
-            self.alike = bool(self._groups) and all(group.alike for group in self._groups.values())
+            self.one_label = bool(self._groups) and all(group.one_label for group in self._groups.values())
             self.far = any(group.far for group in self._groups.values())
             self.known = bool(self._groups)
         self.losses.append(loss)
         if not self.known:
             return loss / self.losses[0] if self.losses[0] > 0 else math.nan
-        excesses = [group.excess(calls[key]) for key, group in self._groups.items() if key in calls and not group.alike]
+        excesses = [
+            group.excess(calls[key]) for key, group in self._groups.items() if key in calls and not group.one_label
+        ]
         return max(excesses, default=0.0, key=lambda value: (math.isnan(value), value))
 
     def follow(self, excess: float) -> bool:
@@ -186,7 +190,7 @@ class Symptoms:
     Args:
         examples: In the sample.
         known: Whether the criteria are known.
-        alike: Whether all targets are the same.
+        one_label: Whether all targets are the same.
         far: Whether the targets of a regression are far from where the outputs start.
         optimizers: How many.
         trainable: Parameters that require a gradient, in numbers.
@@ -204,7 +208,7 @@ class Symptoms:
 
     examples: int = 0
     known: bool = False
-    alike: bool = False
+    one_label: bool = False
     far: bool = False
     optimizers: int = 1
     trainable: int = 0
@@ -223,10 +227,9 @@ class Symptoms:
     def explained(self) -> bool:
         """Whether a failure has a cause that no other learning rate would change, or may be in order."""
         found = self.dependence
-        blind = found.inputs > 0 and not found.used
         if not self.known or self.optimizers > 1 or not found.targets_given:
             return True
-        causes = (self.unowned, self.carried, self.activation, self.alike, self.far, blind, found.alike)
+        causes = (self.unowned, self.carried, self.activation, self.one_label, self.far, not found.used, found.alike)
         return any(map(bool, causes))
 
 
@@ -407,7 +410,7 @@ class _Judge:
                 f"The loss of {sample} is not finite before the first update.",
                 "Look for NaN in the data, and for a logarithm or a division by zero.",
             )
-        elif seen.alike:
+        elif seen.one_label:
             self.say(
                 "labels all alike",
                 "info",
@@ -429,6 +432,14 @@ class _Judge:
                 f"The loss falls to {first.last_loss:.3g}, below what it can be of probabilities.",
                 "Give nll_loss the result of log_softmax, binary_cross_entropy that of sigmoid, and targets in 0..1.",
             )
+        elif first.learnt and first.most_excess > SHOT_UP * max(1.0, first.first_excess):
+            self.say(
+                "learning rate too high",
+                "info",
+                f"{sample} are learnt by heart in {first.steps} updates, after the loss was up at "
+                f"{first.most_excess:.3g} times that of a constant output.",
+                "Try a lower learning rate or a warmup.",
+            )
         elif first.learnt:
             self.say(
                 "overfits a small sample",
@@ -436,7 +447,7 @@ class _Judge:
                 f"{sample} are learnt by heart in {first.steps} updates, as they should be.",
                 "Go on.",
             )
-        elif found.alike or (found.inputs and not found.used):
+        elif found.alike or (found.targets_given and not found.used):
             what = "The inputs of all examples are the same" if found.alike else "No output depends on its input"
             self.say(
                 "input without information",

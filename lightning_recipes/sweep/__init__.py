@@ -1,5 +1,6 @@
 """Recipes that run trainings."""
 
+from lightning_recipes.sweep.capacity import compare_capacity
 from lightning_recipes.sweep.ensembles import ensemble_from_checkpoints, train_ensemble
 from lightning_recipes.sweep.learning_rate import learning_rate_sweep
 from lightning_recipes.sweep.probe import EarlyInstability, early_instability_probe
@@ -10,6 +11,7 @@ __all__ = [
     "EarlyInstability",
     "OptunaRunner",
     "RayRunner",
+    "compare_capacity",
     "early_instability_probe",
     "ensemble_from_checkpoints",
     "learning_rate_sweep",
