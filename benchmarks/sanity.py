@@ -375,7 +375,7 @@ def cases() -> Iterator[Case]:
 
 
 def other_cases() -> Iterator[Case]:
-    """Set-ups that nothing was tuned on."""
+    """More kinds of trainings."""
     text, letters = prose()
     ids = torch.cat([text[0], text[1][:, -1:]], 1)
 
