@@ -4,8 +4,10 @@ from lightning_recipes.callbacks.averaging import EMAWeights
 from lightning_recipes.callbacks.clipping import PercentileGradientClipping
 from lightning_recipes.callbacks.curves import LearningCurves
 from lightning_recipes.callbacks.early_stopping import EarlyStopping
+from lightning_recipes.callbacks.initial_loss import InitialLossCheck
 from lightning_recipes.callbacks.instability import InstabilityDetector
 from lightning_recipes.callbacks.noise_scale import GradientNoiseScale
+from lightning_recipes.callbacks.overfit import OverfitCheck
 from lightning_recipes.callbacks.report import TrainingReport
 from lightning_recipes.callbacks.schedules import LearningRateSchedule
 from lightning_recipes.callbacks.snapshots import SnapshotEnsemble
@@ -16,9 +18,11 @@ __all__ = [
     "EMAWeights",
     "EarlyStopping",
     "GradientNoiseScale",
+    "InitialLossCheck",
     "InstabilityDetector",
     "LearningCurves",
     "LearningRateSchedule",
+    "OverfitCheck",
     "PercentileGradientClipping",
     "SnapshotEnsemble",
     "TrainingReport",

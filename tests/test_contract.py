@@ -23,6 +23,7 @@ NAMES = lightning_recipes.__all__
 RECIPES = [name for name in NAMES if issubclass(getattr(lightning_recipes, name), pl.Callback)]
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "EarlyStopping": {"monitor": "val_loss", "strict": False},  # cannot do without
+    "OverfitCheck": {"max_steps": 10},  # the default takes its time, and these runs are many
     "SnapshotEnsemble": {"cycles": 2},  # more do not fit into the shortest runs
 }
 

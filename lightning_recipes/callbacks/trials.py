@@ -176,7 +176,7 @@ class ModuleTrials:
         with ExitStack() as put_back:
             put_back.enter_context(isolate_rng())
             put_back.enter_context(quiet())
-            put_back.enter_context(_same_environment())
+            put_back.enter_context(same_environment())
             put_back.enter_context(same_loaders(seed, self.train_dataloaders, self.datamodule))
             folder = put_back.enter_context(tempfile.TemporaryDirectory())
             if seed:
@@ -266,6 +266,33 @@ class _Run(pl.Callback):
         let_go(trainer)
 
 
+def settings_of(trainer: pl.Trainer) -> dict[str, Any]:
+    """How a Trainer of a trial trains as this one does."""
+    run: Any = trainer  # connectors set some attributes
+    return {
+        "strategy": lambda: _like(trainer.strategy),
+        "accelerator": trainer.strategy.root_device.type,
+        "devices": trainer.num_devices,
+        "num_nodes": trainer.num_nodes,
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "gradient_clip_val": trainer.gradient_clip_val,
+        "gradient_clip_algorithm": trainer.gradient_clip_algorithm,
+        "limit_train_batches": run.limit_train_batches,
+        "use_distributed_sampler": False,  # the loaders have it
+    }
+
+
+def _like(strategy: Any) -> Any:
+    """A strategy on the same devices, and processes, with a model of its own."""
+    own = copy.copy(strategy)
+    own._precision_plugin = copy.deepcopy(strategy._precision_plugin)
+    own._model = own._lightning_module = own._launcher = own._accelerator = None
+    own._optimizers, own._lightning_optimizers, own.lr_scheduler_configs = [], [], []
+    own._forward_redirection = copy.copy(strategy._forward_redirection)
+    own._configure_launcher = lambda: None  # the processes are there
+    return own
+
+
 def seed_all(seed: int) -> None:
     """Seed all random numbers."""
     random.seed(seed)
@@ -290,7 +317,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _same_environment() -> Iterator[None]:
+def same_environment() -> Iterator[None]:
     """Put back what a strategy takes away when it is done; by what it adds the next one knows that ranks are there."""
     before = dict(os.environ)
     try:

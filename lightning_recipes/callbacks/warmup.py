@@ -1,6 +1,5 @@
 """Find the warmup that a training needs before it starts, and use it."""
 
-import copy
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from lightning_recipes.callbacks.learning_rates import (
 )
 from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.telling import run_folder, show, tell
-from lightning_recipes.callbacks.trials import ModuleTrials, peak_rate, progress, run_trials
+from lightning_recipes.callbacks.trials import ModuleTrials, peak_rate, progress, run_trials, settings_of
 from lightning_recipes.core.arguments import check_count
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.per_optimizer import PerOptimizer
@@ -146,7 +145,7 @@ class WarmupSweep(pl.Callback):
         own = peak_rate(trainer.optimizers[0].param_groups[0])
         search = WarmupSearch(own, int(steps), *self._asked)
         path, known = self._prepare(trainer)
-        train = ModuleTrials(lambda _: pl_module, trainer.train_dataloader, None, _settings_of(trainer), own)
+        train = ModuleTrials(lambda _: pl_module, trainer.train_dataloader, None, settings_of(trainer), own)
         with progress("warmup sweep", search.most_steps, self.show_progress and trainer.is_global_zero) as told:
             outcomes = run_trials(search, train, path, told, known)
         self.result = search.result(outcomes)
@@ -203,30 +202,3 @@ def _too_short(steps: int) -> Finding:
         advice=f"Sweep for a run of {LEAST} updates or more, or give WarmupSweep(max_steps=...).",
         step=0,
     )
-
-
-def _settings_of(trainer: pl.Trainer) -> dict[str, Any]:
-    """How a Trainer of a trial trains as this one does."""
-    run: Any = trainer  # connectors set some attributes
-    return {
-        "strategy": lambda: _like(trainer.strategy),
-        "accelerator": trainer.strategy.root_device.type,
-        "devices": trainer.num_devices,
-        "num_nodes": trainer.num_nodes,
-        "accumulate_grad_batches": trainer.accumulate_grad_batches,
-        "gradient_clip_val": trainer.gradient_clip_val,
-        "gradient_clip_algorithm": trainer.gradient_clip_algorithm,
-        "limit_train_batches": run.limit_train_batches,
-        "use_distributed_sampler": False,  # the loaders have it
-    }
-
-
-def _like(strategy: Any) -> Any:
-    """A strategy on the same devices, and processes, with a model of its own."""
-    own = copy.copy(strategy)
-    own._precision_plugin = copy.deepcopy(strategy._precision_plugin)
-    own._model = own._lightning_module = own._launcher = own._accelerator = None
-    own._optimizers, own._lightning_optimizers, own.lr_scheduler_configs = [], [], []
-    own._forward_redirection = copy.copy(strategy._forward_redirection)
-    own._configure_launcher = lambda: None  # the processes are there
-    return own

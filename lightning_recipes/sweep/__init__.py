@@ -1,5 +1,6 @@
 """Recipes that run trainings."""
 
+from lightning_recipes.sweep.capacity import compare_capacity
 from lightning_recipes.sweep.diagnosis import diagnose, two_sample_test
 from lightning_recipes.sweep.ensembles import ensemble_from_checkpoints, train_ensemble
 from lightning_recipes.sweep.learning_rate import learning_rate_sweep
@@ -11,6 +12,7 @@ __all__ = [
     "EarlyInstability",
     "OptunaRunner",
     "RayRunner",
+    "compare_capacity",
     "diagnose",
     "early_instability_probe",
     "ensemble_from_checkpoints",

@@ -1,0 +1,143 @@
+"""Train a copy of the module for a few steps before training starts, as the run would, and leave no trace of it."""
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_recipes.callbacks.sharding import is_sharded
+from lightning_recipes.callbacks.trials import of_its_own, quiet, same_environment, same_loaders, settings_of
+
+
+def refuse_shards(name: str, trainer: pl.Trainer) -> None:
+    """Refuse a model in shards, which has no copies."""
+    if is_sharded(trainer) or isinstance(trainer.strategy, DeepSpeedStrategy):
+        raise MisconfigurationException(
+            f"{name} cannot train copies of a model in shards ({type(trainer.strategy).__name__}): check it on one"
+            " device, at a small size if need be, and train without this callback"
+        )
+
+
+def is_fresh(trainer: pl.Trainer) -> bool:
+    """Whether a run starts that is worth a check: not one that is resumed, nor ``fast_dev_run``."""
+    run: Any = trainer  # connectors set some attributes
+    return not (trainer.ckpt_path or trainer.global_step or run.fast_dev_run)
+
+
+@contextmanager
+def first_batches(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Iterable[Any]]:
+    """The batches that training will begin with, on the device, read from loaders that are left as they are.
+
+    Nothing comes from loaders that can be read only once.
+    """
+    loaders = trainer.train_dataloader
+    if any(isinstance(each, Iterator) or isinstance(_data(each), Iterator) for each in tree_leaves(loaders)):
+        yield ()
+        return
+    with isolate_rng(), quiet(), same_loaders(0, loaders, None):
+        combined = CombinedLoader(tree_map(of_its_own, loaders), trainer.fit_loop._combined_loader._mode)  # type: ignore[union-attr]
+        most = trainer.num_training_batches
+        yield (
+            on_device(trainer, pl_module, batch)
+            for batch, *_ in islice(combined, None if most == float("inf") else int(most))
+        )
+
+
+def _data(loader: Any) -> Any:
+    return getattr(loader, "dataset", None)
+
+
+def on_device(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Any:
+    """A batch as the training step gets it."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def rehearse(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    batches: Sequence[Any],
+    steps: int,
+    watch: pl.Callback,
+    prepare: Callable[[pl.LightningModule], None],
+) -> None:
+    """Train a copy on the same batches again and again, by a Trainer of its own; an update takes all of them.
+
+    Args:
+        trainer: Of the run.
+        pl_module: To be copied.
+        batches: On the device.
+        steps: Updates at most.
+        watch: The only callback.
+        prepare: Is given the copy first.
+    """
+    with ExitStack() as put_back:
+        put_back.enter_context(isolate_rng())
+        put_back.enter_context(quiet())
+        put_back.enter_context(same_environment())
+        folder = put_back.enter_context(tempfile.TemporaryDirectory())
+        module: Any = copy.deepcopy(pl_module)
+        module.configure_callbacks = list
+        module.prepare_data = module.setup = module.configure_model = _nothing  # it is set up
+        module.on_before_batch_transfer = module.transfer_batch_to_device = module.on_after_batch_transfer = _as_it_is
+        prepare(module)
+        settings = {name: value() if callable(value) else value for name, value in settings_of(trainer).items()}
+        manual = not module.automatic_optimization
+        trainers = type(trainer).__mro__  # that of pytorch_lightning is another class, which its strategies want
+        kind: Any = next(each for each in trainers if each.__module__.endswith(".trainer.trainer"))
+        rehearsal = kind(
+            **{
+                **settings,
+                "max_epochs": 1,
+                "limit_train_batches": 1.0,
+                "limit_val_batches": 0,
+                "num_sanity_val_steps": 0,
+                "accumulate_grad_batches": 1 if manual else len(batches),
+                "logger": DummyLogger(),
+                "log_every_n_steps": 0,
+                "enable_checkpointing": False,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+                "default_root_dir": folder,
+                "callbacks": [watch],
+            }
+        )
+        rehearsal.fit(module, Repeated(batches, steps))
+
+
+def _as_it_is(batch: Any, *_: object, **__: object) -> Any:
+    return batch
+
+
+def _nothing(*_: object, **__: object) -> None:
+    """In the place of a hook that has been called."""
+
+
+class Repeated:
+    """The same batches, over and over.
+
+    Args:
+        batches: What is repeated.
+        times: How often.
+    """
+
+    def __init__(self, batches: Sequence[Any], times: int) -> None:
+        self.batches, self.times = batches, times
+
+    def __len__(self) -> int:
+        return len(self.batches) * self.times
+
+    def __iter__(self) -> Iterator[Any]:
+        for _ in range(self.times):
+            yield from self.batches

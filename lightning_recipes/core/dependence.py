@@ -1,0 +1,278 @@
+"""What the outputs of a training step depend on: its inputs, the other examples, the future, the target itself.
+
+Found by changing one thing at a time, so that it works for tokens, masks and anything else that has no gradient.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from lightning_recipes.core.criteria import Criterion
+
+Run = Callable[[Any], Sequence[Criterion]]
+SAME = 1e-4  # of the change where a change is due: rounding
+MOST_LEAVES = 12
+MOST_ROWS = 20_000
+
+
+@dataclass
+class Dependence:
+    """What was found in a batch; False and empty where it cannot be told, too.
+
+    Args:
+        examples: In the batch.
+        targets_given: Whether the targets come from the batch.
+        inputs: Number of tensors of the batch that no target comes from.
+        used: Whether some output depends on what the batch has for its example.
+        fed: Whether outputs depend on the tensor that the targets come from.
+        alike: Whether all inputs of all examples are the same.
+        mixed: Whether outputs of several examples depend on another one.
+        next_token: Whether the targets are the inputs, one position later.
+        future: Whether outputs depend on inputs that they are to predict.
+        copied: Whether the targets are the inputs of the same positions.
+        column: Of the inputs that is equal to the target, -1 if there is none.
+        least_loss: That the best network would have, as equal inputs have different targets (classes only).
+        zeroed: The criterion with all inputs set to zero, where that leaves the targets alone.
+    """
+
+    examples: int = 0
+    targets_given: bool = False
+    inputs: int = 0
+    used: bool = False
+    fed: bool = False
+    alike: bool = False
+    mixed: bool = False
+    next_token: bool = False
+    future: bool = False
+    copied: bool = False
+    column: int = -1
+    least_loss: float = 0.0
+    zeroed: list[Criterion] = field(default_factory=list)
+
+    def or_(self, later: "Dependence") -> "Dependence":
+        """What was found earlier, or later when the weights are others."""
+        for name in ("used", "fed", "mixed", "future"):
+            setattr(self, name, getattr(self, name) or getattr(later, name))
+        return self
+
+
+def examples_of(batch: Any) -> int:
+    """Number of examples in a batch whose tensors all have them in their first dimension; 0 of any other."""
+    leaves, _ = tree_flatten(batch)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    sizes = {leaf.shape[0] for leaf in tensors if leaf.dim()}
+    return sizes.pop() if len(sizes) == 1 and len(tensors) == len(leaves) and all(leaf.dim() for leaf in tensors) else 0
+
+
+def first_examples(batch: Any, count: int) -> Any:
+    """The first examples of a batch, or the batch itself if it has fewer, or if it is not clear what they are."""
+    return batch if examples_of(batch) <= count else _taken(batch, slice(count))
+
+
+def labels_alike(batch: Any) -> bool:
+    """Whether the batch has one label an example, as it seems, and these are all the same."""
+    labels = _labels(batch)
+    return labels is not None and bool((labels == labels[0]).all())
+
+
+def varied_examples(batches: Sequence[Any], count: int) -> Any:
+    """Examples of several batches whose labels are not all the same, as many of each as there are.
+
+    Example:
+        >>> batches = [(torch.zeros(4, 2), torch.tensor([1, 1, 1, 1])), (torch.ones(4, 2), torch.tensor([1, 1, 2, 1]))]
+        >>> varied_examples(batches, 3)[1]
+        tensor([1, 2, 1])
+    """
+    _, structure = tree_flatten(batches[0])
+    columns = zip(*(tree_flatten(batch)[0] for batch in batches), strict=True)
+    whole = tree_unflatten([torch.cat(column) for column in columns], structure)
+    labels = _labels(whole)
+    assert labels is not None  # of batches with labels
+    order: list[tuple[int, int]] = []
+    seen: dict[int, int] = {}
+    for place, label in enumerate(labels.tolist()):
+        seen[label] = seen.get(label, -1) + 1
+        order.append((seen[label], place))
+    return _taken(whole, torch.tensor([place for _, place in sorted(order)[:count]], device=labels.device))
+
+
+def _labels(batch: Any) -> Tensor | None:
+    if not examples_of(batch):
+        return None
+    whole = [leaf.flatten() for leaf in tree_flatten(batch)[0] if leaf.numel() == leaf.shape[0]]
+    return next((leaf for leaf in whole if not leaf.is_floating_point()), None)
+
+
+def _taken(batch: Any, which: Any) -> Any:
+    leaves, structure = tree_flatten(batch)
+    return tree_unflatten([leaf[which] for leaf in leaves], structure)
+
+
+def look(run: Run, batch: Any) -> Dependence:
+    """Find out what depends on what.
+
+    Args:
+        run: Gives the criteria of the step for a batch; the same ones for the same batch.
+        batch: All of its tensors with the examples in their first dimension; of any other nothing is found out.
+    """
+    found = Dependence(examples_of(batch))
+    leaves, structure = tree_flatten(batch)
+    before = _main(run(batch))
+    if before is None or found.examples < 2 or len(leaves) > MOST_LEAVES:
+        return found
+    probe = _Probe(run, leaves, structure, before, found.examples)
+    inputs, used = [], []
+    for place, leaf in enumerate(leaves):
+        after = probe({place: leaf.roll(1, 0)})
+        if after is None:
+            continue
+        if _same_targets(before, after):
+            inputs.append(place)
+        else:
+            found.targets_given = True
+        change = probe.change(after)
+        if change.numel() and float(change.max()) > 0:
+            used.append(place)
+    found.inputs, found.used, found.fed = len(inputs), bool(used), bool(set(used) - set(inputs))
+    found.alike = bool(inputs) and all(torch.equal(leaves[place], leaves[place].roll(1, 0)) for place in inputs)
+    if found.targets_given:
+        found.mixed = _mixed(probe, leaves)
+    _sequences(probe, leaves, inputs, found)
+    single = len(before.rows) == found.examples
+    if single and inputs:
+        found.column = _column(before, [leaves[place] for place in inputs])
+    if set(used) & set(inputs) or (single and found.fed and before.kind == "classes"):
+        zeroed = probe({place: torch.zeros_like(leaves[place]) for place in inputs})
+        if zeroed is not None and _same_targets(before, zeroed) and (single or not found.fed):
+            found.zeroed = [zeroed]
+    return found
+
+
+@dataclass
+class _Probe:
+    run: Run
+    leaves: list[Tensor]
+    structure: Any
+    before: Criterion
+    examples: int
+
+    def __call__(self, changed: dict[int, Tensor]) -> Criterion | None:
+        """The main criterion of the batch with some tensors changed; None if the step does not take them."""
+        leaves = [changed.get(place, leaf) for place, leaf in enumerate(self.leaves)]
+        try:
+            after = _main(self.run(tree_unflatten(leaves, self.structure)))
+        except Exception:  # anything may be wrong with what nobody meant to be put in
+            return None
+        return after if after is not None and after.outputs.shape == self.before.outputs.shape else None
+
+    def change(self, after: Criterion) -> Tensor:
+        """How much each output has changed at most, shape (examples, outputs of each); empty if it cannot be told."""
+        before, now = self.before.rows, after.rows
+        if len(before) % self.examples or not bool(now.isfinite().all() & before.isfinite().all()):
+            return before.new_zeros(self.examples, 0)
+        return (now - before).abs().amax(1).view(self.examples, -1)
+
+
+def _main(criteria: Sequence[Criterion]) -> Criterion | None:
+    return max(criteria, key=lambda each: each.positions, default=None)
+
+
+def _same_targets(before: Criterion, after: Criterion) -> bool:
+    return torch.equal(before.targets, after.targets)
+
+
+def _mixed(probe: _Probe, leaves: list[Tensor]) -> bool:
+    """Change one example: several others must not notice; one other may be what mixup mixes it with."""
+    other = next((j for j in range(1, probe.examples) if any(not torch.equal(x[0], x[j]) for x in leaves)), 0)
+    after = probe({place: torch.cat([leaf[other : other + 1], leaf[1:]]) for place, leaf in enumerate(leaves)})
+    if not other or after is None:
+        return False
+    change = probe.change(after)
+    noticed = []
+    for each in (change, change.view(-1, probe.examples).T):  # examples first, or positions first
+        if not each.numel() or not float(each[0].max()):
+            return False
+        noticed.append(int((each[1:].amax(1) > SAME * each[0].max()).sum()))
+    return min(noticed) > 1
+
+
+def _sequences(probe: _Probe, leaves: list[Tensor], inputs: list[int], found: Dependence) -> None:
+    """Whether the targets are tokens of the input, and which of them the outputs see."""
+    before, examples = probe.before, probe.examples
+    targets = before.targets
+    if before.kind != "classes" or targets.is_floating_point() or targets.numel() % examples:
+        return
+    wanted, valid = targets.reshape(examples, -1), before.valid.reshape(examples, -1)
+    length = wanted.shape[1]
+    for place, leaf in enumerate(leaves):
+        if leaf.dim() != 2 or leaf.is_floating_point() or length < 4 or not length <= leaf.shape[1] <= length + 1:
+            continue
+        tokens = leaf.to(wanted.dtype)
+        ahead = (
+            _agree(wanted[:, :-1], tokens[:, 1:], valid[:, :-1])
+            if leaf.shape[1] == length
+            else _agree(wanted, tokens[:, 1:], valid)
+        )
+        same = _agree(wanted, tokens[:, :length], valid)
+        if max(ahead, same) < 0.95 or (place not in inputs and same > ahead and not _is_used(probe, place)):
+            continue  # neither, or the labels themselves
+        half = length // 2
+        future = torch.cat([leaf[:, : half + 1], leaf.roll(1, 0)[:, half + 1 :]], 1)
+        after = probe({place: future})
+        change = probe.change(after) if after is not None else torch.zeros(examples, 0)
+        if not change.numel() or not float(change.max()):
+            continue
+        early = change[:, : half + 1][valid[:, : half + 1]]
+        sees = bool(early.numel()) and float(early.max()) > SAME * float(change.max())
+        found.next_token, found.copied = ahead > same, same > ahead and not sees
+        found.future = found.next_token and sees
+        if found.next_token and not sees and examples * length <= MOST_ROWS:
+            found.least_loss = _ambiguity(tokens, wanted, valid)
+
+
+def _is_used(probe: _Probe, place: int) -> bool:
+    after = probe({place: probe.leaves[place].roll(1, 0)})
+    return after is not None and float(probe.change(after).sum()) > 0
+
+
+def _agree(wanted: Tensor, tokens: Tensor, valid: Tensor) -> float:
+    """Share of the targets that are these tokens; 0 if these are all the same one."""
+    picked = tokens[valid]
+    if picked.numel() < 8 or bool((picked == picked[0]).all()):
+        return 0.0
+    return float((wanted[valid] == picked).float().mean())
+
+
+def _ambiguity(tokens: Tensor, wanted: Tensor, valid: Tensor) -> float:
+    """Mean entropy of the targets given all tokens so far, in nats."""
+    follows: dict[bytes, dict[int, int]] = {}
+    total = 0
+    for row, targets, counts in zip(tokens.cpu().numpy(), wanted.tolist(), valid.tolist(), strict=True):
+        for place, (target, there) in enumerate(zip(targets, counts, strict=True)):
+            if there and place < 32:  # longer ones are hardly ever the same twice
+                seen = follows.setdefault(row[: place + 1].tobytes(), {})
+                seen[target] = seen.get(target, 0) + 1
+            total += there
+    groups = [torch.tensor(list(seen.values()), dtype=torch.float64) for seen in follows.values() if len(seen) > 1]
+    nats = sum(float(-(group * (group / group.sum()).log()).sum()) for group in groups)
+    return nats / max(1, total)
+
+
+def _column(before: Criterion, inputs: list[Tensor]) -> int:
+    """Of a matrix of inputs, that is the target of each example."""
+    targets = before.targets.detach().float().flatten()
+    if targets.numel() != inputs[0].shape[0] or len(targets) < 8:
+        return -1
+    _, counts = torch.unique(targets, return_counts=True)
+    if len(counts) < 2 or int(counts.max()) > len(targets) - 4:
+        return -1
+    for leaf in inputs:
+        if leaf.dim() == 2:
+            found = (leaf.float() == targets[:, None]).all(0).nonzero().flatten().tolist()
+            if found:
+                return int(found[0])
+    return -1

@@ -1,0 +1,505 @@
+"""Whether the loss before the first update is what it should be, and if not, why."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_recipes.core.criteria import Criterion
+from lightning_recipes.core.findings import Finding
+from lightning_recipes.core.selection import paired, quantile
+
+RECIPE = "Karpathy, A recipe for training neural networks, 2019: http://karpathy.github.io/2019/04/25/recipe/"
+CLOSE, FAR = 0.10, 0.60  # of the expected loss: below the first all is well, above the second something is wrong
+LARGE = 10.0  # root mean square of inputs that nobody has normalised
+DEAD = 1e-3  # standard deviation of logits over examples
+APPLIED_TWICE = {"softmax": "softmax applied twice", "sigmoid": "sigmoid applied twice"}
+SQUASHED = ("softmax", "sigmoid", "relu", "relu6", "tanh", "hardtanh")
+
+
+@dataclass(frozen=True)
+class InitialLoss:
+    """The loss of an untrained network, by one criterion.
+
+    Args:
+        criterion: Name of the loss function; ``"loss"`` for what the training step returns.
+        loss: Mean over the batches.
+        interval: Half the width of its 95 % confidence interval; infinite for a single batch.
+        uniform: What equal logits give, ln C; for regression what zeros give; or what was expected.
+        constant: What the best constant output gives: the entropy of the class prior, the variance of the targets.
+        z: Distance of the loss from ``uniform``, in its standard errors.
+        classes: Number of classes, 0 for regression.
+        spread: Standard deviation of the outputs within an example, over the classes; for regression of all outputs.
+        favoured: The class whose mean output is far off those of the others, -1 if there is none.
+        penalty: What the training step returns beyond its criteria; NaN if it returns nothing.
+        batches: How many.
+    """
+
+    criterion: str
+    loss: float
+    interval: float
+    uniform: float
+    constant: float
+    z: float
+    classes: int
+    spread: float
+    favoured: int
+    penalty: float
+    batches: int
+
+    @property
+    def ratio(self) -> float:
+        """Loss over expected loss."""
+        return self.loss / self.reference if self.reference else math.inf
+
+    @property
+    def reference(self) -> float:
+        """The loss that an untrained network should have at most."""
+        return self.uniform if self.classes or math.isnan(self.constant) else max(self.uniform, self.constant)
+
+    @property
+    def least_ratio(self) -> float:
+        """That the loss has, at 95 % confidence."""
+        return (self.loss - self.interval) / self.reference if self.reference else 0.0
+
+    @property
+    def text(self) -> str:
+        """Loss and expectation."""
+        known = {0: "a constant 0 gives", 2: "ln 2 ="}.get(self.classes, f"ln {self.classes} =")
+        if math.isnan(self.constant):
+            return f"{self.criterion} {self.loss:.4g} ± {self.interval:.2g}, expected {self.uniform:.4g}"
+        best = "the class prior" if self.classes else "the mean of the targets"
+        uniform = f"{known} {self.uniform:.4g}"
+        if self.classes and abs(self.uniform - math.log(self.classes)) > 0.01 * self.uniform:  # weighted, or a sum
+            uniform = f"equal logits give {self.uniform:.4g}"
+        return f"{self.criterion} {self.loss:.4g} ± {self.interval:.2g}, {uniform}, {best} gives {self.constant:.4g}"
+
+
+class _Group:
+    """The calls of one loss function for outputs of one shape, over the batches."""
+
+    def __init__(self, name: str, criterion: Criterion) -> None:
+        self.name, self.kind, self.classes = name, criterion.kind, criterion.classes
+        self.calls: list[list[Criterion]] = []  # without their outputs
+        self.values: list[float] = []
+        self.uniform: list[float] = []
+        self.activations: set[str] = set()
+        self.spreads: list[float] = []
+        self.changes: list[float] = []
+        self.means: list[Tensor] = []
+        self.no_log = True
+
+    def update(self, calls: list[Criterion]) -> None:
+        zero = torch.zeros(self.classes if self.kind == "classes" else ())
+        self.values.append(sum(call.mean for call in calls) / len(calls))
+        self.uniform.append(sum(float(call.at(zero)) for call in calls) / len(calls))
+        self.activations |= {call.activation or _by_its_values(call) for call in calls}
+        rows = torch.cat([call.rows for call in calls])
+        ordered = rows.std(1, correction=0).mean() if self.kind == "classes" else rows.std(correction=0)
+        change = rows.std(0, correction=0).mean() if len(rows) > 1 else rows.new_tensor(math.inf)
+        scale = 1.0 if self.kind in ("classes", "binary") else float(calls[0].targets.float().std(correction=0))
+        self.spreads.append(float(ordered))
+        self.changes.append(float(change) / (scale or 1.0))
+        self.means.append(rows.mean(0))
+        sums = rows.logsumexp(1) if self.kind == "classes" else rows
+        self.no_log &= bool((sums.abs() > 0.01).float().mean() > 0.5)
+        for call in calls:
+            call.outputs = call.outputs.new_empty(1).expand(call.outputs.shape)  # its shape is needed
+        self.calls.append(calls)
+
+    @property
+    def whole_batches(self) -> list[list[Criterion]]:
+        """The calls of each batch, if their targets are classes."""
+        return [] if self.kind != "classes" or self.calls[0][0].targets.is_floating_point() else self.calls
+
+    def result(self, penalty: float) -> InitialLoss:
+        prior = constant_of([call for batch in self.calls for call in batch])
+        constants = [sum(float(call.at(prior)) for call in calls) / len(calls) for calls in self.calls]
+        spread = sum(self.spreads) / len(self.spreads)
+        constant = sum(constants) / len(constants)
+        favoured = _outlier(torch.stack(self.means).mean(0)) if self.kind == "classes" else -1
+        return _result(self.name, self.values, self.uniform, constant, self.classes, spread, favoured, penalty)
+
+
+def constant_of(calls: Sequence[Criterion]) -> Tensor:
+    """The constant output that fits the targets of a criterion best: logits, or a prediction.
+
+    Args:
+        calls: Of the same loss function, with outputs of the same kind.
+    """
+    kind, classes = calls[0].kind, calls[0].classes
+    if kind == "classes":
+        counts = torch.stack([_class_weights(call) for call in calls]).sum(0)
+        smoothing = calls[0].arguments.get("label_smoothing", 0.0)
+        share = counts / counts.sum().clamp(min=1e-30)
+        logits: Tensor = ((1 - smoothing) * share + smoothing / classes).clamp(min=1e-12).log()
+        return logits
+    rows = [call.targets.float() for call in calls]
+    columns = all(row.dim() == 2 and row.shape[1] == rows[0].shape[1] for row in rows)
+    values = torch.cat(rows) if columns else torch.cat([row.flatten() for row in rows])
+    if kind == "absolute":
+        median: Tensor = values.median(0).values
+        return median
+    mean = values.mean(0)
+    if kind == "squares":
+        return mean
+    heavier = calls[0].arguments.get("pos_weight")
+    if heavier is not None:
+        heavier = heavier.float().flatten()
+        weight = heavier if heavier.numel() == mean.numel() else heavier.mean()
+        mean = weight * mean / (weight * mean + 1 - mean)
+    return mean.clamp(1e-6, 1 - 1e-6).logit()
+
+
+def _outlier(values: Tensor) -> int:
+    """Where the one value is that is far off all others, -1 if there is none."""
+    off = (values - values.median()).abs()
+    typical = off.median()
+    return int(off.argmax()) if len(values) > 3 and bool((off > 8 * typical).sum() == 1) else -1
+
+
+def _by_its_values(call: Criterion) -> str:
+    """What the outputs have gone through, where their values alone leave no doubt."""
+    rows = call.rows
+    if call.kind != "classes" or rows.numel() < 50 or call.name == "nll_loss":
+        return ""
+    if bool((rows >= 0).all()):
+        if bool(((rows.sum(1) - 1).abs() < 1e-3).all()):
+            return "softmax"
+        if 0.1 < float((rows == 0).float().mean()) < 0.95:
+            return "relu"
+    return ""
+
+
+def _class_weights(call: Criterion) -> Tensor:
+    """Weight of each class among the targets."""
+    weight = call.arguments.get("weight")
+    ones = torch.ones(call.classes, device=call.targets.device) if weight is None else weight.float()
+    if call.targets.is_floating_point():
+        return ones * call.targets.float().movedim(1 if call.targets.dim() > 1 else 0, -1).reshape(
+            -1, call.classes
+        ).sum(0)
+    return ones * torch.bincount(call.targets[call.valid].flatten(), minlength=call.classes).float()
+
+
+def _result(
+    name: str,
+    losses: Sequence[float],
+    uniform: Sequence[float],
+    constant: float = math.nan,
+    classes: int = 0,
+    spread: float = 0.0,
+    favoured: int = -1,
+    penalty: float = math.nan,
+) -> InitialLoss:
+    batches = len(losses)
+    differences = torch.tensor(losses, dtype=torch.float64) - torch.tensor(uniform, dtype=torch.float64)
+    distance, error = paired(differences, torch.ones(batches, dtype=torch.float64))
+    expected = sum(uniform) / batches
+    return InitialLoss(
+        criterion=name,
+        loss=sum(losses) / batches,
+        interval=quantile(batches, 0.975) * error if batches > 1 else math.inf,
+        uniform=expected,
+        constant=constant,
+        z=distance / error if error else math.copysign(math.inf, distance) if distance else 0.0,
+        classes=classes,
+        spread=spread,
+        favoured=favoured,
+        penalty=penalty,
+        batches=batches,
+    )
+
+
+class InitialLossRule:
+    """Compares the loss of a network that has not been trained with what it should be.
+
+    Equal logits give ln C whatever the labels are, so a network that knows nothing yet should be there: within 10 %.
+    Up to 60 % above, the head starts somewhat large; farther off, something is wrong. Both count only where the 95 %
+    confidence interval (over the batches) is above the bound as a whole. The expectation is the criterion's own value
+    for equal logits, with its class weights, label smoothing, ignored targets and reduction; the value for the class
+    prior is the better baseline, which a network can start at if the bias of its head is the log of the prior. For
+    regression they are the values for 0 and for the mean (the median) of the targets.
+
+    Args:
+        expected: The expected loss of what the training step returns; None for that of its criteria.
+
+    Example:
+        >>> from torch.nn import functional
+        >>> from lightning_recipes.core.criteria import Watch
+        >>> rule, chance = InitialLossRule(), torch.Generator().manual_seed(0)
+        >>> for _ in range(10):
+        ...     logits = (0.1 * torch.randn(64, 10, generator=chance)).requires_grad_()
+        ...     targets = torch.randint(10, (64,), generator=chance)
+        ...     with Watch() as watch:
+        ...         loss = functional.cross_entropy(logits, targets)
+        ...     rule.update(loss, watch.part_of(loss))
+        >>> rule.findings()[0].message
+        'cross_entropy 2.302 ± 0.011, ln 10 = 2.303, the class prior gives 2.299.'
+    """
+
+    def __init__(self, expected: float | None = None) -> None:
+        self.expected = expected
+        self.losses: list[float] = []
+        self.expectations: list[float] = []
+        self._groups: dict[str, _Group] = {}
+        self._totals: list[float] = []
+        self._sums: list[float] = []
+        self._inputs: list[tuple[float, float]] = []
+        self._finite = True
+        self._broken_inputs = False
+
+    def update(
+        self,
+        loss: Tensor | None,
+        criteria: Sequence[Criterion],
+        inputs: Sequence[Tensor] = (),
+        expected: float | None = None,
+    ) -> None:
+        """Take what one batch gave.
+
+        Args:
+            loss: That the training step returned, if any.
+            criteria: That it is made of.
+            inputs: Floating-point tensors of the batch that are no targets.
+            expected: The expected loss of this very batch.
+        """
+        value = math.nan if loss is None else float(loss.detach())
+        values = [call.mean for call in criteria]
+        for tensor in inputs:
+            numbers = tensor.detach().float()
+            self._broken_inputs |= not bool(numbers.isfinite().all())
+            self._inputs.append((float(numbers.mean()), float(numbers.square().mean().sqrt())))
+        if not all(map(math.isfinite, values)) or (loss is not None and not math.isfinite(value)):
+            self._finite = False
+            return
+        if loss is not None:
+            self.losses.append(value)
+        expected = self.expected if expected is None else expected
+        if loss is not None and expected is not None:
+            self.expectations.append(expected)
+        calls: dict[str, list[Criterion]] = {}
+        for call in criteria:
+            if call.positions:
+                shape = "x".join(map(str, call.outputs.shape[1:2])) if call.outputs.dim() > 1 else ""
+                calls.setdefault(f"{call.name} {shape}", []).append(call)
+        if calls:
+            self._totals.append(value)
+            self._sums.append(sum(values))
+        for key, same in calls.items():
+            group = self._groups.setdefault(key, _Group(same[0].name, same[0]))
+            group.update(same)
+
+    def results(self) -> list[InitialLoss]:
+        """What was measured, of each criterion, and of the loss if something was expected."""
+        penalty = self.penalty
+        results = [group.result(penalty) for group in self._groups.values()]
+        if self.expectations:
+            results.insert(0, _result("loss", self.losses, self.expectations, penalty=penalty))
+        return results
+
+    @property
+    def penalty(self) -> float:
+        """What the training step returns beyond its criteria, on average; NaN if nobody knows."""
+        return sum(map(float.__sub__, self._totals, self._sums)) / len(self._sums) if self._sums else math.nan
+
+    def findings(self, step: int = 0) -> list[Finding]:
+        """What is to be said, the most important first; never nothing."""
+        say = _Say(step)
+        if not self._finite:
+            say.not_finite(self._broken_inputs)
+            return say.findings
+        if not self._groups and not self.expectations:
+            say.not_known(self.losses)
+            return say.findings
+        results = self.results()
+        flipped = bool(self._sums) and all(
+            abs(total + value) <= 1e-3 * abs(value) for total, value in zip(self._totals, self._sums, strict=True)
+        )
+        if flipped:
+            say.flipped(self._totals[0], self._sums[0])
+        judged = dict(zip(self._groups, results[-len(self._groups) :] if self._groups else [], strict=True))
+        summed = bool(self._sums) and all(
+            abs(total - value) <= 0.5 * abs(value) for total, value in zip(self._totals, self._sums, strict=True)
+        )
+        for key, result in judged.items():
+            group = self._groups[key]
+            call = group.calls[0][0]
+            if not say.squashed(group, result) and call.reduction == "sum" and call.positions > 1 and summed:
+                say.summed(result, call.positions)
+            say.sorted(group) or say.off_centre(group, result)
+        named = bool(say.findings)
+        large = max((size for _, size in self._inputs), default=0.0)
+        for result in results:
+            told = (self.expectations and result.criterion != "loss") or say.far(result, large, named)
+            if not told and not named:
+                say.imbalanced(result) or say.as_expected(result)
+        for key, result in judged.items():
+            say.dead(self._groups[key], result)
+        return say.findings
+
+
+class _Say:
+    """Collects findings.
+
+    Args:
+        step: Of the run.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.findings: list[Finding] = []
+
+    def __call__(self, rule: str, severity: str, message: str, advice: str, result: InitialLoss | None = None) -> bool:
+        evidence: dict[str, float | str] = {}
+        if result is not None:
+            evidence = {name: getattr(result, name) for name in InitialLoss.__dataclass_fields__}
+        self.findings.append(
+            Finding(rule, severity, message, advice, self.step, evidence, RECIPE)  # type: ignore[arg-type]
+        )
+        return True
+
+    def not_finite(self, inputs: bool) -> None:
+        where = "the inputs have NaN or infinities" if inputs else "the inputs are finite"
+        advice = (
+            "Repair the data."
+            if inputs
+            else "Look for a logarithm or a division by zero, or for a far too large scale."
+        )
+        self("initial loss not finite", "error", f"The loss is not finite before the first update; {where}.", advice)
+
+    def not_known(self, losses: Sequence[float]) -> None:
+        loss = f"is {sum(losses) / len(losses):.4g}" if losses else "is not returned"
+        self(
+            "initial loss not judged",
+            "info",
+            f"The loss {loss}; no loss function of torch.nn.functional that it comes from was seen.",
+            "Say what it should be: InitialLossCheck(expected_loss=...).",
+        )
+
+    def flipped(self, total: float, value: float) -> None:
+        self(
+            "wrong sign of the loss",
+            "error",
+            f"The training step returns {total:.4g}, minus its criterion, {value:.4g}: training makes it worse.",
+            "Return the criterion itself.",
+        )
+
+    def squashed(self, group: _Group, result: InitialLoss) -> bool:
+        found = next((name for name in SQUASHED if name in group.activations), "")
+        if group.name == "binary_cross_entropy_with_logits" and found in ("sigmoid", "softmax"):
+            message = f"{group.name} takes the sigmoid itself, and is given the result of one."
+            return self("sigmoid applied twice", "warning", message, "Hand it the logits.", result)
+        if group.kind != "classes":
+            return False
+        if group.name == "nll_loss":
+            if not group.no_log:
+                return False
+            message = "nll_loss is given what are no log-probabilities: their exponentials do not sum to 1."
+            return self(
+                "no log-probabilities", "warning", message, "Use cross_entropy on logits, or log_softmax first.", result
+            )
+        if found == "softmax":
+            most = math.log(1 + (group.classes - 1) / math.e)
+            message = (
+                f"cross_entropy takes the softmax itself, and is given probabilities: its loss cannot get below "
+                f"{most:.3g}."
+            )
+            return self("softmax applied twice", "warning", message, "Hand it the logits.", result)
+        if found:
+            message = (
+                f"The logits of cross_entropy come out of {found}, which keeps them from what they may have to be."
+            )
+            return self("activation on the logits", "warning", message, "End the network with a linear layer.", result)
+        return False
+
+    def summed(self, result: InitialLoss, positions: int) -> bool:
+        return self(
+            "loss is a sum",
+            "warning" if result.classes else "info",
+            f"The loss is the sum over {positions:,} predictions, {result.loss:.4g}, not their mean, "
+            f"{result.loss / positions:.3g}: gradients grow with the batch.",
+            "Use reduction='mean', or keep in mind that the learning rate belongs to this batch size.",
+            result,
+        )
+
+    def far(self, result: InitialLoss, large: float, named: bool) -> bool:
+        times = f"{result.ratio:.2f} times what it should be"
+        if result.ratio < 1 - CLOSE and not math.isnan(result.constant) and result.classes:
+            if result.loss + result.interval >= (1 - CLOSE) * min(result.uniform, result.constant):
+                return False
+            message = f"The network knows something before it is trained: {result.text}."
+            return self(
+                "initial loss low", "info", message, "Good if it is pretrained; else look for the label in the input.",
+                result,
+            )  # fmt: skip
+        if math.isnan(result.constant):
+            off = abs(result.ratio - 1)
+            sure = abs(result.loss - result.uniform) - result.interval > CLOSE * abs(result.uniform)
+            if not sure:
+                return False
+            severity = "warning" if off > FAR else "info"
+            return self(
+                "initial loss off", severity, f"The loss is {times}: {result.text}.", "Check scales and the loss.",
+                result,
+            )  # fmt: skip
+        if result.least_ratio <= 1 + CLOSE:
+            return False
+        bound = 1 + FAR if result.classes else 3.0
+        severity = "warning" if result.least_ratio > bound and not named else "info"
+        if large > LARGE:
+            cause = f"the inputs are not normalised (root mean square {large:.3g})"
+            advice = "Bring them to mean 0 and standard deviation 1."
+        elif result.favoured >= 0:
+            cause = f"class {result.favoured} is favoured whatever is shown, by the bias of the head most likely"
+            advice = "Start the bias at 0, or at the log of the class prior."
+        elif not result.classes:
+            cause = f"outputs have a standard deviation of {result.spread:.3g}"
+            advice = "Scale the targets to mean 0 and standard deviation 1, and the last layer down."
+        else:
+            cause = f"outputs have a standard deviation of {result.spread:.3g}"
+            advice = "Scale the initial weights of the last layer down, or those of all layers."
+        message = f"The loss is {times}: {result.text} (z = {result.z:.1f}); {cause}."
+        return self("initial loss high", severity, message, advice, result)
+
+    def sorted(self, group: _Group) -> bool:
+        labels = [torch.cat([call.targets[call.valid] for call in batch]) for batch in group.whole_batches]
+        several = [each for each in labels if len(each) >= 8]
+        if len(several) < 5 or not all(bool((each == each[0]).all()) for each in several):
+            return False
+        count, kinds = sum(map(len, several)), len({int(each[0]) for each in several})
+        message = (
+            f"Each of the first {len(several)} batches has labels of a single class ({kinds} in {count:,} labels)."
+        )
+        return self("labels all alike", "warning", message, "Shuffle the training data; look at the labels.")
+
+    def off_centre(self, group: _Group, result: InitialLoss) -> bool:
+        if result.classes or not result.uniform > 10 * result.constant:
+            return False
+        message = f"The targets are far from 0 for their spread: {result.text}."
+        advice = "Bring the targets to mean 0 and standard deviation 1, or start the bias of the head at their mean."
+        return self("targets not normalised", "info", message, advice, result)
+
+    def imbalanced(self, result: InitialLoss) -> bool:
+        if not result.classes or result.constant > 0.8 * result.uniform or result.loss < 1.1 * result.constant:
+            return False
+        message = f"The classes are not equally frequent, which the network has to learn first: {result.text}."
+        advice = "Start the bias of the head at the log of the class prior, and the first updates are not spent on it."
+        return self("imbalanced classes", "info", message, advice, result)
+
+    def as_expected(self, result: InitialLoss) -> bool:
+        penalty = result.penalty
+        beside = f"; penalties add {penalty:.3g}" if abs(penalty) > 1e-3 * abs(result.loss) else ""
+        message = f"{result.text}{beside}."
+        return self("initial loss as expected", "info", message, "Go on.", result)
+
+    def dead(self, group: _Group, result: InitialLoss) -> bool:
+        if max(group.changes) > DEAD:
+            return False
+        message = f"The outputs hardly differ between examples (standard deviation {max(group.changes):.1g})."
+        advice = (
+            "Fine for a head that starts at zero; else weights start too small, units are dead, or inputs not used."
+        )
+        return self("outputs hardly depend on the input", "info", message, advice, result)

@@ -1,0 +1,291 @@
+"""OverfitCheck, and that neither check leaves a trace on the run behind it."""
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from models import Adversaries, Regression, Resumable, fp16, quiet_trainer, regression_data, weights_of
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_recipes import EMAWeights, InitialLossCheck, OverfitCheck
+from lightning_recipes.callbacks import overfit as module_under_test
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:not in any optimizer",
+    "ignore:gradients not set to zero",
+    "ignore:wrong sign of the loss",
+    "ignore:nothing to train",
+    "ignore:examples mixed",
+    "ignore:learning rate too",
+    "ignore:input without information",
+    "ignore:loss not finite",
+    "ignore:small sample not learnt",
+    "ignore:no gradient",
+    "ignore:You're resuming from a checkpoint that ended before",
+)
+
+
+class Noted(Regression):
+    """Whatever a check could leave behind: random numbers of three kinds, lists, a schedule, logs, buffers."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(batch_norm=True, dropout=0.2, schedule=True, **more)
+        self.drawn: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.drawn.append(random.random() + float(np.random.rand()) + float(torch.rand(())))
+        loss = self.loss(batch)
+        self.log("loss", loss)
+        return loss
+
+
+class ByHand(Adversaries):
+    drawn = ()
+
+
+def train(folder: Path, callbacks: list[Any], module: Any, loader: Any, **settings: Any) -> dict[str, Any]:
+    torch.manual_seed(5)
+    np.random.seed(5)
+    random.seed(5)
+    environment = dict(os.environ)
+    trainer = quiet_trainer(
+        folder,
+        max_epochs=2,
+        callbacks=[*callbacks, EMAWeights(0.9)],
+        logger=CSVLogger(folder),
+        log_every_n_steps=1,
+        **settings,
+    )
+    trainer.fit(module, loader, regression_data(2))
+    assert dict(os.environ) == environment
+    lines = (Path(trainer.log_dir or "") / "metrics.csv").read_text().splitlines()
+    losses = [dict(zip(lines[0].split(","), line.split(","), strict=True)).get("loss", "") for line in lines[1:]]
+    return {
+        "weights": str(weights_of(module)),
+        "optimizers": str([optimizer.state_dict() for optimizer in trainer.optimizers]),
+        "random": str([torch.get_rng_state(), np.random.get_state(), random.getstate()]),
+        "drawn": module.drawn,
+        "losses": [loss for loss in losses if loss],
+        "steps": trainer.global_step,
+        "loader": str(getattr(loader, "state_dict", dict)()),
+    }
+
+
+def loader_of(kind: str) -> Any:
+    if kind == "resumable":
+        return Resumable(regression_data())
+    generator = torch.Generator().manual_seed(2) if kind == "generator" else None
+    return regression_data(shuffle=True, generator=generator)
+
+
+@pytest.mark.parametrize(
+    ("settings", "loader", "manual"),
+    [
+        ({}, "shuffled", False),
+        ({}, "generator", False),
+        ({}, "resumable", False),
+        ({"accumulate_grad_batches": 3}, "shuffled", False),
+        ({"plugins": "fp16"}, "shuffled", False),
+        ({"precision": "bf16-mixed", "gradient_clip_val": 0.5}, "shuffled", False),
+        ({}, "shuffled", True),
+    ],
+)
+def test_the_training_behind_the_checks_is_bit_for_bit_the_one_without(
+    settings: dict[str, Any], loader: str, manual: bool, tmp_path: Path
+) -> None:
+    ends = []
+    for name, callbacks in (("without", []), ("with", [InitialLossCheck(), OverfitCheck(max_steps=10)])):
+        own = {**settings, "plugins": [fp16()]} if "plugins" in settings else settings
+        module = ByHand() if manual else Noted()
+        ends.append(train(tmp_path / name, callbacks, module, loader_of(loader), **own))
+    for key, value in ends[0].items():
+        assert ends[1][key] == value, key
+
+
+def classes_of(inputs: Tensor) -> Tensor:
+    return (inputs[:, :3] + 0.1 * inputs[:, 3:6]).argmax(1)
+
+
+class Classifier(pl.LightningModule):
+    """Three classes.
+
+    Args:
+        rate: Learning rate of Adam.
+        parts: That the optimizer has.
+    """
+
+    def __init__(self, rate: float = 0.01, parts: Any = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 3))
+        self.rate, self.parts = rate, parts
+
+    def outputs(self, inputs: Tensor) -> Tensor:
+        return self.net(inputs)  # type: ignore[no-any-return]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return nn.functional.cross_entropy(self.outputs(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        parts = self.parameters() if self.parts is None else self.net[self.parts].parameters()
+        return torch.optim.Adam(parts, self.rate, weight_decay=0.1)
+
+
+class Flipped(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return {"loss": -super().training_step(batch, batch_idx)}
+
+
+class NeverZeroes(Classifier):
+    def optimizer_zero_grad(self, *_: Any) -> None:
+        pass
+
+
+class Mixes(Classifier):
+    def outputs(self, inputs: Tensor) -> Tensor:
+        return self.net(inputs.t().reshape(inputs.shape))  # type: ignore[no-any-return]
+
+
+class Blind(Classifier):
+    def outputs(self, inputs: Tensor) -> Tensor:
+        return self.net(torch.zeros_like(inputs))  # type: ignore[no-any-return]
+
+
+class Frozen(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.requires_grad_(False)
+
+
+class Accumulates(Classifier):
+    """By hand, and right: two backward passes for an update."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad(set_to_none=False)
+        for half in (slice(0, 8), slice(8, None)):
+            loss = nn.functional.cross_entropy(self.outputs(batch[0][half]), batch[1][half], reduction="sum")
+            self.manual_backward(loss / len(batch[0]))
+        optimizer.step()
+
+
+def check(folder: Path, module: Any, inputs: Any = None, shuffle: bool = True, **given: Any) -> tuple[Any, list[str]]:
+    recipe = OverfitCheck(**given)
+    torch.manual_seed(1)
+    x = torch.randn(96, 8) if inputs is None else inputs
+    loader = DataLoader(TensorDataset(x, classes_of(torch.nan_to_num(x))), 32, shuffle=shuffle)
+    quiet_trainer(folder, max_steps=1, callbacks=[recipe]).fit(module, loader)
+    lines = (folder / "findings.jsonl").read_text().splitlines()
+    return recipe, [json.loads(line)["rule"] for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("make", "rules"),
+    [
+        (Classifier, ["overfits a small sample"]),
+        (Accumulates, ["overfits a small sample"]),
+        (Flipped, ["wrong sign of the loss"]),
+        (NeverZeroes, ["gradients not set to zero", "overfits a small sample"]),
+        (Mixes, ["examples mixed", "overfits a small sample"]),
+        (Blind, ["input without information", "no gradient"]),
+        (Frozen, ["nothing to train"]),
+        (lambda: Classifier(parts=slice(2)), ["not in any optimizer"]),
+        (lambda: Classifier(1e-5), ["learning rate too low"]),
+        (lambda: Classifier(30.0), ["learning rate too high"]),
+    ],
+)
+def test_each_defect_is_named_before_training(make: Any, rules: list[str], tmp_path: Path) -> None:
+    if make is Frozen:
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            check(tmp_path, make())
+        assert json.loads((tmp_path / "findings.jsonl").read_text())["rule"] == "nothing to train"
+        return
+    recipe, found = check(tmp_path, make())
+    if rules[-1] == "overfits a small sample":
+        assert set(rules) == set(found)
+        assert recipe.fits[0].excess <= 0.03
+        assert recipe.fits[0].steps <= 200
+    else:
+        assert found[0] == rules[0]
+    assert recipe.symptoms.examples == 16
+
+
+def test_inputs_that_are_not_finite_are_an_error(tmp_path: Path) -> None:
+    _, found = check(tmp_path, Classifier(), torch.full((96, 8), torch.nan))
+    assert found[0] == "loss not finite"
+
+
+def test_a_sample_of_one_label_is_made_up_for_from_later_batches(tmp_path: Path) -> None:
+    inputs = torch.randn(96, 8, generator=torch.Generator().manual_seed(0))
+    inputs = inputs[classes_of(inputs).argsort()]
+    recipe, found = check(tmp_path, Classifier(), inputs, shuffle=False)
+    assert found == ["overfits a small sample"]
+    assert not recipe.symptoms.one_label
+
+
+def test_a_schedule_with_a_warmup_is_at_its_top_and_warmed_up_to(
+    tmp_path: Path,
+) -> None:
+    rates: list[float] = []
+
+    class Warmed(Classifier):
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            optimizer.register_step_post_hook(lambda one, *_: rates.append(one.param_groups[0]["lr"]))
+            schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1e-3, total_iters=500)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    _, found = check(tmp_path, Warmed())
+    assert found == ["overfits a small sample"]
+    assert rates[:12] == pytest.approx([0.001 * step for step in range(1, 11)] + [0.01, 0.01])
+
+
+def test_it_takes_several_small_batches_and_batches_it_cannot_divide(tmp_path: Path) -> None:
+    class Odd(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            inputs, targets, _ = batch
+            return nn.functional.cross_entropy(self.outputs(inputs), targets)
+
+    def loader(*more: Any) -> Any:
+        torch.manual_seed(0)
+        data: Any = [(torch.randn(4, 8), torch.tensor([0, 1, 2, 0]), *more) for _ in range(6)]
+        return DataLoader(data, batch_size=None)
+
+    small = OverfitCheck()
+    quiet_trainer(tmp_path / "small", max_steps=1, callbacks=[small]).fit(Classifier(), loader())
+    assert (small.symptoms.examples, small.fits[0].learnt) == (16, True)
+    odd = OverfitCheck()
+    quiet_trainer(tmp_path / "odd", max_steps=1, callbacks=[odd]).fit(Odd(), loader("a name"))
+    assert (odd.symptoms.examples, odd.fits[0].learnt) == (0, True)
+
+
+@pytest.mark.parametrize("asked", [{"examples": 1}, {"max_steps": 9}])
+def test_bad_arguments_are_refused(asked: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(asked))} must be"):
+        OverfitCheck(**asked)
+
+
+def test_it_is_skipped_on_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = quiet_trainer(tmp_path, max_steps=2, callbacks=[OverfitCheck(max_steps=10)])
+    trainer.fit(Regression(), regression_data())
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    monkeypatch.setattr(module_under_test, "rehearse", None)
+    recipe = OverfitCheck(max_steps=10)
+    resumed = quiet_trainer(tmp_path, max_steps=4, callbacks=[recipe])
+    resumed.fit(Regression(), regression_data(), ckpt_path=tmp_path / "run.ckpt")
+    assert len(recipe.fits) >= 1
+    dev = OverfitCheck()
+    quiet_trainer(tmp_path, fast_dev_run=True, callbacks=[dev]).fit(Regression(), regression_data())
+    assert not dev.fits

@@ -1,0 +1,39 @@
+import math
+
+import pytest
+
+from lightning_recipes.core.capacity import compare
+
+
+@pytest.mark.parametrize(
+    ("model", "baseline", "constant", "verdict"),
+    [
+        ([0.9, 0.8, 1.0], [0.4, 0.5, 0.5], 2.3, "optimization"),
+        ([0.4, 0.5, 0.5], [0.9, 0.8, 1.0], 2.3, "capacity"),
+        ([0.4, 0.9, 0.5], [0.5, 0.6, 0.7], 2.3, "alike"),
+        ([0.500, 0.501, 0.502], [0.499, 0.500, 0.501], 2.3, "alike"),  # certain, and of no importance
+        ([math.inf, 0.5, 0.5], [0.5, 0.6, 0.7], 2.3, "optimization"),
+        ([0.5, 0.6, 0.7], [math.nan, 0.5, 0.5], 2.3, "capacity"),
+        ([2.3, 2.3, 2.3], [2.29, 2.31, 2.3], 2.3, "neither learns"),
+        ([2.3, 2.3, 2.3], [0.5, 0.6, 0.4], 2.3, "optimization"),
+        ([0.9, 0.8, 1.0], [0.4, 0.5, 0.5], math.nan, "optimization"),
+    ],
+)
+def test_the_verdict(model: list[float], baseline: list[float], constant: float, verdict: str) -> None:
+    compared = compare(model, baseline, constant, 100)
+    assert compared.verdict == verdict
+    assert compared.finding.evidence["verdict"] == verdict
+    assert compared.finding.severity == ("warning" if verdict in ("optimization", "neither learns") else "info")
+
+
+def test_the_difference_is_paired_by_seed() -> None:
+    compared = compare([1.1, 2.1, 3.12], [1.0, 2.0, 3.0])
+    assert compared.difference == pytest.approx(0.32 / 3)
+    assert compared.difference_error == pytest.approx(0.0115470 / 3**0.5, rel=1e-4)
+    assert compared.verdict == "optimization"
+
+
+@pytest.mark.parametrize("losses", [([1.0], [1.0]), ([1.0, 2.0], [1.0])])
+def test_one_seed_tells_nothing(losses: tuple[list[float], list[float]]) -> None:
+    with pytest.raises(ValueError, match="two losses or more"):
+        compare(*losses)

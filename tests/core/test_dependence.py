@@ -1,0 +1,154 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_recipes.core.criteria import Watch
+from lightning_recipes.core.dependence import examples_of, first_examples, labels_alike, look, varied_examples
+
+
+def run(step: Callable[[Any], Tensor]) -> Callable[[Any], Any]:
+    def criteria(batch: Any) -> Any:
+        torch.manual_seed(0)
+        with Watch() as watch:
+            loss = step(batch)
+        return watch.part_of(loss)
+
+    return criteria
+
+
+NET = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+BATCH = (torch.randn(8, 6, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 2, 1, 0, 1, 2]))
+
+
+def classify(change: Callable[[Tensor], Tensor] = lambda x: x) -> Callable[[Any], Any]:
+    return run(lambda batch: functional.cross_entropy(NET(change(batch[0])), batch[1]))
+
+
+def test_an_ordinary_step() -> None:
+    found = look(classify(), BATCH)
+    assert (found.examples, found.inputs, found.used, found.targets_given) == (8, 1, True, True)
+    assert [found.mixed, found.fed, found.alike, found.future, found.copied] == [False] * 5
+    assert found.column == -1
+    assert len(found.zeroed) == 1
+
+
+@pytest.mark.parametrize("change", [lambda x: x.t().reshape(x.shape), lambda x: x - x.mean(0), lambda x: x.cumsum(0)])
+def test_examples_that_are_mixed(change: Any) -> None:
+    assert look(classify(change), BATCH).mixed
+
+
+def test_what_a_mixup_mixes_is_not_a_defect() -> None:
+    assert not look(classify(lambda x: 0.5 * x + 0.5 * x.roll(1, 0)), BATCH).mixed
+
+
+def test_an_input_that_is_not_used_and_one_that_is_alike() -> None:
+    assert not look(classify(torch.zeros_like), BATCH).used
+    same = look(classify(), (torch.ones(8, 6), BATCH[1]))
+    assert same.alike
+    assert not same.used
+
+
+def test_targets_made_in_the_step_are_known_as_such() -> None:
+    step = run(lambda batch: functional.cross_entropy(NET(batch[0]) @ NET(batch[0]).T, torch.arange(len(batch[0]))))
+    found = look(step, BATCH)
+    assert not found.targets_given
+    assert not found.mixed
+
+
+def test_a_column_that_is_the_target() -> None:
+    leaked = BATCH[0].clone()
+    leaked[:, 4] = BATCH[1].float()
+    assert look(classify(), (leaked, BATCH[1])).column == 4
+
+
+def test_a_target_that_is_fed_to_the_network() -> None:
+    step = run(lambda b: functional.cross_entropy(NET(b[0]) + functional.one_hot(b[1], 3), b[1]))
+    assert look(step, BATCH).fed
+    assert not look(classify(), BATCH).fed
+
+
+class Tokens(nn.Module):
+    def __init__(self, both_ways: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.letters = nn.Embedding(20, 8)
+        self.rnn = nn.GRU(8, 8, batch_first=True, bidirectional=both_ways)
+        self.head = nn.Linear(16 if both_ways else 8, 20)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.rnn(self.letters(ids))[0])  # type: ignore[no-any-return]
+
+
+IDS = torch.randint(20, (6, 13), generator=torch.Generator().manual_seed(0))
+
+
+def flat(logits: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(logits.reshape(-1, 20), targets.reshape(-1))
+
+
+STEPS: dict[str, tuple[Callable[[nn.Module], Callable[[Any], Tensor]], Any]] = {
+    "pairs": (
+        lambda net: lambda b: functional.cross_entropy(net(b[0]).transpose(1, 2), b[1]),
+        (IDS[:, :-1], IDS[:, 1:].clone()),
+    ),
+    "flat": (lambda net: lambda b: flat(net(b[0]), b[1]), (IDS[:, :-1].contiguous(), IDS[:, 1:].clone())),
+    "ids alone": (lambda net: lambda b: flat(net(b["ids"][:, :-1]), b["ids"][:, 1:]), {"ids": IDS}),
+    "shifted inside": (
+        lambda net: lambda b: flat(net(b["ids"])[:, :-1], b["labels"][:, 1:]),
+        {"ids": IDS, "labels": IDS.clone()},
+    ),
+}
+
+
+@pytest.mark.parametrize("form", STEPS)
+@pytest.mark.parametrize("both_ways", [False, True])
+def test_tokens_that_see_the_future(form: str, both_ways: bool) -> None:
+    make, batch = STEPS[form]
+    found = look(run(make(Tokens(both_ways))), batch)
+    assert found.next_token
+    assert found.future == both_ways
+    assert not found.copied
+    assert not found.mixed
+    assert (found.least_loss > 0) == (not both_ways and len(set(IDS[:, 0].tolist())) < 6)
+
+
+def test_the_least_loss_is_the_entropy_of_what_follows() -> None:
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6], [1, 3, 4, 5, 6, 7]])  # after the first token one of two, then all is known
+    make, _ = STEPS["ids alone"]
+    found = look(run(make(Tokens(False))), {"ids": ids})
+    assert found.least_loss == pytest.approx(2 * torch.log(torch.tensor(2.0)).item() / 10)
+
+
+@pytest.mark.parametrize("both_ways", [False, True])
+def test_targets_that_are_the_input(both_ways: bool) -> None:
+    make, _ = STEPS["pairs"]
+    found = look(run(make(Tokens(both_ways))), (IDS, IDS.clone()))
+    assert found.copied == (not both_ways)
+    assert not found.future
+
+
+def test_tags_of_tokens_may_depend_on_what_comes_later() -> None:
+    make, _ = STEPS["pairs"]
+    found = look(run(make(Tokens(True))), (IDS, (IDS * 7 + 3) % 20))
+    assert [found.next_token, found.future, found.copied] == [False] * 3
+
+
+def test_taking_examples_of_a_batch() -> None:
+    assert examples_of({"x": torch.ones(5, 2), "y": (torch.ones(5),)}) == 5
+    assert examples_of([torch.ones(5, 2), torch.ones(4)]) == 0
+    assert examples_of([torch.ones(5, 2), "name"]) == 0
+    assert examples_of([torch.ones(5, 2), torch.ones(())]) == 0
+    assert first_examples((torch.arange(5),), 3)[0].tolist() == [0, 1, 2]
+    ragged = [torch.ones(5), torch.ones(4)]
+    assert first_examples(ragged, 3) is ragged
+
+
+def test_labels_that_are_alike_are_made_up_for() -> None:
+    batches = [(torch.zeros(4, 2), torch.tensor([1, 1, 1, 1])), (torch.ones(4, 2), torch.tensor([0, 1, 2, 1]))]
+    assert [labels_alike(batch) for batch in batches] == [True, False]
+    assert not labels_alike((torch.zeros(4, 2), torch.ones(4, 3)))
+    assert sorted(varied_examples(batches, 4)[1].tolist()) == [0, 1, 1, 2]

@@ -1,0 +1,184 @@
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lightning_recipes.core.criteria import Watch
+from lightning_recipes.core.initial_loss import InitialLossRule, constant_of
+
+CHANCE = torch.Generator()
+
+
+def judge(
+    loss: Callable[[Tensor, Tensor], Any],
+    targets: Callable[[], Tensor],
+    scale: float = 0.1,
+    shift: Any = 0.0,
+    outputs: int = 10,
+    inputs: float = 1.0,
+    **more: Any,
+) -> InitialLossRule:
+    CHANCE.manual_seed(0)
+    rule = InitialLossRule(**more)
+    for _ in range(10):
+        wanted = targets()
+        logits = torch.randn(len(wanted), outputs, generator=CHANCE) * scale + shift
+        with Watch() as watch:
+            value = loss(logits.requires_grad_(), wanted)
+        rule.update(value, watch.part_of(value), [inputs * torch.randn(64, 3, generator=CHANCE)])
+    return rule
+
+
+def classes(kinds: int = 10) -> Callable[[], Tensor]:
+    return lambda: torch.randint(kinds, (64,), generator=CHANCE)
+
+
+def rare() -> Tensor:
+    return (torch.rand(64, generator=CHANCE) < 0.05).long()
+
+
+def rules(rule: InitialLossRule) -> list[tuple[str, str]]:
+    return [(finding.rule, finding.severity) for finding in rule.findings()]
+
+
+ONE_FAVOURED = torch.tensor([5.0] + [0.0] * 9)
+CROSS = functional.cross_entropy
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets", "more", "first"),
+    [
+        (CROSS, classes(), {}, ("initial loss as expected", "info")),
+        (CROSS, classes(), {"scale": 1.0}, ("initial loss high", "info")),
+        (CROSS, classes(), {"scale": 3.0}, ("initial loss high", "warning")),
+        (CROSS, classes(), {"scale": 0.01, "shift": ONE_FAVOURED}, ("initial loss high", "warning")),
+        (lambda o, t: CROSS(o, t, label_smoothing=0.1), classes(), {}, ("initial loss as expected", "info")),
+        (lambda o, t: CROSS(o, t, weight=torch.arange(1.0, 11)), classes(), {}, ("initial loss as expected", "info")),
+        (lambda o, t: CROSS(o.softmax(1), t), classes(), {}, ("softmax applied twice", "warning")),
+        (lambda o, t: CROSS((o.softmax(1)).clone(), t), classes(), {}, ("softmax applied twice", "warning")),
+        (lambda o, t: CROSS(o.log_softmax(1), t), classes(), {}, ("initial loss as expected", "info")),
+        (lambda o, t: CROSS(o.relu() * 1, t), classes(), {}, ("activation on the logits", "warning")),
+        (lambda o, t: CROSS(o.tanh(), t), classes(), {}, ("activation on the logits", "warning")),
+        (lambda o, t: -CROSS(o, t), classes(), {}, ("wrong sign of the loss", "error")),
+        (lambda o, t: CROSS(o, t, reduction="sum"), classes(), {}, ("loss is a sum", "warning")),
+        (lambda o, t: CROSS(o, t, reduction="sum") / 64, classes(), {}, ("initial loss as expected", "info")),
+        (lambda o, t: CROSS(o, t, reduction="none").mean(), classes(), {}, ("initial loss as expected", "info")),
+        (functional.nll_loss, classes(), {}, ("no log-probabilities", "warning")),
+        (lambda o, t: functional.nll_loss(o.log_softmax(1), t), classes(), {}, ("initial loss as expected", "info")),
+        (CROSS, rare, {"outputs": 2}, ("imbalanced classes", "info")),
+        (CROSS, lambda: torch.full((64,), 3), {}, ("labels all alike", "warning")),
+        (lambda o, t: CROSS(o, t) * math.nan, classes(), {}, ("initial loss not finite", "error")),
+        (lambda o, t: (o**2).mean(), classes(), {}, ("initial loss not judged", "info")),
+        (lambda o, t: (o**2).mean(), classes(), {"expected": 0.01}, ("initial loss as expected", "info")),
+        (lambda o, t: (o**2).mean(), classes(), {"expected": 0.004}, ("initial loss off", "warning")),
+    ],
+)
+def test_each_kind_of_loss_and_defect(loss: Any, targets: Any, more: Any, first: tuple[str, str]) -> None:
+    assert rules(judge(loss, targets, **more))[0] == first
+
+
+def binary(outputs: Tensor, targets: Tensor) -> Tensor:
+    return functional.binary_cross_entropy_with_logits(outputs, targets)
+
+
+def bits() -> Tensor:
+    return (torch.rand(64, 4, generator=CHANCE) < torch.tensor([0.5, 0.4, 0.6, 0.5])).float()
+
+
+def normal() -> Tensor:
+    return torch.randn(64, 4, generator=CHANCE)
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets", "more", "first"),
+    [
+        (binary, bits, {}, ("initial loss as expected", "info")),
+        (lambda o, t: binary(o.sigmoid(), t), bits, {}, ("sigmoid applied twice", "warning")),
+        (lambda o, t: functional.binary_cross_entropy(o.sigmoid(), t), bits, {}, ("initial loss as expected", "info")),
+        (functional.mse_loss, normal, {}, ("initial loss as expected", "info")),
+        (functional.l1_loss, normal, {}, ("initial loss as expected", "info")),
+        (functional.huber_loss, normal, {}, ("initial loss as expected", "info")),
+        (functional.mse_loss, lambda: normal() + 100, {}, ("targets not normalised", "info")),
+        (functional.mse_loss, normal, {"scale": 5.0}, ("initial loss high", "warning")),
+        (lambda o, t: functional.mse_loss(o, t, reduction="sum"), normal, {}, ("loss is a sum", "info")),
+    ],
+)
+def test_outputs_that_are_no_classes(loss: Any, targets: Any, more: Any, first: tuple[str, str]) -> None:
+    assert rules(judge(loss, targets, outputs=4, **more))[0] == first
+
+
+def test_the_expectation_the_prior_and_the_interval_are_those_of_the_definition() -> None:
+    rule = judge(CROSS, classes(3), outputs=3)
+    CHANCE.manual_seed(0)
+    losses, labels = [], []
+    for _ in range(10):
+        wanted = classes(3)()
+        labels.append(wanted)
+        losses.append(CROSS(torch.randn(64, 3, generator=CHANCE) * 0.1, wanted))
+        torch.randn(64, 3, generator=CHANCE)
+    share = torch.cat(labels).bincount() / 640
+    (result,) = rule.results()
+    values = torch.stack(losses)
+    assert result.loss == pytest.approx(float(values.mean()), rel=1e-5)
+    assert result.uniform == pytest.approx(math.log(3))
+    assert result.constant == pytest.approx(float(-(share * share.log()).sum()), rel=1e-5)
+    assert result.interval == pytest.approx(2.262 * float(values.std()) / 10**0.5, rel=5e-3)  # Student's t, 9 degrees
+    assert result.z == pytest.approx((result.loss - result.uniform) / (float(values.std()) / 10**0.5), rel=1e-2)
+    assert result.penalty == pytest.approx(0.0, abs=1e-6)
+
+
+def test_penalties_are_reported_apart() -> None:
+    rule = judge(lambda o, t: CROSS(o, t) + 1.5, classes())
+    assert rule.penalty == pytest.approx(1.5, rel=1e-5)
+    assert "penalties add 1.5." in rule.findings()[0].message
+
+
+def test_the_cause_of_a_high_loss_is_named() -> None:
+    assert (
+        "not normalised (root mean square 1" in judge(CROSS, classes(), scale=3.0, inputs=100.0).findings()[0].message
+    )
+    assert "class 0 is favoured" in judge(CROSS, classes(), scale=0.01, shift=ONE_FAVOURED).findings()[0].message
+    assert "standard deviation of 2.78" in judge(CROSS, classes(), scale=3.0).findings()[0].message
+
+
+def test_a_difference_within_noise_is_no_finding() -> None:
+    rule = InitialLossRule(expected=1.0)
+    for loss in (0.2, 5.0, 1.0, 1.5, 0.4):
+        rule.update(torch.tensor(loss), [])
+    assert [finding.rule for finding in rule.findings()] == ["initial loss as expected"]
+
+
+def test_outputs_that_are_all_alike_are_told() -> None:
+    assert ("outputs hardly depend on the input", "info") in rules(judge(CROSS, classes(), scale=0.0))
+
+
+def test_inputs_that_are_not_finite_are_told() -> None:
+    rule = judge(lambda o, t: CROSS(o, t) * math.nan, classes(), inputs=math.inf)
+    assert "the inputs have NaN" in rule.findings()[0].message
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets", "expected"),
+    [
+        (functional.l1_loss, torch.tensor([[0.0], [1.0], [10.0]]), [1.0]),
+        (functional.mse_loss, torch.tensor([[0.0], [1.0], [11.0]]), [4.0]),
+        (binary, torch.tensor([[1.0], [1.0], [0.0]]), [math.log(2)]),
+        (
+            lambda o, t: functional.binary_cross_entropy_with_logits(o, t, pos_weight=torch.tensor(3.0)),
+            torch.tensor([[1.0], [0.0]]),
+            [math.log(3)],
+        ),
+    ],
+)
+def test_the_best_constant_output(loss: Any, targets: Tensor, expected: list[float]) -> None:
+    with Watch() as watch:
+        loss(torch.zeros(len(targets), 1).requires_grad_(), targets)
+    best = constant_of(watch.seen)
+    assert best.tolist() == pytest.approx(expected, rel=1e-5)
+    call = watch.seen[0]
+    for other in (best - 0.01, best + 0.01):
+        assert call.at(best) <= call.at(other)
