@@ -485,16 +485,25 @@ def test_the_update_ratio_is_that_of_the_whole_layer_on_every_rank(name: str, tm
         assert step == expected_step
         assert loss == pytest.approx(expected_loss, rel=1e-4)
         assert ratios == pytest.approx(expected_ratios, rel=1e-3)
+
+
 def check_on_halves(folder: Path, checks: bool) -> Any:
     initial, overfit = InitialLossCheck(batches=3), OverfitCheck(max_steps=20)
     module = Regression(batch_norm=True, dropout=0.2)
     torch.manual_seed(4)
+    trainer = quiet_trainer(
+        folder,
+        max_epochs=2,
         callbacks=[initial, overfit] if checks else [],
         strategy=make_strategy("ddp"),
         devices=2,
+        use_distributed_sampler=False,
+    )
     trainer.fit(module, SplitData())
     weights = str(whole(dict(module.state_dict())))
     return weights, str(torch.get_rng_state()), str(overfit.fits), len(initial.results)
+
+
 def test_checks_before_training_leave_no_trace_on_two_ranks_and_try_the_same(tmp_path: Path) -> None:
     without = run_on_ranks(check_on_halves, tmp_path / "without", False)
     checked = run_on_ranks(check_on_halves, tmp_path / "with", True)
@@ -503,10 +512,14 @@ def test_checks_before_training_leave_no_trace_on_two_ranks_and_try_the_same(tmp
     assert first[1] == second[1] == 1
     assert first[0].count("Fit(") == second[0].count("Fit(") >= 1
     assert len((tmp_path / "with" / "findings.jsonl").read_text().splitlines()) >= 2
+
+
 def check_shards(folder: Path, name: str) -> None:
     recipe = InitialLossCheck() if name == "InitialLossCheck" else OverfitCheck()
     trainer = quiet_trainer(folder, max_epochs=1, callbacks=[recipe], strategy=make_strategy("one file"), devices=2)
     trainer.fit(Sharded(), regression_data(batches=2))
+
+
 @pytest.mark.parametrize("name", ["InitialLossCheck", "OverfitCheck"])
 def test_shards_are_refused_by_the_checks_before_training(name: str, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=f"{name} cannot train copies of a model in shards"):
