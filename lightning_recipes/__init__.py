@@ -2,6 +2,7 @@
 
 from lightning_recipes.callbacks.averaging import EMAWeights
 from lightning_recipes.callbacks.clipping import PercentileGradientClipping
+from lightning_recipes.callbacks.curvature import CriticalPointProbe
 from lightning_recipes.callbacks.early_stopping import EarlyStopping
 from lightning_recipes.callbacks.instability import InstabilityDetector
 from lightning_recipes.callbacks.schedules import LearningRateSchedule
@@ -9,6 +10,7 @@ from lightning_recipes.callbacks.snapshots import SnapshotEnsemble
 from lightning_recipes.callbacks.warmup import WarmupSweep
 
 __all__ = [
+    "CriticalPointProbe",
     "EMAWeights",
     "EarlyStopping",
     "InstabilityDetector",
