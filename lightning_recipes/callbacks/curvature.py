@@ -53,9 +53,9 @@ class CriticalPointProbe(pl.Callback):
     When the training loss has stopped falling (see :class:`~lightning_recipes.core.curvature.StallRule`), it measures
     on a sample of training batches the gradient against its own noise, both ends of the Hessian's spectrum with bounds
     on their errors, the largest curvature against what the optimizer can follow at its learning rate, and what steps
-    along the most negative curvature do to the loss. The verdict (see :func:`~lightning_recipes.core.curvature.verdict`) is a
-    finding: a warning for walls and for a saddle with a way out that lowers the loss by 1 %, for information else. When
-    training ends, it tells how sharp the point is that it ended at.
+    along the most negative curvature do to the loss. The verdict (:func:`~lightning_recipes.core.curvature.verdict`) is
+    a finding: a warning for walls and for a saddle with a way out that lowers the loss by 1 %, for information else.
+    When training ends, it tells how sharp the point is that it ended at.
 
     The loss is that of ``training_step`` on the first batches that were seen, always the same, with the penalty that
     weight decay stands for. It is computed on copies of parameters and buffers, in float32 at least and without
@@ -142,8 +142,8 @@ class CriticalPointProbe(pl.Callback):
         run: Any = trainer  # connectors set some attributes
         if is_sharded(trainer) or isinstance(trainer.strategy, DeepSpeedStrategy):
             raise MisconfigurationException(
-                f"{type(self).__name__} cannot differentiate a model in shards twice ({type(trainer.strategy).__name__}):"
-                " look at a smaller one, whole on each device"
+                f"{type(self).__name__} cannot differentiate a model in shards twice"
+                f" ({type(trainer.strategy).__name__}): look at a smaller one, whole on each device"
             )
         self._able = not run.fast_dev_run
         if not pl_module.automatic_optimization and type(self).loss is CriticalPointProbe.loss:
@@ -151,7 +151,7 @@ class CriticalPointProbe(pl.Callback):
         self._finish()
         end = trainer.fit_loop.on_run_end
 
-        def look_and_end() -> None:  # before the hooks in which an average takes the weights' place
+        def look_and_end() -> None:  # before the hooks in which an average takes the place of the weights
             self._finish()
             if self.at_end:
                 self._look_at_the_end(trainer, pl_module)

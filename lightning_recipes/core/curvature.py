@@ -250,6 +250,20 @@ class LossSurface:
         pieces = torch.split(vector, [parameter.numel() for parameter in self.parameters])
         return [piece.view_as(parameter) for piece, parameter in zip(pieces, self.parameters, strict=True)]
 
+    def custom_functions(self) -> list[str]:
+        """Names of the ``torch.autograd.Function`` that the first loss is computed with."""
+        names: set[str] = set()
+        seen: set[Any] = set()
+        left: list[Any] = [self.losses[0]().grad_fn]
+        while left:
+            node = left.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                left += [before for before, _ in node.next_functions]
+                if isinstance(node, torch.autograd.function.BackwardCFunction):
+                    names.add(type(node).__name__.removesuffix("Backward"))
+        return sorted(names)
+
     def _tried(self, derive: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """NaN where a derivative fails: the other ranks have to learn of it, and wait for its values."""
         try:
@@ -468,6 +482,18 @@ class CriticalPoint:
         """Whether the loss falls in both senses of the escape direction, as from the middle of a saddle."""
         return any(max(change, self.escape[-step]) < -self.rounding for step, change in self.escape.items())
 
+    @property
+    def best_fraction(self) -> float:
+        """Of the optimizer's step along the mean gradient: which lowers the loss most; 0 if none was seen to."""
+        best = min(self.ahead, key=self.ahead.__getitem__, default=0.0)
+        return best if self.ahead.get(best, 0.0) < -self.rounding else 0.0
+
+    @property
+    def overshoots(self) -> bool:
+        """Whether a part of the optimizer's step lowers the loss ten times as much as the whole."""
+        best = self.best_fraction
+        return 0 < best < 1 and self.ahead[1.0] > 0.1 * self.ahead[best] and self.slope.least(self.quantile) > 0
+
 
 def sharpness(
     surface: LossSurface, steps: Steps | None, seed: int = 0, max_products: int = 30
@@ -522,9 +548,10 @@ def measure(
     batches = ranks * len(gradients)
     spectrum = extreme_eigenvalues(surface.product, _start(surface, seed), max_products)
     if spectrum.asymmetry > ASYMMETRIC:
+        named = ", ".join(surface.custom_functions())
         raise ArithmeticError(
             f"the Hessian is not symmetric, by {spectrum.asymmetry:.0%}: an operation of the model has a wrong second"
-            " derivative, or the loss is not the same each time"
+            f" derivative{f' ({named}?)' if named else ''}, or the loss is not the same each time"
         )
     slope = _squared_norm(surface, gradients, gradient, None, batches, share)
     known: dict[str, Any] = {"loss": loss, "batches": batches, "slope": slope, "spectrum": spectrum}
@@ -613,7 +640,9 @@ def verdict(point: CriticalPoint, is_flat: bool | None = None) -> Verdict:
     In this order:
 
     - ``"bouncing between the walls"``: the gradient is not small, and the curvature is above what the optimizer can
-      follow at its learning rate, by more than the error of the curvature; the loss does not fall.
+      follow at its learning rate, by more than the error of the curvature; or the mean gradient is beyond its noise,
+      and a step along it lowers the loss by less than a tenth of what a shorter one does (high on walls that are
+      flatter than the bottom between them). The loss does not fall.
     - ``"saddle"``: the gradient is small (relative to weights and loss at most 0.05), and the loss was seen to be
       concave along a direction. Or the gradient cannot be told from 0, and the loss falls in both senses of that
       direction, by 1 % or more in one.
@@ -627,8 +656,8 @@ def verdict(point: CriticalPoint, is_flat: bool | None = None) -> Verdict:
         point: What was measured.
         is_flat: Whether the training loss has stopped falling; None if nobody knows.
     """
-    error = point.over_limit.error
-    if point.over_limit.value - error > 1 and not point.is_critical:
+    too_sharp = point.over_limit.least(1) > 1
+    if (too_sharp or point.overshoots) and not point.is_critical:
         return "still descending" if is_flat is False else "bouncing between the walls"
     deep = point.falls_both_ways and _lowering(point) >= WORTHWHILE
     if point.has_negative_curvature and point.escape_step and (point.is_critical or deep):
@@ -704,19 +733,18 @@ def _curvature_text(point: CriticalPoint) -> str:
 
 
 def _bouncing(point: CriticalPoint) -> tuple[str, str]:
-    over = point.over_limit.value
+    over, best = point.over_limit.value, point.best_fraction
     message = (
         f"The largest curvature, {point.spectrum.largest:.3g}, is {over:.2g} times what the optimizer can follow at its"
         f" learning rate, and the gradient is not small ({_gradient_text(point)})"
     )
-    better = {fraction: change for fraction, change in point.ahead.items() if fraction < 1 and change < 0}
-    if better and point.ahead[1.0] > 0:
-        best = min(better, key=better.__getitem__)
+    if 0 < best < 1:
         message += (
-            f"; a step at the rate changes the loss by {point.ahead[1.0]:+.2g},"
-            f" one of {best:g} of it by {better[best]:+.2g}"
+            f"; a step at that rate changes the loss by {point.ahead[1.0]:+.2g}, one at {best:g} of it by"
+            f" {point.ahead[best]:+.2g}"
         )
-    return message + ".", f"Divide the learning rate by {max(2, math.ceil(over))}, or let it decay."
+    cut = max(2, math.ceil(over), round(1 / best) if best and point.overshoots else 0)
+    return message + ".", f"Divide the learning rate by {cut}, or let it decay."
 
 
 def _saddle(point: CriticalPoint) -> tuple[str, str]:
@@ -736,7 +764,7 @@ def _saddle(point: CriticalPoint) -> tuple[str, str]:
 def _minimum(point: CriticalPoint) -> tuple[str, str]:
     floor = point.spectrum.floor
     bound = f" (none below {floor:.2g} with 95 % certainty)" if math.isfinite(floor) else ""
-    unstable = point.over_limit.value - point.over_limit.error > 1
+    unstable = point.over_limit.least(1) > 1
     return (
         f"{_gradient_text(point)}, and {_curvature_text(point)}{bound}: no way down was found in"
         f" {point.spectrum.products} products."

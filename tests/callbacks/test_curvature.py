@@ -1,5 +1,6 @@
 import json
 import math
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from models import Adversaries, Regression, fp16, quiet_trainer, regression_data
 from ranks import run_on_ranks
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
 
 from lightning_recipes import CriticalPointProbe, EMAWeights
+from lightning_recipes.callbacks import curvature, replay
 
 GIVEN = nn.functional.mse_loss
 
@@ -92,7 +96,10 @@ def test_the_run_is_bit_for_bit_as_without(settings: dict[str, Any], options: di
     runs = []
     for probes in (False, True):
         given = {**settings, "plugins": [fp16()]} if "plugins" in settings else settings
-        record, module, probe = Record(), Keeps(**options), CriticalPointProbe(every_n_steps=3)
+        record, module = Record(), Keeps(**options)
+        probe = CriticalPointProbe(
+            every_n_steps=2 if "accumulate_grad_batches" in settings else 7, batches=3, max_products=4
+        )
         trainer = fit(tmp_path / str(probes), module, record, *([probe] if probes else []), **given)
         runs.append(str([record.seen, module.losses, module.count, module.fired, weights_of(module)]))
         assert isinstance(module.net[0].weight, nn.Parameter)
@@ -103,17 +110,13 @@ def test_the_run_is_bit_for_bit_as_without(settings: dict[str, Any], options: di
 
 
 def test_the_comparison_would_notice_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from contextlib import nullcontext
-
-    from lightning_recipes.callbacks import curvature
-
     runs = []
-    for name in ("without_trace", None):
+    for forgets in (False, True):
         record = Record()
         with monkeypatch.context() as patched:
-            if name is not None:
-                patched.setattr(curvature, name, lambda *_: nullcontext())
-            fit(tmp_path, Keeps(), record, CriticalPointProbe(every_n_steps=3))
+            if forgets:
+                patched.setattr(replay, "isolate_rng", nullcontext)
+            fit(tmp_path, Keeps(), record, CriticalPointProbe(every_n_steps=7, batches=2, max_products=2))
         runs.append(str(record.seen))
     assert runs[0] != runs[1]
 
@@ -152,7 +155,8 @@ def exact_sharpness(module: Given, batches: Any) -> float:
         return torch.stack(losses).mean()
 
     flat = torch.cat([p.reshape(-1) for p in trained.values()])
-    hessian = torch.autograd.functional.hessian(loss, flat)
+    with sdpa_kernel(SDPBackend.MATH):
+        hessian = torch.autograd.functional.hessian(loss, flat)
     return float(torch.linalg.eigvalsh(hessian)[-1])
 
 
@@ -185,7 +189,10 @@ class Tied(nn.Module):
 
 def tokens(count: int = 4) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    return [tuple(torch.randint(6, (3, 5), generator=generator) for _ in range(2)) for _ in range(count)]  # type: ignore[misc]
+    return [
+        (torch.randint(6, (3, 5), generator=generator), torch.randint(6, (3, 5), generator=generator))
+        for _ in range(count)
+    ]
 
 
 @pytest.mark.parametrize("attention", ["module", "function", "gru"])
@@ -195,7 +202,9 @@ def test_attention_recurrence_and_tied_weights(attention: str, precision: Any, t
     module = Given(Tied(attention), partial(torch.optim.SGD, lr=0.1), functional.cross_entropy)
     if attention == "function":
         module.model.mix.requires_grad_(False)  # frozen
-    trainer = fit(tmp_path, module, CriticalPointProbe(), data=tokens(), precision=precision)
+    trainer = fit(
+        tmp_path, module, CriticalPointProbe(), data=DataLoader(tokens(), batch_size=None), precision=precision
+    )
     exact = exact_sharpness(module, tokens())
     assert float(trainer.callback_metrics["sharpness"]) == pytest.approx(exact, rel=0.01)
     assert float(trainer.callback_metrics["sharpness_over_limit"]) == pytest.approx(0.1 * exact / 2, rel=0.01)
@@ -214,16 +223,14 @@ def test_the_end_is_that_of_the_trained_weights_with_an_average_too(tmp_path: Pa
 def test_a_look_at_the_end_is_of_a_sample_without_doubles(tmp_path: Path) -> None:
     probe = CriticalPointProbe(batches=8, every_n_steps=9)
     shares = []
-    import lightning_recipes.callbacks.curvature as module
-
-    original = module.measure
+    original = curvature.measure
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         shares.append(kwargs["share"])
         return original(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(module, "measure", spy)
+        patched.setattr(curvature, "measure", spy)
         fit(tmp_path, Regression(), probe, data=regression_data(5), max_epochs=3)
     assert shares == [1.0]
     assert probe.finding is not None
@@ -253,6 +260,7 @@ def walls(x: Tensor, y: Tensor) -> Tensor:
     return 1 + torch.log(torch.cosh(4 * x)) + y**2  # steep to both sides of its bottom
 
 
+@pytest.mark.filterwarnings("ignore:bouncing", "ignore:saddle")
 @pytest.mark.parametrize(
     ("start", "lr", "loss", "said", "severity"),
     [
@@ -273,10 +281,9 @@ def test_what_a_training_is_stuck_at(
     assert "  " not in found[0]["message"]
 
 
-@pytest.mark.filterwarnings("ignore:saddle")
 def test_a_run_that_falls_is_not_looked_at(tmp_path: Path) -> None:
-    probe = CriticalPointProbe(patience=20, at_end=False)
-    fit(tmp_path, Regression(make_optimizer=partial(torch.optim.SGD, lr=0.003)), probe, max_epochs=4)
+    probe = CriticalPointProbe(patience=40, at_end=False)
+    fit(tmp_path, Regression(make_optimizer=partial(torch.optim.SGD, lr=0.003)), probe, data=regression_data(40, 512))
     assert probe.finding is None
     assert findings_of(tmp_path) == []
 
@@ -305,25 +312,28 @@ class Once(torch.autograd.Function):
         return 2 * gradient
 
 
-class Wrong(Once):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**2
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return 2 * ctx.saved_tensors[0].detach() * gradient.detach() * torch.linspace(0, 1, 16) + 0 * gradient
+class Distances(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cdist(x, torch.ones(16, 16))
 
 
 def test_an_operation_without_second_derivative_is_named_and_training_goes_on(tmp_path: Path) -> None:
     module = Regression()
-    module.net[1] = type("Doubled", (nn.Module,), {"forward": lambda self, x: Once.apply(x.tanh())})()
+    module.net[1] = Distances()
     trainer = fit(tmp_path, module, CriticalPointProbe(every_n_steps=5))
     (found,) = findings_of(tmp_path)
     assert (found["rule"], found["severity"]) == ("curvature not measured", "info")
-    assert "once_differentiable" in found["message"]
+    assert "_cdist_backward" in found["message"]
     assert trainer.global_step == 24
+
+
+def test_a_second_derivative_that_autograd_gets_wrong_in_silence_is_noticed(tmp_path: Path) -> None:
+    module = Regression()
+    module.net[1] = type("Doubled", (nn.Module,), {"forward": lambda self, x: Once.apply(x.tanh())})()
+    fit(tmp_path, module, CriticalPointProbe(every_n_steps=5, at_end=False))
+    (found,) = findings_of(tmp_path)
+    assert "not symmetric" in found["message"]
+    assert "(Once?)" in found["message"]
 
 
 def test_a_loss_that_is_not_finite_is_said(tmp_path: Path) -> None:
@@ -356,7 +366,10 @@ def test_manual_optimization_wants_a_loss(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["shards", "deepspeed"])
 def test_shards_are_refused(name: str) -> None:
     strategy: Any = object.__new__(DeepSpeedStrategy) if name == "deepspeed" else type("S", (), {})()
-    strategy.restore_checkpoint_after_setup = name == "shards"
+    if name == "shards":
+        strategy.restore_checkpoint_after_setup = True
+    else:
+        strategy.config = {"zero_optimization": {"stage": 1}}
     trainer: Any = type("T", (), {"strategy": strategy, "fast_dev_run": False})()
     with pytest.raises(MisconfigurationException, match="shards"):
         CriticalPointProbe().on_fit_start(trainer, Regression())
@@ -383,14 +396,15 @@ def test_bad_arguments(arguments: dict[str, Any], error: type[Exception]) -> Non
 class BreaksOnOne(Regression):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = super().training_step(batch, batch_idx)
-        return Once.apply(loss) if self.global_rank == 1 and self.breaks else loss
+        distance = torch.cdist(self.net[0].weight, self.net[0].weight.flip(0)).sum()
+        return loss + distance if self.global_rank == 1 and self.breaks else loss
 
 
 def train_on_a_rank(folder: Path, probes: bool, breaks: bool) -> Any:
     strategy = DDPStrategy(process_group_backend="gloo")
     module = BreaksOnOne(batch_norm=True, dropout=0.2, make_optimizer=partial(torch.optim.SGD, lr=0.01))
     module.breaks = breaks  # type: ignore[assignment]
-    probe = CriticalPointProbe(every_n_steps=5, batches=3)
+    probe = CriticalPointProbe(every_n_steps=9, batches=3, max_products=5)
     trainer = fit(folder, module, *([probe] if probes else []), strategy=strategy, devices=2)
     metrics = {name: value for name, value in trainer.callback_metrics.items() if "sharp" in name}
     return weights_of(module), metrics, probe.finding and probe.finding.as_dict(), torch.get_rng_state()
@@ -412,5 +426,5 @@ def test_a_rank_that_fails_lets_none_wait(tmp_path: Path) -> None:
     (first, one, said, _), (second, other, said_too, _) = run_on_ranks(train_on_a_rank, tmp_path, True, True)
     assert one == other == {}
     assert said is said_too is None
-    assert same(first, second) or True
+    assert torch.equal(first["net.0.weight"], second["net.0.weight"])
     assert [each["rule"] for each in findings_of(tmp_path)] == ["curvature not measured"]
