@@ -460,8 +460,8 @@ class CriticalPoint:
 
     @property
     def may_be_critical(self) -> bool:
-        """Whether the gradient cannot be told from a small one."""
-        return self.is_critical or self.slope.least(self.quantile) <= 0
+        """Whether the gradient is small or, by a noise that is known, cannot be told from 0."""
+        return self.is_critical or -math.inf < self.slope.least(self.quantile) <= 0
 
     @property
     def has_negative_curvature(self) -> bool:
@@ -659,7 +659,7 @@ def verdict(point: CriticalPoint, is_flat: bool | None = None) -> Verdict:
     too_sharp = point.over_limit.least(1) > 1
     if (too_sharp or point.overshoots) and not point.is_critical:
         return "still descending" if is_flat is False else "bouncing between the walls"
-    deep = point.falls_both_ways and _lowering(point) >= WORTHWHILE
+    deep = point.may_be_critical and point.falls_both_ways and _lowering(point) >= WORTHWHILE
     if point.has_negative_curvature and point.escape_step and (point.is_critical or deep):
         return "saddle"
     if point.is_critical:
