@@ -1,27 +1,36 @@
 """Minimum, saddle, walls, noise or slope? Points that are known to be one of them, on real digits.
 
-    python benchmarks/curvature.py [points] [eigenvalues] [minibatches] [cost] [--seeds 5]
+    python benchmarks/curvature.py [points] [eigenvalues] [minibatches] [runs] [cost] [--seeds 5]
 
 The points are made, not found: saddles by zeroed weights and by a unit that is there twice (Fukumizu and Amari, 2000),
 minima by L-BFGS, bouncing by a learning rate of three times the edge, noise by small batches.
 """
 
 import argparse
+import json
+import logging
 import statistics
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.utils.data import DataLoader, TensorDataset
+from typing_extensions import override
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from _data import digits
 
+from lightning_recipes import CriticalPointProbe
 from lightning_recipes.core.curvature import CriticalPoint, LossSurface, extreme_eigenvalues, measure, steps_of, verdict
 
 SMOOTHING = 0.1  # of the labels: then minima lie at finite weights
@@ -241,6 +250,89 @@ def minibatches(seeds: range) -> None:
     tell_apart(minibatch_points(seeds))
 
 
+# ------------------------------------------------------------------------------ whole runs
+
+
+class Classifier(pl.LightningModule):
+    """Any network on digits."""
+
+    def __init__(self, model: nn.Module, make: Callable[[Iterator[nn.Parameter]], Any], smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.model, self.make, self.smoothing = model, make, smoothing
+
+    @override
+    def training_step(self, batch: Batch) -> Tensor:
+        return functional.cross_entropy(self.model(batch[0]), batch[1], label_smoothing=self.smoothing)
+
+    @override
+    def configure_optimizers(self) -> Any:
+        return self.make(self.parameters())
+
+
+def perceptron(batch_norm: bool = False, dropout: float = 0.0) -> nn.Module:
+    norm = [nn.BatchNorm1d(64)] if batch_norm else []
+    return nn.Sequential(nn.Linear(64, 64), *norm, nn.ReLU(), nn.Dropout(dropout), nn.Linear(64, 10))
+
+
+def cosine(parameters: Iterator[nn.Parameter]) -> Any:
+    optimizer = AdamW(parameters, 3e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, RUN)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+RUN = 3000  # updates
+RUNS: dict[str, tuple[Callable[[], nn.Module], Callable[[Iterator[nn.Parameter]], Any], int, float, float]] = {
+    # network, optimizer, batch size, share of wrong labels, label smoothing
+    "SGD": (perceptron, lambda p: SGD(p, 0.1), 32, 0.0, 0.0),
+    "SGD, batches of 4": (perceptron, lambda p: SGD(p, 0.02), 4, 0.0, 0.0),
+    "momentum, decay 1e-3": (perceptron, lambda p: SGD(p, 0.03, 0.9, weight_decay=1e-3), 32, 0.0, 0.0),
+    "momentum, smoothing": (perceptron, lambda p: SGD(p, 0.03, 0.9), 32, 0.0, 0.1),
+    "momentum, wrong labels": (perceptron, lambda p: SGD(p, 0.03, 0.9), 32, 0.2, 0.0),
+    "Adam": (perceptron, lambda p: Adam(p, 1e-3), 32, 0.0, 0.0),
+    "AdamW, cosine": (perceptron, cosine, 32, 0.0, 0.0),
+    "AdamW, wrong labels": (partial(perceptron, False, 0.3), cosine, 32, 0.2, 0.0),
+    "BatchNorm": (partial(perceptron, True), lambda p: SGD(p, 0.1, 0.9), 32, 0.0, 0.0),
+    "BatchNorm, dropout": (partial(perceptron, True, 0.5), lambda p: SGD(p, 0.1, 0.9), 32, 0.1, 0.0),
+    "full batch": (perceptron, lambda p: SGD(p, 0.3), 898, 0.0, 0.0),
+    "full batch, smoothing": (perceptron, lambda p: SGD(p, 0.5), 898, 0.0, 0.1),
+    "TOO HIGH: SGD": (perceptron, lambda p: SGD(p, 3.0), 32, 0.0, 0.0),
+    "TOO HIGH: momentum": (perceptron, lambda p: SGD(p, 1.0, 0.9), 32, 0.0, 0.0),
+    "TOO HIGH: full batch": (partial(network, "units", 12, 0, torch.float32), lambda p: SGD(p, 6.0), 898, 0.0, 0.1),
+}
+
+
+def runs(seeds: range) -> None:
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for name, (make_model, make, size, wrong, smoothing) in RUNS.items():
+        for seed in seeds:
+            torch.manual_seed(seed)
+            data = TensorDataset(*digits(seed, wrong).train)
+            with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                took = []
+                for probes in (False, True):
+                    module = Classifier(make_model(), make, smoothing)
+                    trainer = pl.Trainer(
+                        accelerator="cpu",
+                        devices=1,
+                        max_steps=RUN,
+                        max_epochs=-1,
+                        logger=False,
+                        enable_checkpointing=False,
+                        enable_progress_bar=False,
+                        enable_model_summary=False,
+                        default_root_dir=folder,
+                        callbacks=[CriticalPointProbe()] if probes else [],
+                    )
+                    started = time.perf_counter()
+                    trainer.fit(module, DataLoader(data, size, shuffle=True, drop_last=True))
+                    took.append(time.perf_counter() - started)
+                lines = [json.loads(line) for line in (Path(folder) / "findings.jsonl").read_text().splitlines()]
+            print(f"\n{name}, seed {seed}: {took[1] / took[0]:.2f} of the time without")
+            for line in lines:
+                print(f"  {line['severity']:8} {line['rule']} at {line['step']}: {line['message'][:200]}")
+
+
 # ------------------------------------------------------------------------------ cost
 
 
@@ -262,7 +354,7 @@ def cost(seeds: range) -> None:  # noqa: ARG001  # has none
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"points": points, "eigenvalues": eigenvalues, "minibatches": minibatches, "cost": cost}
+    parts = {"points": points, "eigenvalues": eigenvalues, "minibatches": minibatches, "runs": runs, "cost": cost}
     parser.add_argument("parts", nargs="*", choices=[*parts, []], default=list(parts))
     parser.add_argument("--seeds", type=int, default=5)
     given = parser.parse_args()

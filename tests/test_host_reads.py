@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lightning_recipes
 from lightning_recipes import EMAWeights, InstabilityDetector, PercentileGradientClipping
-from lightning_recipes.callbacks import clipping, instability
+from lightning_recipes.callbacks import clipping, curvature, instability
 
 PACKAGE = Path(lightning_recipes.__file__).parent
 
@@ -34,7 +34,9 @@ def fused_adam(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, fused=True)
 
 
-@pytest.mark.parametrize("recipe", ["EMAWeights", "PercentileGradientClipping", "InstabilityDetector"])
+@pytest.mark.parametrize(
+    "recipe", ["EMAWeights", "PercentileGradientClipping", "InstabilityDetector", "CriticalPointProbe"]
+)
 @pytest.mark.parametrize(
     ("make_module", "settings"),
     [
@@ -48,9 +50,10 @@ def fused_adam(parameters: Any) -> torch.optim.Optimizer:
 def test_a_steady_step_reads_nothing_back(
     recipe: str, make_module: Any, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (clipping, instability):
+    for module in (clipping, instability, curvature):
         monkeypatch.setattr(module, "free_to_read", lambda _: False)
-    count = CountBetween(5, 55)
+    monkeypatch.setattr(curvature, "READ_EVERY", 1000)
+    count = CountBetween(8, 55)  # from 8 on: the first batches are copied to the host
     callbacks = [count, getattr(lightning_recipes, recipe)()]
     if settings.get("plugins") == "fp16":
         settings = {"plugins": [fp16()]}

@@ -71,10 +71,10 @@ class CriticalPointProbe(pl.Callback):
     first and the third.
 
     A look costs at most ``2 max_products + batches`` Hessian-vector products (with SGD ``max_products + batches``), at
-    the end 10 to 20, each of about 3 gradients of each batch in the sample. A stall that lasts is looked at again after
-    twice as long each time. Memory during a look: ``max_products + batches + 10`` vectors of the size of the
-    parameters, and the activations of one batch two to three times; else the sample, on the host. A step reads nothing
-    back; the losses are read every 50 updates.
+    the end 10 to 20, each of two to three gradients of each batch in the sample. The next stall is looked at after
+    ``patience`` updates, or half of all so far if these are more. Memory during a look: ``max_products + batches + 10``
+    vectors of the size of the parameters, and the activations of one batch two to three times; else the sample, on the
+    host. A step reads nothing back; the losses are read every 50 updates.
 
     Attributes:
         rule: A :class:`~lightning_recipes.core.curvature.StallRule`.

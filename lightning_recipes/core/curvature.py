@@ -459,11 +459,6 @@ class CriticalPoint:
         return self.relative_gradient(self.slope.most(self.quantile)) <= CRITICAL
 
     @property
-    def may_be_critical(self) -> bool:
-        """Whether the gradient is small or, by a noise that is known, cannot be told from 0."""
-        return self.is_critical or -math.inf < self.slope.least(self.quantile) <= 0
-
-    @property
     def has_negative_curvature(self) -> bool:
         """Beyond rounding."""
         return self.spectrum.smallest < -NEGATIVE * self.spectrum.scale
@@ -476,11 +471,6 @@ class CriticalPoint:
         """
         both = [(change + self.escape[-step]) / 2 for step, change in self.escape.items()]
         return min(self.escape, key=self.escape.__getitem__) if min(both, default=0.0) < -self.rounding else 0.0
-
-    @property
-    def falls_both_ways(self) -> bool:
-        """Whether the loss falls in both senses of the escape direction, as from the middle of a saddle."""
-        return any(max(change, self.escape[-step]) < -self.rounding for step, change in self.escape.items())
 
     @property
     def best_fraction(self) -> float:
@@ -558,7 +548,7 @@ def measure(
     known["rounding"] = ROUNDING * torch.finfo(weights.dtype).eps * abs(loss)
     known["weight_norm"] = float(torch.linalg.vector_norm(weights))
     point = CriticalPoint(**known)
-    if point.has_negative_curvature and point.may_be_critical:
+    if point.has_negative_curvature and point.is_critical:
         length = point.weight_norm or 1.0
         known["escape"] = {
             sense * step: surface.loss_at(sense * step * length * spectrum.direction) - loss
@@ -643,9 +633,9 @@ def verdict(point: CriticalPoint, is_flat: bool | None = None) -> Verdict:
       follow at its learning rate, by more than the error of the curvature; or the mean gradient is beyond its noise,
       and a step along it lowers the loss by less than a tenth of what a shorter one does (high on walls that are
       flatter than the bottom between them). The loss does not fall.
-    - ``"saddle"``: the gradient is small (relative to weights and loss at most 0.05), and the loss was seen to be
-      concave along a direction. Or the gradient cannot be told from 0, and the loss falls in both senses of that
-      direction, by 1 % or more in one.
+    - ``"saddle"``: the gradient is small (relative to weights and loss at most 0.05, its noise included), and the
+      loss was seen to be concave along a direction. A larger gradient is never that of a saddle, however noisy: some
+      direction in which the loss of a small sample falls is always found, and says nothing about other batches.
     - ``"local minimum"``: the gradient is small, and no negative curvature was found.
     - ``"noise floor"``: the loss does not fall, and what the slope gains per update is about what the noise of the
       batches loses (:data:`NEAR` times at most).
@@ -659,11 +649,9 @@ def verdict(point: CriticalPoint, is_flat: bool | None = None) -> Verdict:
     too_sharp = point.over_limit.least(1) > 1
     if (too_sharp or point.overshoots) and not point.is_critical:
         return "still descending" if is_flat is False else "bouncing between the walls"
-    deep = point.may_be_critical and point.falls_both_ways and _lowering(point) >= WORTHWHILE
-    if point.has_negative_curvature and point.escape_step and (point.is_critical or deep):
-        return "saddle"
     if point.is_critical:
-        return "critical point unclear" if point.has_negative_curvature else "local minimum"
+        concave: Verdict = "saddle" if point.escape_step else "critical point unclear"
+        return concave if point.has_negative_curvature else "local minimum"
     if is_flat is False:
         return "still descending"
     return _with_noise(point)
@@ -820,7 +808,7 @@ class StallRule:
     five is below that of the older five by less than two standard errors, the noise of a block being that of the
     blocks' second differences, which no trend touches.
 
-    A stall is told once; again only when the loss has fallen in between, or after twice as long as the time before.
+    The next stall is told after ``window`` updates, or half of all so far if these are more.
 
     Attributes:
         losses: The last ones, finite all.
@@ -840,7 +828,6 @@ class StallRule:
         self.losses: list[float] = []
         self.updates = 0
         self._next = self.window  # not told before
-        self._wait = self.window
 
     @property
     def is_flat(self) -> bool | None:
@@ -859,20 +846,14 @@ class StallRule:
         self.updates += 1
         if math.isfinite(loss):
             self.losses = [*self.losses[1 - self.window :], loss]
-        if self.updates % max(1, self.window // BLOCKS) or self.is_flat is None:
+        if self.updates < self._next or self.updates % (self.window // BLOCKS) or not self.is_flat:
             return False
-        if not self.is_flat:
-            self._wait, self._next = self.window, min(self._next, self.updates)
-            return False
-        if self.updates < self._next:
-            return False
-        self._wait *= 2
-        self._next = self.updates + self._wait
+        self._next = self.updates + max(self.window, self.updates // 2)
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        return {"losses": list(self.losses), "updates": self.updates, "next": self._next, "wait": self._wait}
+        return {"losses": list(self.losses), "updates": self.updates, "next": self._next}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.losses, self.updates = list(state_dict["losses"])[-self.window :], state_dict["updates"]
-        self._next, self._wait = state_dict["next"], state_dict["wait"]
+        self._next = state_dict["next"]
