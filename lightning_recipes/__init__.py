@@ -2,6 +2,7 @@
 
 from lightning_recipes.callbacks.averaging import EMAWeights
 from lightning_recipes.callbacks.clipping import PercentileGradientClipping
+from lightning_recipes.callbacks.curvature import CriticalPointProbe
 from lightning_recipes.callbacks.curves import LearningCurves
 from lightning_recipes.callbacks.early_stopping import EarlyStopping
 from lightning_recipes.callbacks.initial_loss import InitialLossCheck
@@ -15,6 +16,7 @@ from lightning_recipes.callbacks.updates import UpdateRatioMonitor
 from lightning_recipes.callbacks.warmup import WarmupSweep
 
 __all__ = [
+    "CriticalPointProbe",
     "EMAWeights",
     "EarlyStopping",
     "GradientNoiseScale",

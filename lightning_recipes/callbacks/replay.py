@@ -1,6 +1,7 @@
 """Run a training step once more, for what can be seen on the way, and leave no trace of it."""
 
 import copy
+from collections import deque
 from collections.abc import Iterator, Set
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -33,6 +34,32 @@ def without_trace(pl_module: pl.LightningModule, but: Set[nn.Module] = frozenset
         yield
 
 
+@contextmanager
+def on_copies(pl_module: pl.LightningModule) -> Iterator[dict[int, nn.Parameter]]:
+    """Within the context the module has copies in the place of its parameters and buffers, in float32 if it is trained
+    in less; when it ends, these and all other attributes, and what lists and dicts among them held, are as they were.
+
+    Yields:
+        The copy of each parameter, by the ``id`` of the parameter.
+    """
+    copies: dict[int, Any] = {}
+    kept: list[Tensor] = []  # or an id might come again
+    with _same_attributes(pl_module):
+        for module in pl_module.modules():
+            for held in (module._parameters, module._buffers):
+                for name, tensor in held.items():
+                    if tensor is not None and id(tensor) not in copies:
+                        copies[id(tensor)] = _copy(tensor)
+                        kept.append(tensor)
+                    held[name] = None if tensor is None else copies[id(tensor)]
+        yield {id(tensor): copies[id(tensor)] for tensor in kept if isinstance(tensor, nn.Parameter)}
+
+
+def in_full(value: Tensor) -> Tensor:
+    """The tensor in float32 if it holds less."""
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+
 def step_arguments(pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> tuple[Any, ...]:
     """What ``training_step`` is called with."""
     numbered = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
@@ -61,6 +88,31 @@ def first_broken_module(pl_module: pl.LightningModule, batch: Any, batch_idx: in
 
 def _drop(*_: object, **__: object) -> None:
     """In the place of a method whose effect is not wanted."""
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    copied = in_full(tensor.detach()).clone()
+    return nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
+
+
+@contextmanager
+def _same_attributes(model: nn.Module) -> Iterator[None]:
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    held = [
+        (value, copy.copy(value))
+        for _, attributes in before
+        for value in attributes.values()
+        if isinstance(value, list | dict | set | deque)
+    ]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+        for value, contents in held:
+            value.clear()
+            (value.extend if isinstance(value, list | deque) else value.update)(contents)
 
 
 @contextmanager

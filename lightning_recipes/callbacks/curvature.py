@@ -1,0 +1,370 @@
+"""Stuck? Look at the loss around the weights: minimum, saddle, walls, noise, or a slope after all."""
+
+import copy
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.plugins.precision import DoublePrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.dropout import _DropoutNd
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_recipes.callbacks.measuring import free_to_read, loss_of_update, mean_over_ranks
+from lightning_recipes.callbacks.replay import in_full, on_copies, step_arguments, without_trace
+from lightning_recipes.callbacks.sharding import is_sharded
+from lightning_recipes.callbacks.substitute import substitute
+from lightning_recipes.callbacks.telling import log_scalars, tell
+from lightning_recipes.callbacks.tracking import parameters_of
+from lightning_recipes.callbacks.trials import seed_all
+from lightning_recipes.core.arguments import check_count, check_flag
+from lightning_recipes.core.curvature import (
+    COHEN,
+    LossSurface,
+    StallRule,
+    Steps,
+    judge,
+    measure,
+    sharpness,
+    steps_of,
+)
+from lightning_recipes.core.findings import Finding
+
+READ_EVERY = 50  # updates whose losses are read together
+RANDOM = (_DropoutNd, nn.MultiheadAttention, nn.RNNBase)  # what drops out in training
+ONCE = (nn.SyncBatchNorm,)  # has no second derivative in training
+
+
+class CriticalPointProbe(pl.Callback):
+    """Say what a training is stuck at: a local minimum, a saddle, the walls of a valley, the noise, or nothing.
+
+    When the training loss has stopped falling (see :class:`~lightning_recipes.core.curvature.StallRule`), it measures
+    on a sample of training batches the gradient against its own noise, both ends of the Hessian's spectrum with bounds
+    on their errors, the largest curvature against what the optimizer can follow at its learning rate, and what steps
+    along the most negative curvature do to the loss. The verdict (:func:`~lightning_recipes.core.curvature.verdict`) is
+    a finding: a warning for walls and for a saddle with a way out that lowers the loss by 1 %, for information else.
+    When training ends, it tells how sharp the point is that it ended at.
+
+    The loss is that of ``training_step`` on the first batches that were seen, always the same, with the penalty that
+    weight decay stands for. It is computed on copies of parameters and buffers, in float32 at least and without
+    autocast, with attention in its mathematical form. Dropout is off; other layers are as in training (BatchNorm
+    uses the statistics of the batch, SyncBatchNorm those of the run); other random numbers are the same each time.
+    The run is left bit for bit as it was. Under DDP the sample is that of all ranks. With manual optimization there
+    is no loss to look at, and nothing is measured, unless a subclass has a method
+    ``loss(pl_module, batch, batch_idx)``: then all parameters of all optimizers are looked at together.
+
+    Logs with each look ``sharpness`` (largest curvature), ``smallest_curvature``, ``sharpness_over_limit`` (the largest
+    curvature in the metric of SGD, RMSprop, Adam or AdamW over the limit of its stability; for gradient descent the
+    learning rate times the sharpness over 2) and ``relative_gradient`` (|gradient| |weights| / loss); at the end the
+    first and the third.
+
+    A look costs at most ``2 max_products + batches`` Hessian-vector products (with SGD ``max_products + batches``), at
+    the end 10 to 20, each of two to three gradients of each batch in the sample. The next stall is looked at after
+    ``patience`` updates, or half of all so far if these are more. Memory during a look: ``max_products + batches + 10``
+    vectors of the size of the parameters, and the activations of one batch two to three times; else the sample, on the
+    host. A step reads nothing back; the losses are read every 50 updates.
+
+    Attributes:
+        rule: A :class:`~lightning_recipes.core.curvature.StallRule`.
+        finding: The newest verdict, None before the first.
+
+    Args:
+        every_n_steps: Look every so many optimizer updates, too, whether the loss falls or not; at least 1.
+        patience: Updates over which the loss has not fallen, at least 20.
+        batches: Of the sample, on each rank, at least 1; below 3 there is no telling the noise.
+        max_products: Hessian-vector products for a spectrum, at least 1. With 30 the largest curvature is exact to
+            less than 1 % on a network of a thousand parameters, the smallest to a few, of a trained network to 30 %.
+        at_end: Look at the sharpness when training ends.
+
+    Raises:
+        TypeError: If an argument is not of its kind.
+        ValueError: If it is out of its range.
+        MisconfigurationException: When fit starts with a model in shards (FSDP, ModelParallel, DeepSpeed).
+
+    Example:
+        >>> trainer = pl.Trainer(callbacks=[CriticalPointProbe()], logger=False)
+
+    References:
+        Dauphin et al., Identifying and attacking the saddle point problem, 2014: https://arxiv.org/abs/1406.2572
+        Cohen et al., Gradient Descent Typically Occurs at the Edge of Stability, 2021:
+        https://arxiv.org/abs/2103.00065
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int | None = None,
+        patience: int = 500,
+        batches: int = 8,
+        max_products: int = 30,
+        at_end: bool = True,
+    ) -> None:
+        self.every_n_steps = None if every_n_steps is None else check_count("every_n_steps", every_n_steps, 1)
+        self.patience = check_count("patience", patience, 20)
+        self.batches = check_count("batches", batches, 1)
+        self.max_products = check_count("max_products", max_products, 1)
+        self.at_end = check_flag("at_end", at_end)
+        self._put_back: Callable[[], None] | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Start anew: what was seen of another training says nothing about this one."""
+        self.rule = StallRule(self.patience)
+        self.finding: Finding | None = None
+        self._sample: list[tuple[Any, int]] = []  # batches on the host with their numbers
+        self._sampled = False
+        self._losses: list[Tensor] = []  # of the backward passes since the last update
+        self._unread: list[Any] = []  # of updates
+        self._is_stalled = self._is_due = False
+        self._told = ""  # the verdict
+        self._able = True
+
+    # ---------------------------------------------------------------------------------- fit: start and end
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._forget()
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        run: Any = trainer  # connectors set some attributes
+        if is_sharded(trainer) or isinstance(trainer.strategy, DeepSpeedStrategy):
+            raise MisconfigurationException(
+                f"{type(self).__name__} cannot differentiate a model in shards twice"
+                f" ({type(trainer.strategy).__name__}): look at a smaller one, whole on each device"
+            )
+        self._able = not run.fast_dev_run
+        if not pl_module.automatic_optimization and type(self).loss is CriticalPointProbe.loss:
+            self._give_up(trainer, "the module optimizes manually", "Give a subclass of the callback a method `loss`.")
+        self._finish()
+        end = trainer.fit_loop.on_run_end
+
+        def look_and_end() -> None:  # before the hooks in which an average takes the place of the weights
+            self._finish()
+            if self.at_end:
+                self._look_at_the_end(trainer, pl_module)
+            self._sample = []
+            end()
+
+        self._put_back = substitute(trainer.fit_loop, "on_run_end", look_and_end)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._finish()
+        self._sample, self._losses = [], []
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._finish()
+
+    def _finish(self) -> None:
+        if self._put_back is not None:
+            self._put_back()
+            self._put_back = None
+
+    # ---------------------------------------------------------------------------------- when to look
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._able:
+            return
+        if self._is_due:  # behind whatever the others have done at the end of the last batch
+            self._look(trainer, pl_module)
+        if len(self._sample) < self.batches and not self._sampled:
+            self._sample.append((copy.deepcopy(move_data_to_device(batch, torch.device("cpu"))), batch_idx))
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        passed_over = not outputs and pl_module.automatic_optimization
+        if passed_over and not self._sampled and self._sample and self._sample[-1][1] == batch_idx:
+            self._sample.pop()
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._sampled = True  # the same batches come again
+
+    @override
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        if self._able:
+            self._losses.append(loss.detach())
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        losses, self._losses = self._losses, []
+        if not losses:
+            return
+        loss = loss_of_update(trainer, losses)
+        self._unread.append(loss)
+        updates = self.rule.updates + len(self._unread)
+        if (free_to_read(loss) and trainer.world_size == 1) or updates % READ_EVERY == 0:
+            self._read(trainer)
+        if self.every_n_steps is not None and updates % self.every_n_steps == 0:
+            self._is_due = True
+
+    def _read(self, trainer: pl.Trainer) -> None:
+        unread, self._unread = self._unread, []
+        losses = torch.stack([torch.as_tensor(loss, device=trainer.strategy.root_device).float() for loss in unread])
+        for loss in mean_over_ranks(trainer, losses).tolist():
+            if self.rule.update(loss):
+                self._is_stalled = self._is_due = True
+
+    # ---------------------------------------------------------------------------------- look
+
+    def loss(self, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> Tensor:
+        """The training loss of a batch, which what is looked at is the mean of."""
+        output = pl_module.training_step(*step_arguments(pl_module, batch, batch_idx))
+        loss: Any = output["loss"] if isinstance(output, Mapping) else output
+        return loss  # type: ignore[no-any-return]  # a tensor, of a batch that is not passed over
+
+    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        is_stalled, self._is_stalled, self._is_due = self._is_stalled, False, False
+        if not self._sample:
+            return
+        with self._surface(trainer, pl_module) as (surface, steps):
+            try:
+                point = measure(
+                    surface,
+                    steps,
+                    max_products=self.max_products,
+                    share=len(self._sample) / trainer.num_training_batches,
+                    batches_per_update=trainer.accumulate_grad_batches * trainer.world_size,
+                    ranks=trainer.world_size,
+                )
+            except ArithmeticError as error:
+                self._fail(trainer, surface, error)
+                return
+        log_scalars(
+            trainer,
+            {
+                "sharpness": point.spectrum.largest,
+                "smallest_curvature": point.spectrum.smallest,
+                "sharpness_over_limit": point.over_limit.value,
+                "relative_gradient": point.relative_gradient(point.slope.value),
+            },
+        )
+        self.finding = judge(point, trainer.global_step, True if is_stalled else self.rule.is_flat)
+        if is_stalled or self.finding.rule != self._told:
+            tell(trainer, self.finding)
+        self._told = self.finding.rule
+
+    def _look_at_the_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._able or not self._sample:
+            return
+        with self._surface(trainer, pl_module) as (surface, steps):
+            try:
+                spectrum, over_limit = sharpness(surface, steps, max_products=self.max_products)
+            except ArithmeticError as error:
+                self._fail(trainer, surface, error)
+                return
+        log_scalars(trainer, {"sharpness": spectrum.largest, "sharpness_over_limit": over_limit.value})
+        limit = f", {over_limit.value:.2g} of what the optimizer can stay at" if math.isfinite(over_limit.value) else ""
+        tell(
+            trainer,
+            Finding(
+                rule="sharpness",
+                severity="info",
+                message=f"Training ended where the largest curvature is {spectrum.largest:.3g}{limit}.",
+                advice="Compare it with other runs of this network: flatter ends often generalise better, and higher"
+                " learning rates or smaller batches end flatter.",
+                step=trainer.global_step,
+                evidence={
+                    "sharpness": spectrum.largest,
+                    "sharpness_error": spectrum.largest_error,
+                    "sharpness_over_limit": over_limit.value,
+                    "products": surface.products,
+                },
+                source=COHEN,
+            ),
+        )
+
+    @contextmanager
+    def _surface(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> Iterator[tuple[LossSurface, Steps | None]]:
+        """The loss of the sample around the weights, and the steps of the optimizers there."""
+        parameters = {
+            id(parameter): parameter
+            for optimizer in trainer.optimizers
+            for parameter in parameters_of(optimizer)
+            if parameter.requires_grad
+        }
+        with ExitStack() as put_back:
+            put_back.enter_context(without_trace(pl_module))
+            copies = put_back.enter_context(on_copies(pl_module))
+            put_back.enter_context(torch.enable_grad())
+            put_back.enter_context(sdpa_kernel(SDPBackend.MATH))  # the others cannot be differentiated twice
+            if isinstance(trainer.precision_plugin, DoublePrecision):
+                put_back.enter_context(trainer.precision_plugin.train_step_context())
+            if "torch._dynamo" in sys.modules:
+                put_back.enter_context(torch.compiler.set_stance("force_eager"))  # likewise
+            for module in pl_module.modules():
+                if isinstance(module, nn.RNNBase):
+                    put_back.enter_context(torch.backends.cudnn.flags(enabled=False))  # likewise
+                if isinstance(module, (*RANDOM, *ONCE)):
+                    module.training = False
+            here = [parameter for number, parameter in parameters.items() if number in copies]
+            surface = LossSurface(
+                [partial(self._loss_of, pl_module, seed) for seed in range(len(self._sample))],
+                [copies[id(parameter)] for parameter in here],
+                partial(mean_over_ranks, trainer),
+            )
+            yield surface, steps_of(trainer.optimizers, here)
+
+    def _loss_of(self, pl_module: pl.LightningModule, seed: int) -> Tensor:
+        batch, batch_idx = self._sample[seed]
+        batch = move_data_to_device(copy.deepcopy(batch), pl_module.device)  # a step may change it
+        seed_all(seed)
+        return self.loss(pl_module, apply_to_collection(batch, Tensor, in_full), batch_idx).reshape(())
+
+    def _fail(self, trainer: pl.Trainer, surface: LossSurface, error: ArithmeticError) -> None:
+        if surface.failure is None:
+            self._give_up(trainer, str(error), "See what else is told of this run; it is not looked at again.")
+            return
+        reason = str(surface.failure).strip().split("\n")[0]
+        self._give_up(
+            trainer,
+            f"a loss could not be differentiated twice ({reason})",
+            "Use an operation that has a second derivative, or fewer and smaller batches if memory was short.",
+        )
+
+    def _give_up(self, trainer: pl.Trainer, reason: str, advice: str) -> None:
+        if self._able:
+            self._able = False
+            tell(trainer, Finding("curvature not measured", "info", f"No look: {reason}.", advice, trainer.global_step))
+
+    # ---------------------------------------------------------------------------------- checkpoints
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "rule": self.rule.state_dict(),
+            "unread": [float(loss) for loss in self._unread],
+            "is_stalled": self._is_stalled,
+            "is_due": self._is_due,
+            "told": self._told,
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rule.load_state_dict(state_dict["rule"])
+        self._unread = list(state_dict["unread"])
+        self._is_stalled, self._is_due = state_dict["is_stalled"], state_dict["is_due"]
+        self._told = state_dict["told"]

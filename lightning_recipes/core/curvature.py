@@ -1,0 +1,859 @@
+"""Stuck? What the loss looks like around the weights, from products of its Hessian with vectors.
+
+:class:`LossSurface` is the loss of a sample of batches as a function of the parameters, :func:`extreme_eigenvalues`
+finds the ends of a Hessian's spectrum by Lanczos' method, :func:`measure` puts a :class:`CriticalPoint` together, and
+:func:`judge` says what it is. :class:`StallRule` says when to look.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+
+from lightning_recipes.core.arguments import check_count
+from lightning_recipes.core.early_stopping import noise_of
+from lightning_recipes.core.findings import Finding
+from lightning_recipes.core.selection import quantile
+
+Verdict = Literal[
+    "local minimum", "saddle", "bouncing between the walls", "noise floor", "still descending", "critical point unclear"
+]
+
+COHEN = (
+    "Cohen et al., Gradient Descent Typically Occurs at the Edge of Stability, 2021: https://arxiv.org/abs/2103.00065"
+)
+DAUPHIN = "Dauphin et al., Identifying and attacking the saddle point problem, 2014: https://arxiv.org/abs/1406.2572"
+MCCANDLISH = "McCandlish et al., An Empirical Model of Large-Batch Training, 2018: https://arxiv.org/abs/1812.06162"
+CRITICAL = 0.05  # |gradient| |weights| / loss up to which a point is critical
+NEGATIVE = 1e-4  # of the largest curvature: what a negative one has to exceed
+ROUNDING = 8  # units in the last place of the loss: a smaller change was not seen
+ASYMMETRIC = 0.02  # of the largest curvature: what a wrong second derivative is known by
+NEAR = 4  # times the loss that an update gains by the slope may be what it loses by noise, for the noise floor
+SURE = 0.05  # risk that the bound below the smallest eigenvalue does not hold
+LENGTHS = (
+    0.001,
+    0.003,
+    0.01,
+    0.03,
+    0.1,
+    0.3,
+)  # of the steps along the escape direction, over the length of the weights
+FRACTIONS = (1.0, 0.3, 0.1, 0.03)  # of the step that the optimizer would make along the mean gradient
+WORTHWHILE = 0.01  # of the loss: an escape that lowers it by less is no reason to act
+BLOCKS = 10  # whose means tell a trend from noise
+FLAT = 2  # standard errors by which the loss has to have fallen
+
+
+# ---------------------------------------------------------------------------------- the ends of a spectrum
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The two ends of a symmetric matrix' spectrum, as far as products with vectors show them.
+
+    Args:
+        smallest: Rayleigh quotient of ``direction``: the smallest eigenvalue is this or below.
+        smallest_error: An eigenvalue is this near to it.
+        largest: Likewise: the largest eigenvalue is this or above.
+        largest_error: An eigenvalue is this near to it.
+        floor: No eigenvalue is below, with a probability of 95 % over the random start.
+        direction: Unit vector of the curvature ``smallest``.
+        products: Matrix-vector products it took.
+        asymmetry: How far the matrix was from symmetric, over its largest absolute eigenvalue; more than rounding is an
+            error in the products.
+    """
+
+    smallest: float
+    smallest_error: float
+    largest: float
+    largest_error: float
+    floor: float
+    direction: Tensor
+    products: int
+    asymmetry: float
+
+    @property
+    def scale(self) -> float:
+        """The largest absolute eigenvalue."""
+        return max(abs(self.smallest), abs(self.largest))
+
+
+def extreme_eigenvalues(
+    product: Callable[[Tensor], Tensor],
+    start: Tensor,
+    max_products: int = 30,
+    tolerance: float = 0.01,
+    ends: Literal["both", "largest"] = "both",
+) -> Spectrum:
+    """Lanczos' method with full re-orthogonalisation.
+
+    Stops when both ends are within ``tolerance`` of an eigenvalue (for the smallest, 1e-4 of the largest will do, too),
+    when the vectors span an invariant subspace, whose eigenvalues are exact and by a random start those of the whole
+    matrix, or after ``max_products``. Keeps that many vectors of the length of ``start``.
+
+    The residual bounds say how near *an* eigenvalue is, never that no other lies outside. How far outside is bounded
+    with a probability over random starts: after k products the error is above a share e of the width of the spectrum
+    with a probability of at most ``1.648 sqrt(n) exp(-sqrt(e) (2 k - 1))``.
+
+    Args:
+        product: Multiplies a vector with the matrix.
+        start: A random vector, evenly distributed over all directions.
+        max_products: At least 1.
+        tolerance: Relative.
+        ends: Which have to be found before it stops.
+
+    Raises:
+        ArithmeticError: If a product is not finite.
+
+    Example:
+        >>> matrix = torch.diag(torch.tensor([-1.0, 0.0, 2.0, 10.0]))
+        >>> spectrum = extreme_eigenvalues(lambda vector: matrix @ vector, torch.ones(4))
+        >>> round(spectrum.smallest, 3), round(spectrum.largest, 3), spectrum.products
+        (-1.0, 10.0, 4)
+
+    References:
+        Golub and Van Loan, Matrix Computations, chapter 10
+        Kuczynski and Wozniakowski, Estimating the largest eigenvalue by the power and Lanczos algorithms with a random
+        start, 1992: https://doi.org/10.1137/0613066
+    """
+    basis = [start / torch.linalg.vector_norm(start)]
+    diagonal: list[float] = []
+    beside: list[float] = []
+    outside = 0.0  # what a symmetric matrix would have as 0
+    while True:
+        image = product(basis[-1])
+        along = torch.stack([vector @ image for vector in basis]).tolist()
+        if not all(map(math.isfinite, along)):
+            raise ArithmeticError("a product with the Hessian is not finite")
+        diagonal.append(along[-1])
+        expected = [0.0] * len(beside[:-1]) + beside[-1:]
+        outside = max([outside, *(abs(a - b) for a, b in zip(along[:-1], expected, strict=True))])
+        for _ in range(2):  # twice is enough
+            for vector in basis:
+                image = image - (vector @ image) * vector
+        left = float(torch.linalg.vector_norm(image))
+        values, vectors = _eigenvalues_of(diagonal, beside)
+        scale = float(values.abs().max())
+        exhausted = len(basis) == start.numel() or left <= 10 * torch.finfo(image.dtype).eps * scale
+        low, high = (0.0 if exhausted else left * abs(float(vectors[-1, end])) for end in (0, -1))
+        found = high <= tolerance * abs(float(values[-1]))
+        if ends == "both":
+            found = found and low <= max(tolerance * abs(float(values[0])), NEGATIVE * scale)
+        if found or exhausted or len(basis) >= max_products:
+            break
+        beside.append(left)
+        basis.append(image / left)
+    weights = vectors[:, 0].tolist()
+    direction = sum((weight * vector for weight, vector in zip(weights, basis, strict=True)), torch.zeros_like(start))
+    return Spectrum(
+        smallest=float(values[0]),
+        smallest_error=low,
+        largest=float(values[-1]),
+        largest_error=high,
+        floor=float(values[0]) if exhausted else _floor(values, start.numel(), len(basis)),
+        direction=direction,
+        products=len(basis),
+        asymmetry=outside / scale if scale else 0.0,
+    )
+
+
+def _eigenvalues_of(diagonal: list[float], beside: list[float]) -> tuple[Tensor, Tensor]:
+    """Of a tridiagonal symmetric matrix, with its eigenvectors."""
+    off = torch.tensor(beside, dtype=torch.float64)
+    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + torch.diag(off, 1) + torch.diag(off, -1)
+    values, vectors = torch.linalg.eigh(matrix)
+    return values, vectors
+
+
+def _floor(values: Tensor, size: int, products: int) -> float:
+    risk = math.log(1.648 * math.sqrt(size) / (SURE / 2))  # half of it for each end, which the width is made of
+    error = (risk / (2 * products - 1)) ** 2
+    width = float(values[-1] - values[0])
+    return float(values[0]) - error * width / (1 - 2 * error) if error < 0.5 else -math.inf
+
+
+# ---------------------------------------------------------------------------------- the loss and its derivatives
+
+
+class LossSurface:
+    """The mean of the losses of some batches, as a function of parameters that are put into one vector.
+
+    Every product with the Hessian computes each loss anew: the memory is that of one batch, differentiated twice.
+
+    Attributes:
+        products: Hessian-vector products so far.
+        failure: What went wrong in the last derivative, if anything did; its values are then NaN.
+
+    Args:
+        losses: Each computes the loss of one batch.
+        parameters: What they are computed from; leaves that require gradients. Never changed but in :meth:`loss_at`,
+            which puts them back bit for bit.
+        mean: The mean of a tensor over the ranks of a training, all of which have to ask for the same, in order.
+
+    Example:
+        >>> weight = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> surface = LossSurface([lambda: (weight**2).sum(), lambda: 2 * weight[0] ** 2], [weight])
+        >>> surface.product(torch.ones(2))
+        tensor([3., 1.])
+    """
+
+    def __init__(
+        self,
+        losses: Sequence[Callable[[], Tensor]],
+        parameters: Iterable[Tensor],
+        mean: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    ) -> None:
+        self.losses, self.parameters, self.mean = losses, list(parameters), mean
+        self.penalty: Tensor | None = None  # c of the term c/2 weight^2 that weight decay adds
+        self.products = 0
+        self.failure: RuntimeError | None = None
+
+    @property
+    def weights(self) -> Tensor:
+        """A copy of all parameters as one vector."""
+        return _flat(self.parameters).clone()
+
+    def gradients(self) -> tuple[Tensor, list[Tensor]]:
+        """The losses of this rank's batches and their gradients, without what weight decay adds."""
+        pairs = [self._tried(partial(self._gradient, loss)) for loss in self.losses]
+        return torch.stack([value for value, _ in pairs]), [gradient for _, gradient in pairs]
+
+    def product(self, vector: Tensor) -> Tensor:
+        """The Hessian times a vector."""
+        self.products += 1
+        total = torch.zeros_like(vector)
+        for loss in self.losses:
+            total += self._tried(partial(self._product, loss, vector))[1]
+        total = self.mean(total / len(self.losses)).to(vector)
+        return total if self.penalty is None else total + self.penalty * vector
+
+    def _gradient(self, loss: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        value = loss()
+        return value.detach(), _flat(_derivatives(value, self.parameters))
+
+    def _product(self, loss: Callable[[], Tensor], vector: Tensor) -> tuple[Tensor, Tensor]:
+        value = loss()
+        gradient = _derivatives(value, self.parameters, create_graph=True)
+        along = [piece.to(each) * each for piece, each in zip(self._pieces(vector), gradient, strict=True)]
+        slope = sum((each.sum().to(value) for each in along), torch.zeros_like(value))
+        if not slope.requires_grad:
+            return value, torch.zeros_like(vector)  # linear in all of them
+        return value, _flat(_derivatives(slope, self.parameters))
+
+    def _pieces(self, vector: Tensor) -> list[Tensor]:
+        pieces = torch.split(vector, [parameter.numel() for parameter in self.parameters])
+        return [piece.view_as(parameter) for piece, parameter in zip(pieces, self.parameters, strict=True)]
+
+    def custom_functions(self) -> list[str]:
+        """Names of the ``torch.autograd.Function`` that the first loss is computed with."""
+        names: set[str] = set()
+        seen: set[Any] = set()
+        left: list[Any] = [self.losses[0]().grad_fn]
+        while left:
+            node = left.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                left += [before for before, _ in node.next_functions]
+                if isinstance(node, torch.autograd.function.BackwardCFunction):
+                    names.add(type(node).__name__.removesuffix("Backward"))
+        return sorted(names)
+
+    def _tried(self, derive: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """NaN where a derivative fails: the other ranks have to learn of it, and wait for its values."""
+        try:
+            if self.failure is None:
+                return derive()
+        except RuntimeError as error:  # an operation without second derivative, or out of memory
+            self.failure = error
+        weights = self.weights
+        return weights.new_full((), math.nan), torch.full_like(weights, math.nan)
+
+    @torch.no_grad()
+    def loss_at(self, step: Tensor) -> float:
+        """The loss, with what weight decay adds, a step away."""
+        before = [parameter.clone() for parameter in self.parameters]
+        try:
+            for parameter, piece in zip(self.parameters, self._pieces(step), strict=True):
+                parameter += piece.to(parameter)
+            with torch.enable_grad():  # or attention takes another path, with other rounding
+                values = torch.stack([loss().detach() for loss in self.losses])
+            mean = float(self.mean(values.double().mean()))
+            return mean if self.penalty is None else mean + float(self.penalty @ self.weights.square()) / 2
+        finally:
+            for parameter, value in zip(self.parameters, before, strict=True):
+                parameter.copy_(value)
+
+
+def _derivatives(value: Tensor, parameters: list[Tensor], create_graph: bool = False) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(value, parameters, create_graph=create_graph, allow_unused=True, materialize_grads=True)
+
+
+def _flat(tensors: Iterable[Tensor]) -> Tensor:
+    pieces = [tensor.detach().reshape(-1) for tensor in tensors]
+    return torch.cat([piece.to(pieces[0]) for piece in pieces])
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What an optimizer makes of a gradient, entry by entry: its preconditioner now, times the learning rate.
+
+    Args:
+        sharpness_limit: Learning rate times preconditioner over the limit of stability: a curvature of 1 in this metric
+            is the edge.
+        reach: Learning rate times preconditioner, summed over all updates that a gradient takes part in by momentum.
+        penalty: c of the term ``c/2 weight^2`` that weight decay adds to the loss.
+    """
+
+    sharpness_limit: Tensor
+    reach: Tensor
+    penalty: Tensor
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all entries are treated alike."""
+        return bool((self.sharpness_limit == self.sharpness_limit[0]).all())
+
+
+def steps_of(optimizers: Iterable[Optimizer], parameters: Sequence[Tensor]) -> Steps | None:
+    """The steps of SGD (with momentum, Nesterov's too), RMSprop, Adam and AdamW; None of any other.
+
+    A quadratic of curvature h is left by gradient descent if ``rate h > 2``; with momentum b, 2 (1 + b), with
+    Nesterov's 2 (1 + b) / (1 + 2 b), with Adam's 2 (1 + b) / (1 - b), h being preconditioned. Decoupled weight decay
+    pulls as a penalty would that is divided by the preconditioner.
+
+    Args:
+        optimizers: Of the training.
+        parameters: Those of the optimizers that are wanted, in order.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(1))
+        >>> steps_of([torch.optim.SGD([weight], lr=0.1, momentum=0.9)], [weight]).sharpness_limit
+        tensor([0.0263])
+
+    References:
+        Cohen et al., Adaptive Gradient Methods at the Edge of Stability, 2022: https://arxiv.org/abs/2207.14484
+    """
+    groups = {
+        id(parameter): (optimizer, group)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for parameter in parameters:
+        optimizer, group = groups[id(parameter)]
+        scale = _preconditioner(optimizer, group, parameter)
+        if scale is None or group.get("maximize"):
+            return None
+        rate, decay = float(group["lr"]), float(group.get("weight_decay", 0))
+        limit, reach = _momentum(optimizer, group)
+        decoupled = isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay")
+        penalty = decay / scale.clamp_min(1e-30) if decoupled else torch.full_like(scale, decay)
+        found.append((scale * (rate / limit), scale * (rate * reach), penalty * (scale > 0)))
+    return Steps(*(_flat(each) for each in zip(*found, strict=True)))
+
+
+def _preconditioner(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor) -> Tensor | None:
+    one = torch.ones_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+    state = optimizer.state.get(parameter, {})
+    if isinstance(optimizer, SGD):
+        return one
+    if isinstance(optimizer, Adam | AdamW):
+        if "exp_avg_sq" not in state:
+            return torch.zeros_like(one)  # never moved
+        squares = state.get("max_exp_avg_sq", state["exp_avg_sq"]) / (
+            1 - float(group["betas"][1]) ** float(state["step"])
+        )
+    elif isinstance(optimizer, RMSprop):
+        if "square_avg" not in state:
+            return torch.zeros_like(one)
+        squares = state["square_avg"] - (state["grad_avg"].square() if group["centered"] else 0)
+    else:
+        return None
+    scale: Tensor = one / (squares.to(one).clamp_min(0).sqrt() + group["eps"])
+    return scale
+
+
+def _momentum(optimizer: Optimizer, group: Mapping[str, Any]) -> tuple[float, float]:
+    """The limit of stability, and over how many updates a gradient is used in all."""
+    if isinstance(optimizer, Adam | AdamW):
+        beta = float(group["betas"][0])
+        return 2 * (1 + beta) / (1 - beta), 1.0
+    beta, used = float(group["momentum"]), 1 - float(group.get("dampening", 0))
+    limit = 2 * (1 + beta) / (1 + 2 * beta) if group.get("nesterov") else 2 * (1 + beta)
+    return limit / used, used / (1 - beta)
+
+
+# ---------------------------------------------------------------------------------- measure
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its standard error."""
+
+    value: float
+    error: float = 0.0
+
+    def least(self, quantile: float) -> float:
+        """So many standard errors below."""
+        return self.value - quantile * self.error
+
+    def most(self, quantile: float) -> float:
+        """So many standard errors above."""
+        return self.value + quantile * self.error
+
+
+@dataclass(frozen=True)
+class CriticalPoint:
+    """What was measured at a point of a training.
+
+    Args:
+        loss: Of the sample, with what weight decay adds; so are all that follow.
+        batches: In the sample, over all ranks.
+        slope: Squared norm of the gradient of the training loss, without the bias that the noise of a sample has.
+        weight_norm: L2 norm of the parameters.
+        spectrum: Of the Hessian.
+        over_limit: Largest curvature in the metric of the optimizer over the limit of its stability, and the bound on
+            its error; NaN for an optimizer that is not known.
+        gain: By how much the slope lowers the loss per update, to first order; NaN likewise, or where not needed.
+        loss_to_noise: By how much the noise of the batches raises it per update, to second order; NaN likewise.
+        ahead: Change of the loss by a step along the mean gradient, for each fraction of the optimizer's step (without
+            momentum, at the same share of the limit of stability); empty where not needed.
+        escape: Change of the loss by steps along the direction of the smallest curvature, by their length over that of
+            the weights, in both senses; empty where not needed.
+        rounding: What the loss is off by.
+        products: Hessian-vector products, with those that are not of ``spectrum``.
+    """
+
+    loss: float
+    batches: int
+    slope: Estimate
+    weight_norm: float
+    spectrum: Spectrum
+    over_limit: Estimate = Estimate(math.nan)
+    gain: Estimate = Estimate(math.nan)
+    loss_to_noise: float = math.nan
+    ahead: Mapping[float, float] = field(default_factory=dict)
+    escape: Mapping[float, float] = field(default_factory=dict)
+    rounding: float = 0.0
+    products: int = 0
+
+    @property
+    def quantile(self) -> float:
+        """Of Student's t for the batches of the sample."""
+        return quantile(self.batches) if self.batches > 1 else 1.0
+
+    def relative_gradient(self, square: float) -> float:
+        """Relative change of the loss per relative change of the weights."""
+        return math.sqrt(max(square, 0.0)) * self.weight_norm / max(abs(self.loss), 1e-30)
+
+    @property
+    def is_critical(self) -> bool:
+        """Whether the gradient is small, at most."""
+        return self.relative_gradient(self.slope.most(self.quantile)) <= CRITICAL
+
+    @property
+    def has_negative_curvature(self) -> bool:
+        """Beyond rounding."""
+        return self.spectrum.smallest < -NEGATIVE * self.spectrum.scale
+
+    @property
+    def escape_step(self) -> float:
+        """The step along the escape direction that lowers the loss most; 0 if the loss was not seen to be concave.
+
+        That is seen in the mean of a step and its opposite, which the slope leaves alone.
+        """
+        both = [(change + self.escape[-step]) / 2 for step, change in self.escape.items()]
+        return min(self.escape, key=self.escape.__getitem__) if min(both, default=0.0) < -self.rounding else 0.0
+
+    @property
+    def best_fraction(self) -> float:
+        """Of the optimizer's step along the mean gradient: which lowers the loss most; 0 if none was seen to."""
+        best = min(self.ahead, key=self.ahead.__getitem__, default=0.0)
+        return best if self.ahead.get(best, 0.0) < -self.rounding else 0.0
+
+    @property
+    def overshoots(self) -> bool:
+        """Whether a part of the optimizer's step lowers the loss ten times as much as the whole."""
+        best = self.best_fraction
+        return 0 < best < 1 and self.ahead[1.0] > 0.1 * self.ahead[best] and self.slope.least(self.quantile) > 0
+
+
+def sharpness(
+    surface: LossSurface, steps: Steps | None, seed: int = 0, max_products: int = 30
+) -> tuple[Spectrum, Estimate]:
+    """The upper end of the Hessian's spectrum, and the largest curvature over the optimizer's limit of stability.
+
+    Raises:
+        ArithmeticError: If a product is not finite.
+    """
+    spectrum = extreme_eigenvalues(surface.product, _start(surface, seed), max_products, ends="largest")
+    return spectrum, _over_limit(surface, steps, spectrum, seed, max_products)
+
+
+def measure(
+    surface: LossSurface,
+    steps: Steps | None,
+    seed: int = 0,
+    max_products: int = 30,
+    share: float = 0.0,
+    batches_per_update: int = 1,
+    ranks: int = 1,
+) -> CriticalPoint:
+    """Measure what :func:`judge` wants to know.
+
+    Takes a gradient of each batch, at most ``2 max_products`` Hessian-vector products and one for each batch, and at
+    most 16 losses of the sample. Keeps ``max_products`` vectors of the size of all parameters, one for each batch, and
+    about eight more.
+
+    Args:
+        surface: The loss.
+        steps: Of the optimizer, from :func:`steps_of`; its weight decay is taken into the loss.
+        seed: Of the vector that Lanczos' method starts from.
+        max_products: At most for each end of a spectrum, at least 1.
+        share: Of the training data that the sample is: of all of it the gradient has no error.
+        batches_per_update: Whose gradients an update takes the mean of.
+        ranks: Over which ``surface`` takes means.
+
+    Raises:
+        ArithmeticError: If the loss or a derivative is not finite, or the Hessian is not symmetric.
+    """
+    if steps is not None and bool((steps.penalty != 0).any()):
+        surface.penalty = steps.penalty
+    losses, gradients = surface.gradients()
+    loss, gradient = float(surface.mean(losses.double().mean())), surface.mean(torch.stack(gradients).mean(0))
+    if not math.isfinite(loss) or not bool(gradient.isfinite().all()):
+        raise ArithmeticError("the loss or its gradient is not finite")
+    weights = surface.weights
+    if surface.penalty is not None:
+        loss += float(surface.penalty @ weights.square()) / 2
+        gradients = [each + surface.penalty * weights for each in gradients]
+        gradient = gradient + surface.penalty * weights
+    batches = ranks * len(gradients)
+    spectrum = extreme_eigenvalues(surface.product, _start(surface, seed), max_products)
+    if spectrum.asymmetry > ASYMMETRIC:
+        named = ", ".join(surface.custom_functions())
+        raise ArithmeticError(
+            f"the Hessian is not symmetric, by {spectrum.asymmetry:.0%}: an operation of the model has a wrong second"
+            f" derivative{f' ({named}?)' if named else ''}, or the loss is not the same each time"
+        )
+    slope = _squared_norm(surface, gradients, gradient, None, batches, share)
+    known: dict[str, Any] = {"loss": loss, "batches": batches, "slope": slope, "spectrum": spectrum}
+    known["rounding"] = ROUNDING * torch.finfo(weights.dtype).eps * abs(loss)
+    known["weight_norm"] = float(torch.linalg.vector_norm(weights))
+    point = CriticalPoint(**known)
+    if point.has_negative_curvature and point.is_critical:
+        length = point.weight_norm or 1.0
+        known["escape"] = {
+            sense * step: surface.loss_at(sense * step * length * spectrum.direction) - loss
+            for step in LENGTHS
+            for sense in (1, -1)
+        }
+    if steps is not None:
+        known["over_limit"] = _over_limit(surface, steps, spectrum, seed, max_products)
+        if not point.is_critical:
+            known["gain"] = _squared_norm(surface, gradients, gradient, steps.reach, batches, share)
+            known["loss_to_noise"] = _noise(surface, gradients, gradient, steps.reach, ranks) / batches_per_update
+            known["ahead"] = {
+                fraction: surface.loss_at(-2 * fraction * steps.sharpness_limit * gradient) - loss
+                for fraction in FRACTIONS
+            }
+    return CriticalPoint(**known, products=surface.products)
+
+
+def _start(surface: LossSurface, seed: int) -> Tensor:
+    weights = surface.weights
+    normal = torch.randn(weights.numel(), generator=torch.Generator().manual_seed(seed), dtype=weights.dtype)
+    return normal.to(weights.device)
+
+
+def _over_limit(
+    surface: LossSurface, steps: Steps | None, spectrum: Spectrum, seed: int, max_products: int
+) -> Estimate:
+    if steps is None:
+        return Estimate(math.nan)
+    if steps.is_uniform:
+        factor = float(steps.sharpness_limit[0])
+        return Estimate(factor * spectrum.largest, factor * spectrum.largest_error)
+    root = steps.sharpness_limit.sqrt()
+    scaled = extreme_eigenvalues(
+        lambda vector: root * surface.product(root * vector), _start(surface, seed), max_products, ends="largest"
+    )
+    return Estimate(scaled.largest, scaled.largest_error)
+
+
+def _squared_norm(
+    surface: LossSurface, gradients: list[Tensor], mean: Tensor, metric: Tensor | None, batches: int, share: float
+) -> Estimate:
+    """Of the gradient of all data, unbiased, with the jackknife's standard error; batches are the samples."""
+    dual = mean if metric is None else metric * mean
+    whole = float(mean @ dual)
+    if share >= 1:
+        return Estimate(whole)
+    if batches < 3:
+        return Estimate(whole, math.inf)
+    squares = torch.stack([each @ (each if metric is None else metric * each) for each in gradients]).double()
+    across = torch.stack([each @ dual for each in gradients]).double()
+    average = float(surface.mean(squares.mean()))
+    left = batches - 1
+    others = (batches**2 * whole - 2 * batches * across + squares) / left**2  # squared norms of means but for one
+    estimates = (left * others - (batches * average - squares) / left) / (left - 1)
+    centre, spread = float(surface.mean(estimates.mean())), float(surface.mean(estimates.square().mean()))
+    value = (batches * whole - average) / left
+    value += share * (average - whole) / left  # of a part that is not small more is known
+    return Estimate(value, math.sqrt(max(0.0, (spread - centre**2) * left * (1 - share))))
+
+
+def _noise(surface: LossSurface, gradients: list[Tensor], mean: Tensor, metric: Tensor, ranks: int) -> float:
+    """Half the trace of metric, Hessian, metric and the covariance of the gradients of single batches."""
+    if len(gradients) < 2:
+        return math.nan
+    total = 0.0
+    for gradient in gradients:
+        deviation = metric * surface.mean(gradient - mean)
+        total += ranks * float(deviation @ surface.product(deviation))
+    return total / (len(gradients) - 1) / 2
+
+
+# ---------------------------------------------------------------------------------- judge
+
+
+def verdict(point: CriticalPoint, is_flat: bool | None = None) -> Verdict:
+    """What a point of a training is.
+
+    In this order:
+
+    - ``"bouncing between the walls"``: the gradient is not small, and the curvature is above what the optimizer can
+      follow at its learning rate, by more than the error of the curvature; or the mean gradient is beyond its noise,
+      and a step along it lowers the loss by less than a tenth of what a shorter one does (high on walls that are
+      flatter than the bottom between them). The loss does not fall.
+    - ``"saddle"``: the gradient is small (relative to weights and loss at most 0.05, its noise included), and the
+      loss was seen to be concave along a direction. A larger gradient is never that of a saddle, however noisy: some
+      direction in which the loss of a small sample falls is always found, and says nothing about other batches.
+    - ``"local minimum"``: the gradient is small, and no negative curvature was found.
+    - ``"noise floor"``: the loss does not fall, and what the slope gains per update is about what the noise of the
+      batches loses (:data:`NEAR` times at most).
+    - ``"still descending"``: the slope gains more than that, or the loss falls.
+    - ``"critical point unclear"``: the sample is too small to tell.
+
+    Args:
+        point: What was measured.
+        is_flat: Whether the training loss has stopped falling; None if nobody knows.
+    """
+    too_sharp = point.over_limit.least(1) > 1
+    if (too_sharp or point.overshoots) and not point.is_critical:
+        return "still descending" if is_flat is False else "bouncing between the walls"
+    if point.is_critical:
+        concave: Verdict = "saddle" if point.escape_step else "critical point unclear"
+        return concave if point.has_negative_curvature else "local minimum"
+    if is_flat is False:
+        return "still descending"
+    return _with_noise(point)
+
+
+def _with_noise(point: CriticalPoint) -> Verdict:
+    if math.isnan(point.loss_to_noise):  # of a single batch, or of an optimizer that is not known
+        return "still descending" if point.slope.least(point.quantile) > 0 else "critical point unclear"
+    noise = NEAR * max(point.loss_to_noise, 0.0)
+    if point.gain.least(point.quantile) > noise:
+        return "still descending"
+    return "noise floor" if point.gain.most(point.quantile) <= noise else "critical point unclear"
+
+
+def judge(point: CriticalPoint, step: int, is_flat: bool | None = None) -> Finding:
+    """The verdict as a finding; a warning only if the loss is flat and there is a cure.
+
+    Args:
+        point: What was measured.
+        step: Updates done.
+        is_flat: As of :func:`verdict`.
+    """
+    name = verdict(point, is_flat)
+    message, advice = _TEXTS[name](point)
+    curable = name == "bouncing between the walls" or (name == "saddle" and _lowering(point) >= WORTHWHILE)
+    slope = point.slope
+    return Finding(
+        rule=name,
+        severity="warning" if is_flat and curable else "info",
+        message=message,
+        advice=advice,
+        step=step,
+        evidence={
+            "loss": point.loss,
+            "batches": point.batches,
+            "gradient_norm": math.sqrt(max(0.0, slope.value)),
+            "relative_gradient": point.relative_gradient(slope.value),
+            "relative_gradient_at_most": point.relative_gradient(slope.most(point.quantile)),
+            "sharpness": point.spectrum.largest,
+            "sharpness_error": point.spectrum.largest_error,
+            "smallest_curvature": point.spectrum.smallest,
+            "smallest_curvature_error": point.spectrum.smallest_error,
+            "smallest_curvature_floor": point.spectrum.floor,
+            "sharpness_over_limit": point.over_limit.value,
+            "gain_of_an_update": point.gain.value,
+            "loss_of_an_update_to_noise": point.loss_to_noise,
+            "escape_step": point.escape_step,
+            "products": point.products,
+        },
+        source=MCCANDLISH if name == "noise floor" else DAUPHIN if name in ("saddle", "local minimum") else COHEN,
+    )
+
+
+def _lowering(point: CriticalPoint) -> float:
+    """By what share of it the escape lowers the loss."""
+    return -point.escape.get(point.escape_step, 0.0) / max(abs(point.loss), 1e-30)
+
+
+def _gradient_text(point: CriticalPoint) -> str:
+    size = point.relative_gradient(point.slope.value)
+    return f"|gradient| |weights| / loss is {size:.2g}"
+
+
+def _curvature_text(point: CriticalPoint) -> str:
+    spectrum = point.spectrum
+    return f"curvatures lie between {spectrum.smallest:.2g} and {spectrum.largest:.3g}"
+
+
+def _bouncing(point: CriticalPoint) -> tuple[str, str]:
+    over, best = point.over_limit.value, point.best_fraction
+    message = (
+        f"The largest curvature, {point.spectrum.largest:.3g}, is {over:.2g} times what the optimizer can follow at its"
+        f" learning rate, and the gradient is not small ({_gradient_text(point)})"
+    )
+    if 0 < best < 1:
+        message += (
+            f"; a step at that rate changes the loss by {point.ahead[1.0]:+.2g}, one at {best:g} of it by"
+            f" {point.ahead[best]:+.2g}"
+        )
+    cut = max(2, math.ceil(over), round(1 / best) if best and point.overshoots else 0)
+    return message + ".", f"Divide the learning rate by {cut}, or let it decay."
+
+
+def _saddle(point: CriticalPoint) -> tuple[str, str]:
+    step, lowering = point.escape_step, _lowering(point)
+    message = (
+        f"{_gradient_text(point)}, {_curvature_text(point)}, and a step of {abs(step):g} of the weights' length along"
+        f" the direction of the smallest lowers the loss by {lowering:.2%}."
+    )
+    if lowering < WORTHWHILE:
+        return message, "The way out is open but shallow: expect little of it alone."
+    return (
+        message,
+        "Leave it by noise (smaller batches, momentum, other initial weights); a longer run gets out, slowly.",
+    )
+
+
+def _minimum(point: CriticalPoint) -> tuple[str, str]:
+    floor = point.spectrum.floor
+    bound = f" (none below {floor:.2g} with 95 % certainty)" if math.isfinite(floor) else ""
+    unstable = point.over_limit.least(1) > 1
+    return (
+        f"{_gradient_text(point)}, and {_curvature_text(point)}{bound}: no way down was found in"
+        f" {point.spectrum.products} products."
+        + (f" Its sharpness is {point.over_limit.value:.2g} times what the optimizer can stay at." if unstable else ""),
+        "If the loss is too high, more steps will not lower it: a larger model, better data, other initial weights.",
+    )
+
+
+def _noise_floor(point: CriticalPoint) -> tuple[str, str]:
+    return (
+        f"Per update the slope gains {point.gain.value:.2g} and the noise of the batches loses"
+        f" {point.loss_to_noise:.2g} of a loss of {point.loss:.3g}.",
+        "Let the learning rate decay, average the weights (EMAWeights), or take larger batches.",
+    )
+
+
+def _descending(point: CriticalPoint) -> tuple[str, str]:
+    message = f"{_gradient_text(point)}, and {_curvature_text(point)}"
+    over = point.over_limit.value
+    if math.isnan(over):
+        return message + ".", "Train longer."
+    message += f"; the learning rate is at {over:.2g} of the limit of stability."
+    if over < 0.1:
+        return message, "A higher learning rate would be stable and go down faster, if the schedule allows it."
+    return message, "Train longer."
+
+
+def _unclear(point: CriticalPoint) -> tuple[str, str]:
+    return (
+        f"{_gradient_text(point)} (up to {point.relative_gradient(point.slope.most(point.quantile)):.2g} within its"
+        f" noise over {point.batches} batches), and {_curvature_text(point)}.",
+        "It cannot be told from this sample: take more batches.",
+    )
+
+
+_TEXTS: dict[Verdict, Callable[[CriticalPoint], tuple[str, str]]] = {
+    "bouncing between the walls": _bouncing,
+    "saddle": _saddle,
+    "local minimum": _minimum,
+    "noise floor": _noise_floor,
+    "still descending": _descending,
+    "critical point unclear": _unclear,
+}
+
+
+# ---------------------------------------------------------------------------------- when to look
+
+
+class StallRule:
+    """Says when a training loss has stopped falling.
+
+    The losses of the last ``window`` updates are split into ten blocks. The loss has stalled if the mean of the newer
+    five is below that of the older five by less than two standard errors, the noise of a block being that of the
+    blocks' second differences, which no trend touches.
+
+    The next stall is told after ``window`` updates, or half of all so far if these are more.
+
+    Attributes:
+        losses: The last ones, finite all.
+        updates: Losses seen in all.
+
+    Args:
+        window: Updates, at least 20.
+
+    Example:
+        >>> rule = StallRule(window=20)
+        >>> any(rule.update(5 - 0.1 * step) for step in range(30)), any(rule.update(2.0) for step in range(30))
+        (False, True)
+    """
+
+    def __init__(self, window: int = 500) -> None:
+        self.window = check_count("window", window, 2 * BLOCKS)
+        self.losses: list[float] = []
+        self.updates = 0
+        self._next = self.window  # not told before
+
+    @property
+    def is_flat(self) -> bool | None:
+        """Whether the loss has stalled; None of too few losses."""
+        if len(self.losses) < self.window:
+            return None
+        size = self.window // BLOCKS
+        recent = self.losses[-size * BLOCKS :]
+        means = [statistics.fmean(recent[start : start + size]) for start in range(0, len(recent), size)]
+        older, newer = statistics.fmean(means[: BLOCKS // 2]), statistics.fmean(means[BLOCKS // 2 :])
+        error = noise_of(means) * math.sqrt(2 / (BLOCKS // 2))
+        return older - newer <= max(FLAT * error, 1e-4 * abs(older))
+
+    def update(self, loss: float) -> bool:
+        """Take in the loss of an update; whether it is time to look."""
+        self.updates += 1
+        if math.isfinite(loss):
+            self.losses = [*self.losses[1 - self.window :], loss]
+        if self.updates < self._next or self.updates % (self.window // BLOCKS) or not self.is_flat:
+            return False
+        self._next = self.updates + max(self.window, self.updates // 2)
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": list(self.losses), "updates": self.updates, "next": self._next}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.losses, self.updates = list(state_dict["losses"])[-self.window :], state_dict["updates"]
+        self._next = state_dict["next"]
