@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lightning_recipes
 from lightning_recipes import EMAWeights, InstabilityDetector, PercentileGradientClipping
-from lightning_recipes.callbacks import clipping, instability, report
+from lightning_recipes.callbacks import clipping, curvature, instability, report
 
 PACKAGE = Path(lightning_recipes.__file__).parent
 

@@ -59,6 +59,7 @@ class _Update:
     optimizer: int
     loss: Any
     norm: Any
+    examples: float
     rate: float
     step: int
     epoch: int
@@ -140,6 +141,7 @@ class InstabilityDetector(pl.Callback):
         self.rewinds = self._updates = self._kept_at = 0
         self._told: dict[str, int] = {}  # the step at which each kind was told last
         self._losses: list[Tensor] = []  # of the backward passes since the last update
+        self._examples = 0  # likewise
         self._unread: list[_Update] = []
         self._back: int | None = None  # to which of the good states to go back when the batch is done
         self._is_back = False  # whether the training has gone back since it kept a state
@@ -181,12 +183,15 @@ class InstabilityDetector(pl.Callback):
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         self._losses.append(loss.detach())
+        _, first = next(_tensors("", self._batch), ("", loss))
+        self._examples += len(first) if first.ndim else 0
 
     @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         losses, self._losses = self._losses, []
+        examples, self._examples = self._examples, 0
         norm = gradient_norm(trainer, optimizer, self)
         if norm is None or not losses:
             return
@@ -195,6 +200,7 @@ class InstabilityDetector(pl.Callback):
             optimizer=index_of(trainer, optimizer),
             loss=loss_of_update(trainer, losses),
             norm=norm,
+            examples=examples,
             rate=rate if isinstance(rate, float) else 0.0,
             step=self._updates,
             epoch=trainer.current_epoch,
@@ -214,23 +220,23 @@ class InstabilityDetector(pl.Callback):
         if not unread:
             return
         if len(unread) == trainer.world_size == 1:
-            measured = [(float(unread[0].loss), float(unread[0].norm))]
+            measured = [(float(unread[0].loss), float(unread[0].norm), float(unread[0].examples))]
         else:
             measured = self._read(trainer, unread)
         scaled = scaler_of(trainer) is not None
-        for update, (loss, norm) in zip(unread, measured, strict=True):
-            found = self.rule[update.optimizer].update(loss, norm, update.rate, scaled)
+        for update, (loss, norm, examples) in zip(unread, measured, strict=True):
+            found = self.rule[update.optimizer].update(loss, norm, update.rate, scaled, examples)
             if found is not None:
                 self._act(trainer, pl_module, optimizer, update, found)
 
-    def _read(self, trainer: pl.Trainer, unread: list[_Update]) -> list[tuple[float, float]]:
-        """Loss and norm of each update, the means over the ranks."""
+    def _read(self, trainer: pl.Trainer, unread: list[_Update]) -> list[tuple[float, float, float]]:
+        """Loss, norm and number of examples of each update, the means over the ranks."""
         device = trainer.strategy.root_device
-        values = [torch.as_tensor(value, device=device).float() for each in unread for value in (each.loss, each.norm)]
-        measured = torch.stack(values).view(-1, 2)
+        values = [value for each in unread for value in (each.loss, each.norm, each.examples)]
+        measured = torch.stack([torch.as_tensor(value, device=device).float() for value in values]).view(-1, 3)
         if trainer.world_size > 1:
             measured = trainer.strategy.reduce(measured, reduce_op="mean")
-        return [(loss, norm) for loss, norm in measured.tolist()]
+        return [(loss, norm, examples) for loss, norm, examples in measured.tolist()]
 
     def _act(
         self,

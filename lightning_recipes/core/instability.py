@@ -27,6 +27,7 @@ Signal = Literal["loss", "gradient norm"]
 
 WINDOW = 100  # updates that medians and quartiles are taken of
 ENOUGH = 30  # updates before anything but what is not finite or has vanished is judged
+PART = 0.5  # of the usual examples: an update of fewer is not judged, but for NaN
 HEAD = 5  # first losses, from which the gain is measured
 SETTLED = 20  # updates before there is a best level
 RESTART = 60  # likewise after the learning rate has jumped up to where it has been before
@@ -110,6 +111,9 @@ class InstabilityRule:
     GradScaler storm    ten of the last twenty updates were skipped by a GradScaler
     =================== ================================================================================================
 
+    An update of less than half the usual examples, as the last one of an epoch may be, is only looked at for NaN: its
+    loss and gradient are noisier than the others.
+
     Takes about seven microseconds. Memory is constant. After a divergence or a vanished gradient the rule starts anew:
     what was normal before is no longer.
 
@@ -130,6 +134,7 @@ class InstabilityRule:
     def __init__(self, cancels: bool = False) -> None:
         self.cancels = cancels
         self.step = 0
+        self.examples = 0.0  # of the largest update
         self.skips: deque[bool] = deque(maxlen=OF_LAST)
         self.forget()
 
@@ -149,7 +154,9 @@ class InstabilityRule:
         self.rates: deque[float] = deque(maxlen=BACK)
         self.rate = self.highest_rate = 0.0
 
-    def update(self, loss: float, norm: float, rate: float = 0.0, scaled: bool = False) -> Instability | None:
+    def update(
+        self, loss: float, norm: float, rate: float = 0.0, scaled: bool = False, examples: float = 0
+    ) -> Instability | None:
         """Take in an update that is about to be made and say what is wrong with it, or nothing.
 
         Args:
@@ -157,6 +164,7 @@ class InstabilityRule:
             norm: L2 norm of its unclipped gradient.
             rate: Learning rate; 0 if it is not known.
             scaled: Whether a GradScaler skips an update whose gradient is not finite, which is normal.
+            examples: That it is made of; 0 if that is not known.
         """
         step, self.step = self.step, self.step + 1
         skipped = scaled and math.isfinite(loss) and not math.isfinite(norm)
@@ -167,6 +175,9 @@ class InstabilityRule:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             signal: Signal = "gradient norm" if math.isfinite(loss) else "loss"
             return Instability("not finite", signal, step, norm if math.isfinite(loss) else loss, math.inf)
+        self.examples = max(self.examples, examples)
+        if 0 < examples < PART * self.examples:
+            return None  # of few examples both are noisier than the others
         found = self._judge(loss, math.log(max(norm, 1e-30)), rate)
         if found is None:
             return None

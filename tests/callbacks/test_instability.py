@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from models import Adversaries, Regression, Resumable, fp16, quiet_trainer, regression_data, same, weights_of
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_recipes import EMAWeights, InstabilityDetector, PercentileGradientClipping
 from lightning_recipes.callbacks import instability as module_under_test
@@ -205,6 +206,18 @@ def test_a_kind_is_not_told_at_every_step(tmp_path: Path) -> None:
         fit(tmp_path, Troubled(trouble), InstabilityDetector("skip"))
     assert len([each for each in warned if "not finite" in str(each.message)]) == 1
     assert [finding["step"] for finding in findings_of(tmp_path)] == list(range(40, 80))  # all in the journal
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_short_last_batch_is_no_explosion(accumulate: int, tmp_path: Path) -> None:
+    inputs = torch.randn(29 * 32 + 1, 8, generator=torch.Generator().manual_seed(0))
+    targets = inputs.sum(1, keepdim=True) + 3 * torch.randn(len(inputs), 1, generator=torch.Generator().manual_seed(1))
+    loader = DataLoader(TensorDataset(inputs, targets), 32, shuffle=True)
+    detector = InstabilityDetector()
+    trainer = quiet_trainer(tmp_path, max_epochs=12, callbacks=[detector], accumulate_grad_batches=accumulate)
+    trainer.fit(Regression(), loader)
+    assert detector.rule[0].examples == 32 * accumulate
+    assert not (tmp_path / "findings.jsonl").exists()
 
 
 def test_a_healthy_run_is_told_nothing(tmp_path: Path) -> None:

@@ -201,3 +201,16 @@ def test_memory_is_constant() -> None:
         rule.update(*value)
         sizes.append(len(json.dumps(rule.state_dict())))
     assert max(sizes[1500:]) < 1.05 * max(sizes[:1500])
+
+
+def test_an_update_of_few_examples_is_only_looked_at_for_nan() -> None:
+    rule, values = InstabilityRule(), healthy()
+    for step, (loss, norm) in enumerate(values):
+        short = step % 29 == 28
+        found = rule.update(loss + 8 * short, norm * (50 if short else 1), examples=2 if short else 32)
+        assert found is None
+    assert max(rule.losses.arrived) < 3
+    assert rule.update(8.0, 50.0, examples=20) is not None
+    found = rule.update(math.nan, 1.0, examples=2)
+    assert found is not None
+    assert found.kind == "not finite"
