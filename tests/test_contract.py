@@ -27,7 +27,9 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "SnapshotEnsemble": {"cycles": 2},  # more do not fit into the shortest runs
 }
 
-pytestmark = pytest.mark.filterwarnings("ignore:ensemble at step", "ignore:ensemble not judged")  # toys hardly differ
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:ensemble at step", "ignore:ensemble not judged", "ignore:validation data in the training data"
+)  # toys
 
 
 def make(name: str) -> Any:

@@ -14,7 +14,13 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_recipes.callbacks.measuring import mean_over_ranks
-from lightning_recipes.callbacks.rehearsal import first_batches, is_fresh, refuse_shards, rehearse
+from lightning_recipes.callbacks.rehearsal import (
+    first_batches,
+    first_validation_batches,
+    is_fresh,
+    refuse_shards,
+    rehearse,
+)
 from lightning_recipes.callbacks.replay import step_arguments, without_trace
 from lightning_recipes.callbacks.substitute import substituted
 from lightning_recipes.callbacks.telling import tell
@@ -44,7 +50,10 @@ from lightning_recipes.core.overfit import (
     nothing_to_train,
     other_factors,
 )
+from lightning_recipes.core.repeats import Repeats, repeats
 
+BATCH_NORM, DROPOUT = nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd
+MOST_VALIDATED = 50  # batches that training examples are looked for in
 MOST_BATCHES = 32
 WARMUP = 10  # updates
 LONGER = 3  # times max_steps, where that was not enough
@@ -126,9 +135,10 @@ class OverfitCheck(pl.Callback):
         sample = self._sample(trainer, pl_module)
         if not sample:
             return
-        batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in pl_module.modules())
+        batch_norm = any(isinstance(module, BATCH_NORM) for module in pl_module.modules())
         examples = sum(map(examples_of, sample))
         seen = Symptoms(examples, trainable=counts[True], frozen=counts[False], batch_norm=batch_norm)
+        seen.repeats = self._repeats(trainer, pl_module)
         first = self._fit(trainer, pl_module, sample, 1.0, seen)
         self.fits, self.symptoms = [first], seen
         explained = first.learnt or flipped(self.fits) or seen.explained
@@ -156,6 +166,14 @@ class OverfitCheck(pl.Callback):
                 read += islice(batches, MOST_BATCHES - 1)
                 sample = [varied_examples(read, self.examples)]
         return sample
+
+    def _repeats(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Repeats:
+        """Of the first training batches among the first validation batches, if validation has been set up."""
+        run: Any = trainer  # connectors set some attributes
+        if run.overfit_batches:
+            return Repeats()
+        with first_batches(trainer, pl_module) as train, first_validation_batches(trainer, pl_module) as val:
+            return repeats(islice(train, MOST_BATCHES), islice(val, MOST_VALIDATED))
 
     def _fit(
         self,
@@ -215,7 +233,7 @@ class _Drive(pl.Callback):
     def prepare(self, module: pl.LightningModule) -> None:
         """Take away what is noise, and watch the training step."""
         for each in module.modules():
-            if isinstance(each, nn.modules.dropout._DropoutNd):
+            if isinstance(each, DROPOUT):
                 each.p = 0.0
             elif isinstance(each, nn.RNNBase | nn.MultiheadAttention):
                 each.dropout = 0.0
@@ -333,11 +351,24 @@ class _Drive(pl.Callback):
         criteria, losses, self._criteria, self._losses = self._criteria, self._losses, [], []
         excess = self.rule.measure(mean_loss(losses), criteria)
         if self.seen is not None and len(self.rule.losses) == 1:
+            self._note_modes(self.seen, pl_module)
             self.seen.known, self.seen.one_label, self.seen.far = self.rule.known, self.rule.one_label, self.rule.far
             self.seen.activation = activation_of(criteria)
         self._last = criteria
         if self.rule.follow(float(mean_over_ranks(trainer, torch.tensor(excess)))):
             trainer.should_stop = True
+
+    def _note_modes(self, seen: Symptoms, pl_module: pl.LightningModule) -> None:
+        """Of layers that train differently, beside weights that are trained."""
+        for name, module in pl_module.named_modules():
+            beside = module if isinstance(module, BATCH_NORM) else pl_module.get_submodule(name.rpartition(".")[0])
+            own: Any = self.original.get_submodule(name)  # in the copy nothing is dropped
+            drops = isinstance(module, DROPOUT) and own.p > 0
+            trained = any(parameter.requires_grad for parameter in beside.parameters())
+            if trained and (drops or isinstance(module, BATCH_NORM)):
+                seen.awake |= module.training
+                if not module.training:
+                    seen.asleep.append(name)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

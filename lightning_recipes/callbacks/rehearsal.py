@@ -53,6 +53,17 @@ def first_batches(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterato
         )
 
 
+@contextmanager
+def first_validation_batches(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Iterable[Any]]:
+    """The batches of validation likewise; none if the loaders are not there yet, for others must not ask for them."""
+    combined = trainer.fit_loop.epoch_loop.val_loop._combined_loader
+    loaders = [] if combined is None else combined.flattened
+    if any(isinstance(each, Iterator) or isinstance(_data(each), Iterator) for each in loaders):
+        loaders = []
+    with isolate_rng(), quiet(), same_loaders(0, loaders, None):
+        yield (on_device(trainer, pl_module, batch) for each in loaders for batch in of_its_own(each))
+
+
 def _data(loader: Any) -> Any:
     return getattr(loader, "dataset", None)
 

@@ -194,9 +194,9 @@ def _mixed(probe: _Probe, leaves: list[Tensor]) -> bool:
     change = probe.change(after)
     noticed = []
     for each in (change, change.view(-1, probe.examples).T):  # examples first, or positions first
-        if not each.numel() or not float(each[0].max()):
+        if not each.numel() or not float(each.max()):
             return False
-        noticed.append(int((each[1:].amax(1) > SAME * each[0].max()).sum()))
+        noticed.append(int((each[1:].amax(1) > SAME * each.max()).sum()))
     return min(noticed) > 1
 
 

@@ -14,6 +14,7 @@ from lightning_recipes.core.selection import paired, quantile
 RECIPE = "Karpathy, A recipe for training neural networks, 2019: http://karpathy.github.io/2019/04/25/recipe/"
 CLOSE, FAR = 0.10, 0.60  # of the expected loss: below the first all is well, above the second something is wrong
 LARGE = 10.0  # root mean square of inputs that nobody has normalised
+PURE = 0.8  # of a batch's labels, of one class: data that are sorted by it
 DEAD = 1e-3  # standard deviation of logits over examples
 APPLIED_TWICE = {"softmax": "softmax applied twice", "sigmoid": "sigmoid applied twice"}
 SQUASHED = ("softmax", "sigmoid", "relu", "relu6", "tanh", "hardtanh")
@@ -341,6 +342,11 @@ class InitialLossRule:
         return say.findings
 
 
+def _commonest(labels: Tensor) -> float:
+    """Share of the most frequent label."""
+    return float(torch.unique(labels, return_counts=True)[1].max()) / len(labels)
+
+
 class _Say:
     """Collects findings.
 
@@ -467,11 +473,15 @@ class _Say:
     def sorted(self, group: _Group) -> bool:
         labels = [torch.cat([call.targets[call.valid] for call in batch]) for batch in group.whole_batches]
         several = [each for each in labels if len(each) >= 8]
-        if len(several) < 5 or not all(bool((each == each[0]).all()) for each in several):
+        if len(several) < 5:
             return False
-        count, kinds = sum(map(len, several)), len({int(each[0]) for each in several})
+        pure = sum(_commonest(each) for each in several) / len(several)
+        every = torch.cat(several)
+        if pure < 1 and (pure < PURE or _commonest(every) > PURE / 2):
+            return False
         message = (
-            f"Each of the first {len(several)} batches has labels of a single class ({kinds} in {count:,} labels)."
+            f"{pure:.0%} of the labels in each of the first {len(several)} batches are of a single class"
+            f" ({len(torch.unique(every))} classes in {len(every):,} labels)."
         )
         return self("labels all alike", "warning", message, "Shuffle the training data; look at the labels.")
 

@@ -12,6 +12,7 @@ from lightning_recipes.core.criteria import Criterion
 from lightning_recipes.core.dependence import Dependence
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.initial_loss import APPLIED_TWICE, SQUASHED, constant_of
+from lightning_recipes.core.repeats import Repeats
 
 RECIPE = "Karpathy, A recipe for training neural networks, 2019: http://karpathy.github.io/2019/04/25/recipe/"
 LEARNT = 0.03  # of the loss of the best constant output
@@ -198,6 +199,9 @@ class Symptoms:
         unowned: Names of trainable parameters that no optimizer has.
         without_gradient: Of those that an optimizer has, and that never had a gradient other than 0.
         unmoved: Of those that had one, and stayed what they were.
+        asleep: BatchNorm and dropout layers that the step leaves in evaluation mode, beside weights that are trained.
+        awake: Whether there are others that are in training mode.
+        repeats: Training examples that are validation examples, too.
         carried: Whether gradients were used that an update before had used.
         batch_norm: Whether the network has BatchNorm.
         activation: Name of what the logits come out of.
@@ -216,6 +220,9 @@ class Symptoms:
     unowned: list[str] = field(default_factory=list)
     without_gradient: list[str] = field(default_factory=list)
     unmoved: list[str] = field(default_factory=list)
+    asleep: list[str] = field(default_factory=list)
+    awake: bool = False
+    repeats: Repeats = field(default_factory=Repeats)
     carried: bool = False
     batch_norm: bool = False
     activation: str = ""
@@ -274,6 +281,7 @@ def judge(fits: Sequence[Fit], seen: Symptoms, step: int = 0) -> list[Finding]:
     judge = _Judge(fits, seen, step)
     judge.structure()
     judge.learning()
+    judge.frozen()
     return sorted(judge.findings, key=lambda finding: ("error", "warning", "info").index(finding.severity))
 
 
@@ -325,6 +333,7 @@ class _Judge:
                 "An update used gradients that the update before had used: they add up.",
                 "Call zero_grad before each backward pass, or once an update.",
             )
+        self._set_up()
         if found.mixed:
             self.say(
                 "examples mixed",
@@ -362,6 +371,25 @@ class _Judge:
                 "Find the way on which the target, or the number of the example, gets to the outputs.",
             )
         self._parameters()
+
+    def _set_up(self) -> None:
+        """What is wrong with how data and modes are set up."""
+        seen = self.seen
+        if seen.repeats.is_leak:
+            self.say(
+                "validation data in the training data",
+                "warning",
+                f"{seen.repeats.found} of {seen.repeats.examples} training examples are validation examples, too.",
+                "Split before anything is repeated or augmented: validation says nothing about data that were learnt.",
+            )
+        if seen.asleep:
+            self.say(
+                "evaluation mode in training",
+                "info" if seen.awake else "warning",
+                f"In the training step {_names(seen.asleep, 'layers')} are in evaluation mode: BatchNorm does not"
+                " follow the data, dropout drops nothing.",
+                "Call train() before the step; if it is meant, set requires_grad=False for those layers, too.",
+            )
 
     def _parameters(self) -> None:
         seen = self.seen
@@ -474,6 +502,18 @@ class _Judge:
         else:
             self._rate(sample)
 
+    def frozen(self) -> None:
+        """Frozen parameters, where the sample was not learnt."""
+        seen = self.seen
+        if seen.frozen and not self.first.learnt:
+            self.say(
+                "frozen parameters",
+                "info",
+                f"{seen.frozen / (seen.frozen + seen.trainable):.0%} of the parameters are frozen, and"
+                f" {seen.examples} examples were not learnt.",
+                "Set requires_grad=True if they should be trained: frozen weights have to be pretrained ones.",
+            )
+
     @property
     def _left(self) -> str:
         """How far the training got."""
@@ -526,9 +566,9 @@ class _Judge:
             )
 
 
-def _names(names: Sequence[str]) -> str:
+def _names(names: Sequence[str], kind: str = "parameters") -> str:
     shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more parameters"
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more {kind}"
 
 
 def activation_of(criteria: Sequence[Criterion]) -> str:

@@ -20,10 +20,13 @@ from lightning_recipes.callbacks import overfit as module_under_test
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:not in any optimizer",
+    "ignore:validation data in the training data",  # those of the tests are
     "ignore:gradients not set to zero",
     "ignore:wrong sign of the loss",
     "ignore:nothing to train",
     "ignore:examples mixed",
+    "ignore:evaluation mode in training",
+    "ignore:Found .* module.s. in eval mode",
     "ignore:learning rate too",
     "ignore:input without information",
     "ignore:loss not finite",
@@ -159,6 +162,23 @@ class Blind(Classifier):
         return self.net(torch.zeros_like(inputs))  # type: ignore[no-any-return]
 
 
+class Asleep(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.net.eval()
+        return super().training_step(batch, batch_idx)
+
+
+class PretrainedBody(Classifier):
+    """Its frozen part is asleep, as it should be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.1)).eval().requires_grad_(False)
+
+    def outputs(self, inputs: Tensor) -> Tensor:
+        return self.net(inputs + self.body(inputs))  # type: ignore[no-any-return]
+
+
 class Frozen(Classifier):
     def __init__(self) -> None:
         super().__init__()
@@ -197,6 +217,8 @@ def check(folder: Path, module: Any, inputs: Any = None, shuffle: bool = True, *
         (Classifier, ["overfits a small sample"]),
         (Accumulates, ["overfits a small sample"]),
         (Flipped, ["wrong sign of the loss"]),
+        (Asleep, ["evaluation mode in training", "overfits a small sample"]),
+        (PretrainedBody, ["overfits a small sample"]),
         (NeverZeroes, ["gradients not set to zero", "overfits a small sample"]),
         (Mixes, ["examples mixed", "overfits a small sample"]),
         (Blind, ["input without information", "no gradient"]),
@@ -289,3 +311,19 @@ def test_it_is_skipped_on_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     dev = OverfitCheck()
     quiet_trainer(tmp_path, fast_dev_run=True, callbacks=[dev]).fit(Regression(), regression_data())
     assert not dev.fits
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_validation_data_among_the_training_data_are_found(repeated: bool, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    x = torch.randn(160, 8)
+    data = TensorDataset(x, classes_of(x))
+    recipe, module = OverfitCheck(), Classifier()
+    module.validation_step = module.training_step  # type: ignore[assignment]
+    trainer = quiet_trainer(tmp_path, max_steps=1, callbacks=[recipe], num_sanity_val_steps=1)
+    val = DataLoader(torch.utils.data.Subset(data, range(80 if repeated else 128, 160)), 16)
+    trainer.fit(module, DataLoader(torch.utils.data.Subset(data, range(128)), 32, shuffle=True), val)
+    assert recipe.symptoms.repeats.examples == 128
+    assert recipe.symptoms.repeats.found == (48 if repeated else 0)
+    rules = [json.loads(line)["rule"] for line in (tmp_path / "findings.jsonl").read_text().splitlines()]
+    assert ("validation data in the training data" in rules) == repeated

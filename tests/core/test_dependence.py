@@ -36,7 +36,14 @@ def test_an_ordinary_step() -> None:
     assert len(found.zeroed) == 1
 
 
-@pytest.mark.parametrize("change", [lambda x: x.t().reshape(x.shape), lambda x: x - x.mean(0), lambda x: x.cumsum(0)])
+def others_alone(inputs: Tensor) -> Tensor:
+    """No example has a part in its own output."""
+    return inputs.sum(0) - inputs
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: x.t().reshape(x.shape), lambda x: x - x.mean(0), lambda x: x.cumsum(0), others_alone]
+)
 def test_examples_that_are_mixed(change: Any) -> None:
     assert look(classify(change), BATCH).mixed
 

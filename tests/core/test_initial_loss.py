@@ -1,3 +1,4 @@
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -41,6 +42,13 @@ def rare() -> Tensor:
     return (torch.rand(64, generator=CHANCE) < 0.05).long()
 
 
+def nearly_sorted() -> Callable[[], Tensor]:
+    """A class ends in each batch, and the next one begins."""
+    batches = torch.arange(10).repeat_interleave(64).roll(5).split(64)
+    following = itertools.cycle(batches)
+    return lambda: next(following)
+
+
 def rules(rule: InitialLossRule) -> list[tuple[str, str]]:
     return [(finding.rule, finding.severity) for finding in rule.findings()]
 
@@ -71,6 +79,7 @@ CROSS = functional.cross_entropy
         (lambda o, t: functional.nll_loss(o.log_softmax(1), t), classes(), {}, ("initial loss as expected", "info")),
         (CROSS, rare, {"outputs": 2}, ("imbalanced classes", "info")),
         (CROSS, lambda: torch.full((64,), 3), {}, ("labels all alike", "warning")),
+        (CROSS, nearly_sorted(), {}, ("labels all alike", "warning")),
         (lambda o, t: CROSS(o, t) * math.nan, classes(), {}, ("initial loss not finite", "error")),
         (lambda o, t: (o**2).mean(), classes(), {}, ("initial loss not judged", "info")),
         (lambda o, t: (o**2).mean(), classes(), {"expected": 0.01}, ("initial loss as expected", "info")),
