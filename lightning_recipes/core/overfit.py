@@ -280,8 +280,8 @@ def judge(fits: Sequence[Fit], seen: Symptoms, step: int = 0) -> list[Finding]:
     """
     judge = _Judge(fits, seen, step)
     judge.structure()
-    judge.learning()
     judge.frozen()
+    judge.learning()
     return sorted(judge.findings, key=lambda finding: ("error", "warning", "info").index(finding.severity))
 
 

@@ -137,7 +137,7 @@ TEN = replace(LEARNT, factor=10.0)
         ([FAILED], {"known": False}, ("small sample not learnt", "info")),
         ([FAILED], {"targets_given": False}, ("small sample not learnt", "info")),
         ([FAILED], {"penalty": 0.3}, ("small sample not learnt", "info")),
-        ([FAILED], {"frozen": 1000}, ("small sample not learnt", "info")),
+        ([FAILED], {"frozen": 1000}, ("frozen parameters", "info")),
         ([FAILED], {"trainable": 10}, ("small sample not learnt", "info")),
     ],
 )
