@@ -785,7 +785,7 @@ def losses(module: Training, data: tuple[Tensor, Tensor]) -> list[float]:
 def diagnosed(run: Run, held_out: tuple[Tensor, Tensor] | None) -> list[Finding]:
     """What the decision tree says of a classifier."""
     module = run.module
-    if not isinstance(module, Training) or run.train[1].is_floating_point() or module.loss is bits:
+    if not isinstance(module, Training) or run.train[1].is_floating_point() or module.loss in (bits, sigmoid_twice):
         return []
     counts = torch.bincount(run.train[1].flatten()).double()
     prior = counts[counts > 0] / counts.sum()

@@ -2,8 +2,8 @@
 
 import copy
 import inspect
-import itertools
 import pickle
+import random
 import types
 import typing
 from pathlib import Path
@@ -320,7 +320,7 @@ def test_the_trainer_of_pytorch_lightning_takes_it_in_a_list(name: str, tmp_path
     assert trainer.global_step == 12
 
 
-ORDERS = list(itertools.permutations(RECIPES))[:24]
+ORDERS = [RECIPES, RECIPES[::-1], *(random.Random(seed).sample(RECIPES, len(RECIPES)) for seed in range(6))]
 
 
 @pytest.mark.parametrize("settings", [{}, {"plugins": "fp16"}, {"accumulate_grad_batches": 3}], ids=str)
