@@ -185,7 +185,8 @@ def decide(evidence: Evidence) -> Diagnosis:
     Training loss high: model bias or optimization; low, and validation high: overfitting or mismatch; else done. A loss
     is high if the whole of its interval is above the target. Without a target the trivial loss is the measure: a
     training loss above half of it is high and one below a tenth low, between them it cannot be told (unless a smaller
-    network has a lower one); and validation is high if it is more than a tenth of the trivial loss above training.
+    network has a lower one, or the gap to validation is larger than the training loss itself: then that comes first);
+    and validation is high if it is more than a tenth of the trivial loss above training.
 
     Example:
         >>> decide(Evidence(Measured(0.02), Measured(0.9), target=0.1, held_out=Measured(0.05))).leaf
@@ -217,7 +218,9 @@ def decide(evidence: Evidence) -> Diagnosis:
     if high or (beaten and not low):
         return _of_training(evidence, f"{'high' if high else 'not low'} against {than}")
     if low:
-        return _of_validation(evidence, than)
+        return _of_validation(evidence, f"low against {than}")
+    if evidence.val is not None and (evidence.val - train).low > train.value:
+        return _of_validation(evidence, f"neither low nor high against {than}")
     return _leaf(
         evidence,
         "cannot tell",
@@ -261,7 +264,7 @@ def _of_training(evidence: Evidence, than: str) -> Diagnosis:
 
 def _of_validation(evidence: Evidence, than: str) -> Diagnosis:
     train, val = evidence.train, evidence.val
-    saw = f"The training loss is {train}, low against {than}"
+    saw = f"The training loss is {train}, {than}"
     if val is None:
         return _leaf(
             evidence, "cannot tell", f"{saw}; there is no validation loss.", ("the validation loss (val_loss)",)

@@ -45,6 +45,9 @@ def leaf(train: Any, val: Any = None, **more: Any) -> str:
         ("cannot tell", {"train": 0.01, "val": 0.9, "trivial": 2.3, "samples": UNSURE}),
         ("overfitting", {"train": 0.01, "val": 0.9, "target": 0.1, "held_out": 0.8, "samples": APART}),
         ("overfitting", {"train": 0.01, "val": 0.9, "target": 0.1, "curves": frozenset({"overfitting"})}),
+        ("cannot tell", {"train": 0.4, "val": 0.7, "trivial": 2.3, "held_out": 0.4}),
+        ("mismatch", {"train": 0.4, "val": 1.5, "trivial": 2.3, "held_out": 0.5}),  # the gap comes first
+        ("overfitting", {"train": 0.4, "val": 1.5, "trivial": 2.3, "held_out": 1.4}),
         ("mismatch", {"train": -3.0, "val": -1.0, "target": -2.5, "held_out": -2.9}),
     ],
 )
