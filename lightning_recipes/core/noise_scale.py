@@ -53,7 +53,7 @@ class NoiseScale:
     def text(self) -> str:
         """The estimate in words."""
         if self.is_certain:
-            return f"{self.value:.3g} ± {self.error:.1g}"
+            return f"{self.value:.3g} ± {float(f'{self.error:.1g}'):g}"  # no 3e+01
         return f">= {self.low:.3g}" if self.low > 0 else "unknown"
 
 

@@ -34,7 +34,8 @@ class Selection:
         how: Which rule they are of: ``"best"``, ``"last 3"``, ``"uniform"``, ``"greedy"`` or ``"simplex"``.
         loss: Of these weights, cross-validated.
         tried: The rule of the ensemble that was compared with the best member.
-        gain: By how much its loss is below the best member's; both chosen on four fifths, judged on the rest.
+        gain: By how much its loss is below the best member's; both chosen on four fifths, judged on the rest (or the
+            best one chosen on all, see :func:`gain_of`).
         gain_error: Standard error of that.
         gain_over_last: By how much ``loss`` is below the last member's; NaN if that predicts no numbers.
         gain_over_last_error: Standard error of that.
@@ -191,15 +192,18 @@ def compared(losses: Mapping[str, Tensor], best: Tensor, counts: Tensor) -> tupl
 
 
 def gain_of(over_chosen: Tensor, over_best: Tensor, counts: Tensor) -> tuple[float, float, bool]:
-    """Gain over the best member as chosen in the folds, its standard error, and whether it is beyond noise.
+    """Gain over the best member, its standard error, and whether it is beyond noise.
 
     It has to be above zero at 95 % over the member that each fold chooses, and by a standard error over the one that is
     the best on all samples. The first alone claims too much where members are nearly equal, as the folds choose
-    different ones; the second has the advantage of being chosen on the samples that it is judged on.
+    different ones; the second has the advantage of being chosen on the samples that it is judged on. Told is the first,
+    or the second if that alone is within noise.
     """
     gain, error = paired(over_chosen, counts)
     least, least_error = paired(over_best, counts)
-    return gain, error, gain > quantile(len(counts)) * error and least > least_error
+    if gain > quantile(len(counts)) * error and not least > least_error:
+        return least, least_error, False
+    return gain, error, gain > quantile(len(counts)) * error
 
 
 def paired(differences: Tensor, counts: Tensor) -> tuple[float, float]:

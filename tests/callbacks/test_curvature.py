@@ -101,7 +101,7 @@ def fused(parameters: Any) -> torch.optim.Optimizer:
         ({"plugins": "fp16"}, {}),
         ({"accumulate_grad_batches": 5}, {"make_optimizer": fused}),
     ],
-    ids=str,
+    ids=["single", "bf16-mixed", "bf16", "double", "fp16", "accumulated and fused"],
 )
 def test_the_run_is_bit_for_bit_as_without(settings: dict[str, Any], options: dict[str, Any], tmp_path: Path) -> None:
     runs = []
