@@ -31,7 +31,8 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from _data import digits
 
 from lightning_recipes import CriticalPointProbe
-from lightning_recipes.core.curvature import CriticalPoint, LossSurface, extreme_eigenvalues, measure, steps_of, verdict
+from lightning_recipes.core.curvature import CriticalPoint, measure, verdict
+from lightning_recipes.core.hessian import LossSurface, extreme_eigenvalues, steps_of
 
 SMOOTHING = 0.1  # of the labels: then minima lie at finite weights
 

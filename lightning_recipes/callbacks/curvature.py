@@ -30,17 +30,9 @@ from lightning_recipes.callbacks.telling import log_scalars, tell
 from lightning_recipes.callbacks.tracking import parameters_of
 from lightning_recipes.callbacks.trials import seed_all
 from lightning_recipes.core.arguments import check_count, check_flag
-from lightning_recipes.core.curvature import (
-    COHEN,
-    LossSurface,
-    StallRule,
-    Steps,
-    judge,
-    measure,
-    sharpness,
-    steps_of,
-)
+from lightning_recipes.core.curvature import COHEN, StallRule, judge, measure, sharpness
 from lightning_recipes.core.findings import Finding
+from lightning_recipes.core.hessian import LossSurface, Steps, steps_of
 
 READ_EVERY = 50  # updates whose losses are read together
 RANDOM = (_DropoutNd, nn.MultiheadAttention, nn.RNNBase)  # what drops out in training

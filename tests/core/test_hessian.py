@@ -1,0 +1,202 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+from surfaces import network, slow_hessian
+from torch import Tensor, nn
+
+from lightning_recipes.core.curvature import measure, sharpness, verdict
+from lightning_recipes.core.hessian import LossSurface, extreme_eigenvalues, steps_of
+
+
+def random_symmetric(size: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    matrix = torch.randn(size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return ((matrix + matrix.T) / 2).to(dtype)
+
+
+def start(size: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+# ---------------------------------------------------------------------------------- Lanczos
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_ends_of_a_spectrum_and_their_bounds(seed: int, dtype: torch.dtype) -> None:
+    matrix = random_symmetric(60, seed, dtype)
+    exact = torch.linalg.eigvalsh(matrix.double())
+    for products in (3, 8, 20, 60):
+        found = extreme_eigenvalues(lambda vector: matrix @ vector, start(60, seed, dtype), products, 0.0)
+        slack = 1e-5 * found.scale
+        assert exact[0] - slack <= found.smallest <= found.largest <= exact[-1] + slack
+        assert (exact - found.smallest).abs().min() <= found.smallest_error + slack
+        assert (exact - found.largest).abs().min() <= found.largest_error + slack
+        assert found.floor <= exact[0] + slack
+        curvature = found.direction @ matrix @ found.direction
+        assert float(curvature) == pytest.approx(found.smallest, abs=slack)
+        assert float(found.direction.norm()) == pytest.approx(1, abs=1e-4)
+        assert found.asymmetry < 1e-5
+        assert found.products == products
+    assert found.smallest == pytest.approx(float(exact[0]), rel=1e-4)
+    assert found.largest == pytest.approx(float(exact[-1]), rel=1e-4)
+    assert found.floor == found.smallest
+
+
+def test_it_stops_when_the_ends_that_are_wanted_are_found() -> None:
+    matrix = torch.diag(torch.cat([torch.linspace(0, 1, 98), torch.tensor([-30.0, 100.0])]).double())
+    both = extreme_eigenvalues(lambda vector: matrix @ vector, start(100))
+    largest = extreme_eigenvalues(lambda vector: matrix @ vector, start(100), ends="largest")
+    assert largest.products <= both.products <= 6
+    assert both.smallest == pytest.approx(-30, rel=1e-3)
+    assert largest.largest == pytest.approx(100, rel=1e-3)
+
+
+@pytest.mark.parametrize("factor", [0.0, 3.0, -3.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_an_invariant_subspace_is_exact(factor: float, dtype: torch.dtype) -> None:
+    found = extreme_eigenvalues(lambda vector: factor * vector, start(50, dtype=dtype), tolerance=0.0)
+    assert (found.products, found.smallest_error, found.largest_error) == (1, 0.0, 0.0)
+    assert found.smallest == found.largest == found.floor == pytest.approx(factor)
+    single = extreme_eigenvalues(lambda vector: factor * vector, torch.ones(1, dtype=dtype))
+    assert single.largest == factor
+
+
+def test_a_matrix_of_rank_one_takes_two_products() -> None:
+    vector = start(40, 1)
+    found = extreme_eigenvalues(lambda other: (vector @ other) * vector, start(40), tolerance=0.0)
+    assert found.products == 2
+    assert found.largest == pytest.approx(float(vector @ vector))
+    assert found.smallest == pytest.approx(0, abs=1e-10)
+
+
+def test_the_floor_holds_as_often_as_it_says() -> None:
+    matrix = torch.diag(torch.cat([torch.tensor([-1.0]), torch.linspace(0, 1, 299)]).double())
+    held = sum(extreme_eigenvalues(lambda v: matrix @ v, start(300, seed), 8, 0.0).floor <= -1 for seed in range(40))
+    assert held >= 38
+    assert extreme_eigenvalues(lambda v: matrix @ v, start(300), 3, 0.0).floor == -math.inf
+
+
+def test_what_is_not_finite_or_not_symmetric_is_noticed() -> None:
+    with pytest.raises(ArithmeticError, match="not finite"):
+        extreme_eigenvalues(lambda vector: vector * math.nan, start(5))
+    matrix = random_symmetric(30, 0) + torch.randn(30, 30, generator=torch.Generator().manual_seed(1)).triu(1)
+    assert extreme_eigenvalues(lambda vector: matrix @ vector, start(30)).asymmetry > 0.1
+
+
+# ---------------------------------------------------------------------------------- the loss
+
+
+def dense(surface: LossSurface) -> Tensor:
+    return torch.stack([surface.product(unit) for unit in torch.eye(surface.weights.numel(), dtype=torch.float64)])
+
+
+def test_products_are_those_of_the_hessian() -> None:
+    model, batches, surface = network()
+    exact = slow_hessian(model, batches)
+    assert torch.allclose(dense(surface), exact)
+    assert surface.products == len(exact)
+    surface.penalty = torch.full((len(exact),), 0.5, dtype=torch.float64)
+    assert torch.allclose(dense(surface), exact + 0.5 * torch.eye(len(exact)))
+    found, _ = sharpness(surface, None)
+    assert found.largest == pytest.approx(float(torch.linalg.eigvalsh(exact)[-1]) + 0.5, rel=0.01)
+
+
+def test_a_loss_that_is_linear_or_has_no_part_in_a_parameter() -> None:
+    used, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
+    assert torch.equal(LossSurface([lambda: used.sum()], [used, unused]).product(torch.ones(5)), torch.zeros(5))
+    surface = LossSurface([lambda: used.square().sum()], [used, unused])
+    assert surface.product(torch.ones(5)).tolist() == [2, 2, 0, 0, 0]
+    assert surface.gradients()[1][0].tolist() == [2, 2, 0, 0, 0]
+
+
+def test_a_loss_further_on_leaves_the_weights_bit_for_bit() -> None:
+    model, _, surface = network()
+    before = surface.weights
+    step = torch.randn_like(before)
+    there = surface.loss_at(step)
+    assert torch.equal(surface.weights, before)
+    with torch.no_grad():
+        nn.utils.vector_to_parameters(before + step, model.parameters())
+    assert surface.loss_at(torch.zeros_like(step)) == pytest.approx(there)
+
+
+# ---------------------------------------------------------------------------------- what the optimizer can follow
+
+OPTIMIZERS: list[Any] = [
+    lambda p, lr: torch.optim.SGD(p, lr),
+    lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9),
+    lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9, nesterov=True),
+    lambda p, lr: torch.optim.SGD(p, lr, momentum=0.6, dampening=0.6),
+    lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9, weight_decay=0.3),
+    lambda p, lr: torch.optim.Adam(p, lr, betas=(0.9, 1.0 - 1e-12)),
+    lambda p, lr: torch.optim.Adam(p, lr, betas=(0.9, 1.0 - 1e-12), weight_decay=0.3),
+    lambda p, lr: torch.optim.AdamW(p, lr, betas=(0.8, 1.0 - 1e-12), weight_decay=3e-5),
+    lambda p, lr: torch.optim.RMSprop(p, lr, alpha=1.0 - 1e-12, momentum=0.5),
+]
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS)
+@pytest.mark.parametrize("beyond", [False, True])
+def test_a_quadratic_is_left_beyond_the_limit_and_nowhere_else(make: Any, beyond: bool) -> None:
+    """With the second moments held where they are, as the theory has them."""
+    curvature = torch.tensor([3.0, 0.5], dtype=torch.float64)
+    weight = nn.Parameter(torch.tensor([1.0, 1.0], dtype=torch.float64))
+
+    def loss() -> Tensor:
+        return (curvature * weight.square()).sum() / 2
+
+    def over_limit(lr: float) -> tuple[torch.optim.Optimizer, float]:
+        optimizer = make([weight], lr)
+        weight.grad = torch.zeros_like(weight)
+        optimizer.step()  # makes the state
+        state = optimizer.state[weight]
+        for name in ("exp_avg_sq", "square_avg"):
+            if name in state:
+                state["step"] = torch.tensor(1e9)  # no bias left to correct
+                state[name].copy_(torch.tensor([4.0, 0.01], dtype=torch.float64))
+        steps = steps_of([optimizer], [weight])
+        assert steps is not None
+        point = measure(LossSurface([loss], [weight]), steps, share=1.0)
+        return optimizer, point.over_limit.value
+
+    at_one = over_limit(1.0)[1]
+    optimizer, found = over_limit((1.03 if beyond else 0.97) / at_one)
+    assert found == pytest.approx(1.03 if beyond else 0.97, rel=0.02)
+    with torch.no_grad():
+        weight.fill_(1e-6)  # so that the second moments stay
+        for name in ("momentum_buffer", "exp_avg"):
+            optimizer.state[weight].get(name, torch.zeros(2)).zero_()
+    for _ in range(1500):
+        optimizer.zero_grad()
+        loss().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        if not weight.abs().max() < 1e-2:
+            break
+    assert (float(weight.detach().abs().max()) > 1e-5) == beyond
+
+
+def test_other_optimizers_are_not_known() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    assert steps_of([torch.optim.Adagrad([weight])], [weight]) is None
+    assert steps_of([torch.optim.SGD([weight], 0.1, maximize=True)], [weight]) is None
+    still = steps_of([torch.optim.Adam([weight])], [weight])
+    assert still is not None
+    assert still.sharpness_limit.tolist() == [0, 0]  # has never moved
+    point = measure(LossSurface([lambda: weight.square().sum()], [weight]), None, share=1.0)
+    assert math.isnan(point.over_limit.value)
+    assert verdict(point) == "still descending"
+
+
+def test_every_group_has_its_own_rate() -> None:
+    first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([{"params": [first], "lr": 0.1}, {"params": [second], "lr": 1.0, "momentum": 0.5}], 0.1)
+    steps = steps_of([optimizer], [second, first])
+    assert steps is not None
+    assert not steps.is_uniform
+    assert steps.sharpness_limit.tolist() == pytest.approx([1 / 3, 0.05, 0.05])
+    assert steps.reach.tolist() == pytest.approx([2, 0.1, 0.1])
+
+
+# ---------------------------------------------------------------------------------- gradient and noise
