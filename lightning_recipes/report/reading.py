@@ -111,7 +111,7 @@ def plain(values: Any, prefix: str = "") -> dict[str, str]:
         >>> plain({"lr": 0.1, "net": {"width": 8, "depth": None}})
         {'lr': '0.1', 'net.width': '8', 'net.depth': 'None'}
     """
-    if isinstance(values, dict) and values:
+    if isinstance(values, dict) and (values or not prefix):
         parts = (plain(value, f"{prefix}.{name}" if prefix else str(name)) for name, value in values.items())
         return dict(chain.from_iterable(part.items() for part in parts))
     text = str(values)

@@ -118,6 +118,11 @@ def test_objects_among_the_hyper_parameters_become_text(tmp_path: Path) -> None:
     assert not Path("pwned").exists()
 
 
+def test_no_hyper_parameters_are_none() -> None:
+    assert plain({}) == {}
+    assert plain({"net": {}}) == {"net": "{}"}
+
+
 def test_long_values_are_cut() -> None:
     assert len(plain({"a": "x" * 10_000})["a"]) == 200
 
