@@ -60,7 +60,7 @@ def fused_adam(parameters: Any) -> torch.optim.Optimizer:
 def test_a_steady_step_reads_nothing_back(
     recipe: str, make_module: Any, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (clipping, instability, report):
+    for module in (clipping, curvature, instability, report):
         monkeypatch.setattr(module, "free_to_read", lambda _: False)
     monkeypatch.setattr(curvature, "READ_EVERY", 1000)
     count = CountBetween(8, 55)  # from 8 on: the first batches are copied to the host
