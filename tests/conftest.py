@@ -29,8 +29,8 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 
 
 @pytest.fixture(autouse=True)
-def _sigint_as_it_was() -> Iterator[None]:
-    """Lightning ignores SIGINT for good when a training was interrupted."""
-    before = signal.getsignal(signal.SIGINT)
+def _own_sigint() -> Iterator[None]:
+    """Python's, also in a shell's background; Lightning ignores the signal for good when a training was interrupted."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
