@@ -320,6 +320,13 @@ def test_the_trainer_of_pytorch_lightning_takes_it_in_a_list(name: str, tmp_path
     assert trainer.global_step == 12
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_it_works_with_the_defaults_of_a_trainer(name: str, tmp_path: Path) -> None:
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, callbacks=[make(name)], default_root_dir=tmp_path)
+    trainer.fit(Regression(), regression_data(), regression_data(2))
+    assert trainer.global_step == 12
+
+
 ORDERS = [RECIPES, RECIPES[::-1], *(random.Random(seed).sample(RECIPES, len(RECIPES)) for seed in range(6))]
 
 

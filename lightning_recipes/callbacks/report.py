@@ -27,7 +27,7 @@ from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.report import Record
 from lightning_recipes.report.numbers import duration, shown, size
 from lightning_recipes.report.page import put, write
-from lightning_recipes.report.reading import FINDINGS, STATE, plain, read_extras, read_findings
+from lightning_recipes.report.reading import FINDINGS, STATE, cut, plain, read_extras, read_findings
 from lightning_recipes.report.run import STEP_LOSS, Run, finding_of
 
 UNREAD = 1000  # values that wait on their device until they are read together
@@ -99,7 +99,6 @@ class TrainingReport(pl.Callback):
         self._seen: dict[str, Any] = {}  # the newest value of each metric, old or new
         self._rates: set[str] = set()  # names of the learning rates
         self._late: int | None = None  # the step at which others may still log
-        self._callbacks: dict[str, str] = {}
 
     # ---------------------------------------------------------------------------------- fit: start and end
 
@@ -113,7 +112,6 @@ class TrainingReport(pl.Callback):
             earlier = []
         self._ended, self._earlier = "running", earlier
         self._folder = run_folder(trainer)
-        self._callbacks = _callbacks(trainer)
         if self._folder is not None:
             path = self._folder / FINDINGS
             self._from = path.stat().st_size if path.exists() else 0
@@ -270,7 +268,7 @@ class TrainingReport(pl.Callback):
             steps=_step(trainer),
             resumed=self._resumed,
             hyperparameters=_hyperparameters(trainer, pl_module),
-            callbacks=self._callbacks,
+            callbacks=_callbacks(trainer),
             setup=_setup(trainer),
             costs=self._costs(trainer),
         )
@@ -382,7 +380,7 @@ def _arguments(callback: Any) -> str:
     for name, parameter in inspect.signature(type(callback).__init__).parameters.items():
         held = [getattr(callback, each) for each in (name, f"_{name}") if each in vars(callback)]
         if held and not callable(held[0]) and str(held[0]) != str(parameter.default):
-            given.append(f"{name}={plain({'': held[0]})[''] if not isinstance(held[0], str) else repr(held[0])}")
+            given.append(f"{name}={cut(repr(held[0]) if isinstance(held[0], str) else str(held[0]))}")
     return ", ".join(given)
 
 

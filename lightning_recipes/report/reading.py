@@ -114,8 +114,12 @@ def plain(values: Any, prefix: str = "") -> dict[str, str]:
     if isinstance(values, dict) and (values or not prefix):
         parts = (plain(value, f"{prefix}.{name}" if prefix else str(name)) for name, value in values.items())
         return dict(chain.from_iterable(part.items() for part in parts))
-    text = str(values)
-    return {prefix: text if len(text) <= LARGEST_TEXT else f"{text[: LARGEST_TEXT - 1]}…"}
+    return {prefix: cut(str(values))}
+
+
+def cut(text: str) -> str:
+    """At most 200 characters of a text."""
+    return text if len(text) <= LARGEST_TEXT else f"{text[: LARGEST_TEXT - 1]}…"
 
 
 def _traces(folder: Path) -> list[Path]:

@@ -242,6 +242,19 @@ def test_hyper_parameters_are_escaped_and_cut(tmp_path: Path) -> None:
     assert "alert(1)" in page(tmp_path).text
 
 
+def test_callbacks_are_there_with_what_they_were_asked(tmp_path: Path) -> None:
+    class Asked(pl.Callback):
+        def __init__(self, options: Any = None, title: str = "", kept: int = 3) -> None:
+            self.options, self.title, self.kept = options, title, kept
+
+    train(tmp_path, TrainingReport(), Asked({}), Asked({"width": 8}, "x" * 5000), Asked(), epochs=1)
+    text = page(tmp_path).text
+    assert "options={}" in text
+    assert "options={'width': 8}, title='xxx" in text
+    assert "x" * 300 not in text
+    assert "with its defaults" in text
+
+
 def test_values_that_are_not_finite_are_no_trouble(tmp_path: Path) -> None:
     class Broken(Logs):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
