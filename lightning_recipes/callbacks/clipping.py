@@ -1,6 +1,5 @@
 """Clip gradients at a percentile of their recent norms."""
 
-import importlib.util
 import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -31,14 +30,6 @@ FIRST_FIGURE = 1000  # updates; the next one at twice as many, and so on
 HARMLESS = 0.95  # of their length is left of clipped gradients: the learning rate is not the matter
 ENOUGH = 100  # updates of which a share is told
 BARS_PER_OCTAVE = 8
-
-NO_FIGURES = Finding(
-    rule="no figures",
-    severity="info",
-    message="The figure grad_norm was not drawn: matplotlib is not installed.",
-    advice="pip install 'lightning-recipes[plots]'",
-    step=0,
-)
 
 
 class PercentileGradientClipping(pl.Callback):
@@ -265,10 +256,7 @@ class PercentileGradientClipping(pl.Callback):
         if not rule.count or not trainer.loggers:
             return
         log_histogram(trainer, name, rule.history.histogram())
-        if importlib.util.find_spec("matplotlib") is None:
-            self._tell_once(trainer, 0, NO_FIGURES)
-        else:
-            show(trainer, name, draw_norms(rule))
+        show(trainer, name, lambda: draw_norms(rule))
 
 
 def _suffix(trainer: pl.Trainer, index: int) -> str:

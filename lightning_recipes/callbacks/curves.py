@@ -1,6 +1,5 @@
 """The curves of a training, drawn and read."""
 
-import importlib.util
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -27,14 +26,6 @@ DRAWN = 120  # points of the training curve in the figure
 FIGURE = "learning_curves"
 NAMES = ("val_loss", "valid_loss", "validation_loss", "val/loss", "valid/loss", "validation/loss")
 TRAIN, VALIDATION, GREY = "#0072B2", "#D55E00", "#595959"  # told apart by the colour-blind, and in grey
-
-NO_FIGURES = Finding(
-    rule="no figures",
-    severity="info",
-    message=f"The figure {FIGURE} was not drawn: matplotlib is not installed.",
-    advice="pip install 'lightning-recipes[plots]'",
-    step=0,
-)
 
 
 class LearningCurves(pl.Callback):
@@ -94,7 +85,6 @@ class LearningCurves(pl.Callback):
         self._rate = math.nan
         self._name = self.monitor or NAMES[0]
         self._drawn = 0
-        self._told_no_figures = False
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -192,13 +182,8 @@ class LearningCurves(pl.Callback):
         return draw_curves(self.rule, self._name)
 
     def _show(self, trainer: pl.Trainer) -> None:
-        if not self.rule.train.bins or not trainer.loggers or not trainer.is_global_zero:
-            return
-        if importlib.util.find_spec("matplotlib") is not None:
-            show(trainer, FIGURE, self.draw())
-        elif not self._told_no_figures:
-            self._told_no_figures = True
-            tell(trainer, NO_FIGURES)
+        if self.rule.train.bins:
+            show(trainer, FIGURE, self.draw)
 
     # ---------------------------------------------------------------------------------- checkpoints
 

@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from lightning_recipes.callbacks.measuring import free_to_read, index_of
 from lightning_recipes.callbacks.substitute import substitute
-from lightning_recipes.callbacks.telling import run_folder, time_to_log
+from lightning_recipes.callbacks.telling import logger_step, run_folder, time_to_log
 from lightning_recipes.core.arguments import check_real
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.report import Record
@@ -125,7 +125,7 @@ class TrainingReport(pl.Callback):
         update = connector.update_train_epoch_metrics  # what on_train_epoch_end of the module logs is known only here
 
         def collect_and_update() -> None:
-            self._collect(trainer, _step(trainer))
+            self._collect(trainer, logger_step(trainer))
             update()
 
         self._put_back = substitute(connector, "update_train_epoch_metrics", collect_and_update)
@@ -133,7 +133,7 @@ class TrainingReport(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = self._written = time.monotonic()
-        self._began_at, self._before = _step(trainer), self._seconds
+        self._began_at, self._before = logger_step(trainer), self._seconds
         self._seen = dict(trainer.callback_metrics) if self._folder is not None else {}
         if self._began_at and self._folder is not None:
             self._resumed.append(self._began_at)
@@ -186,7 +186,9 @@ class TrainingReport(pl.Callback):
             rate = group["lr"]
             label = name if len(optimizer.param_groups) == 1 else f"{name}/pg{index + 1}"
             self._rates.add(label)
-            self._take(label, _step(trainer), rate.detach().clone() if isinstance(rate, Tensor) else torch.tensor(rate))
+            self._take(
+                label, logger_step(trainer), rate.detach().clone() if isinstance(rate, Tensor) else torch.tensor(rate)
+            )
 
     @override
     def on_train_batch_end(
@@ -197,16 +199,16 @@ class TrainingReport(pl.Callback):
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor):
             share = trainer.accumulate_grad_batches  # by which Lightning has divided it
-            self._take(STEP_LOSS, _step(trainer), loss.detach() if share == 1 else loss.detach() * share)
+            self._take(STEP_LOSS, logger_step(trainer), loss.detach() if share == 1 else loss.detach() * share)
         if time_to_log(trainer) and not trainer.fit_loop._should_accumulate():
-            self._late = _step(trainer)
+            self._late = logger_step(trainer)
             self._collect(trainer, self._late)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._folder is None or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
-        self._collect(trainer, _step(trainer))
+        self._collect(trainer, logger_step(trainer))
         if time.monotonic() - self._written >= self.every_n_seconds:
             self._write(trainer, pl_module)
 
@@ -265,7 +267,7 @@ class TrainingReport(pl.Callback):
             ended=self._ended,
             series=dict(self.rule.series),
             findings=self._findings(),
-            steps=_step(trainer),
+            steps=logger_step(trainer),
             resumed=self._resumed,
             hyperparameters=_hyperparameters(trainer, pl_module),
             callbacks=_callbacks(trainer),
@@ -289,7 +291,7 @@ class TrainingReport(pl.Callback):
 
     def _costs(self, trainer: pl.Trainer) -> dict[str, str]:
         costs = {"wall time": duration(self._elapsed())}
-        updates, seconds = _step(trainer) - self._began_at, self._elapsed() - self._before
+        updates, seconds = logger_step(trainer) - self._began_at, self._elapsed() - self._before
         if updates and seconds:
             costs["updates per second, validation included"] = shown(updates / seconds)
         if trainer.strategy.root_device.type == "cuda":
@@ -318,10 +320,6 @@ class TrainingReport(pl.Callback):
         self.rule.load_state_dict(state_dict["rule"])
         self._earlier = [finding_of(each) for each in state_dict["findings"]]
         self._resumed, self._seconds = list(state_dict["resumed"]), state_dict["seconds"]
-
-
-def _step(trainer: pl.Trainer) -> int:
-    return trainer.fit_loop.epoch_loop._batches_that_stepped  # the x-axis of everything that Lightning logs
 
 
 def _is_same(value: Tensor, seen: Any) -> bool:

@@ -3,11 +3,13 @@
 Nothing here is a collective: what one rank has to say must not wait for the others. Rank zero speaks.
 """
 
+import importlib.util
 import json
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import lightning.pytorch as pl
 import torch
@@ -20,11 +22,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+_without_figures: WeakSet[pl.Trainer] = WeakSet()  # that were told why
+
+
+def logger_step(trainer: pl.Trainer) -> int:
+    """The x-axis of everything that Lightning logs: batches that ended in an update."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
 def time_to_log(trainer: pl.Trainer) -> bool:
     """Whether Lightning logs the update that is under way."""
     run: Any = trainer  # connectors set some attributes
     every: int = run.log_every_n_steps
-    return every > 0 and (_logger_step(trainer) + 1) % every == 0
+    return every > 0 and (logger_step(trainer) + 1) % every == 0
 
 
 def log_scalars(trainer: pl.Trainer, scalars: Mapping[str, float | Tensor]) -> None:
@@ -37,7 +47,7 @@ def log_scalars(trainer: pl.Trainer, scalars: Mapping[str, float | Tensor]) -> N
     trainer.callback_metrics.update(tensors)
     trainer.logged_metrics.update(tensors)
     for logger in trainer.loggers:
-        logger.log_metrics(values, step=_logger_step(trainer))
+        logger.log_metrics(values, step=logger_step(trainer))
 
 
 def tell(trainer: pl.Trainer, finding: Finding) -> None:
@@ -57,16 +67,34 @@ def note(trainer: pl.Trainer, finding: Finding) -> None:
         experiment.add_text(f"findings/{finding.rule}", f"{finding.message} **{finding.advice}**", finding.step)
 
 
-def show(trainer: pl.Trainer, name: str, figure: "Figure") -> None:
-    """Hand a figure to the loggers that show figures; if none does, write ``<name>.png`` beside the logs."""
+def show(trainer: pl.Trainer, name: str, draw: "Callable[[], Figure]") -> None:
+    """Draw a figure for the loggers that show figures; if none does, write ``<name>.png`` beside the logs.
+
+    Where matplotlib is not installed, that is told once of a Trainer.
+    """
     folder = run_folder(trainer)
     if folder is None or not trainer.loggers:
         return
-    experiments = _experiments(trainer, "add_figure")
+    if importlib.util.find_spec("matplotlib") is None:
+        if trainer not in _without_figures:
+            _without_figures.add(trainer)
+            tell(trainer, _no_figures(name))
+        return
+    figure, experiments = draw(), _experiments(trainer, "add_figure")
     for experiment in experiments:
-        experiment.add_figure(name, figure, _logger_step(trainer))
+        experiment.add_figure(name, figure, logger_step(trainer))
     if not experiments:
         figure.savefig(folder / f"{name.replace('/', '_')}.png", dpi=120)
+
+
+def _no_figures(name: str) -> Finding:
+    return Finding(
+        rule="no figures",
+        severity="info",
+        message=f"The figure {name} was not drawn: matplotlib is not installed.",
+        advice="pip install 'lightning-recipes[plots]'",
+        step=0,
+    )
 
 
 def log_histogram(trainer: pl.Trainer, name: str, bins: Sequence[tuple[float, float, int]]) -> None:
@@ -85,7 +113,7 @@ def log_histogram(trainer: pl.Trainer, name: str, bins: Sequence[tuple[float, fl
             sum_squares=sum(middle**2 * count for middle, count in zip(middles, counts, strict=True)),
             bucket_limits=[high for _, high, _ in bins],
             bucket_counts=counts,
-            global_step=_logger_step(trainer),
+            global_step=logger_step(trainer),
         )
 
 
@@ -107,7 +135,3 @@ def _experiments(trainer: pl.Trainer, method: str) -> list[Any]:
     """The loggers' own objects that have a method, TensorBoard's writer above all."""
     experiments = [getattr(logger, "experiment", None) for logger in trainer.loggers]
     return [experiment for experiment in experiments if callable(getattr(experiment, method, None))]
-
-
-def _logger_step(trainer: pl.Trainer) -> int:
-    return trainer.fit_loop.epoch_loop._batches_that_stepped  # the x-axis of everything that Lightning logs

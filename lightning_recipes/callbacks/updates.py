@@ -1,6 +1,5 @@
 """Watch how much each update changes the weights."""
 
-import importlib.util
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -33,14 +32,6 @@ UNREAD = 20  # measured updates at most until they are read
 WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_forward_module.")
 NAMED = 5  # layers at most in a message
 BARS = 12  # layers at either end of a figure
-
-NO_FIGURES = Finding(
-    rule="no figures",
-    severity="info",
-    message="The figure update_ratio was not drawn: matplotlib is not installed.",
-    advice="pip install 'lightning-recipes[plots]'",
-    step=0,
-)
 
 
 @dataclass(frozen=True)
@@ -356,12 +347,8 @@ class UpdateRatioMonitor(pl.Callback):
         self._let_go()
 
     def _show(self, trainer: pl.Trainer, index: int) -> None:
-        if not trainer.loggers or not self.rule[index].measured:
-            return
-        if importlib.util.find_spec("matplotlib") is None:
-            tell(trainer, NO_FIGURES)
-        else:
-            show(trainer, f"update_ratio{_suffix(trainer, index)}", draw_ratios(self.rule[index]))
+        if self.rule[index].measured:
+            show(trainer, f"update_ratio{_suffix(trainer, index)}", lambda: draw_ratios(self.rule[index]))
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -171,8 +171,7 @@ class WarmupSweep(pl.Callback):
         if folder is not None and importlib.util.find_spec("matplotlib") is not None:
             figure, _ = result.plot()
             figure.savefig(folder / "warmup_sweep.png", dpi=120)
-            if trainer.loggers:
-                show(trainer, "warmup_sweep", figure)
+            show(trainer, "warmup_sweep", lambda: figure)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import math
 import re
@@ -283,7 +284,7 @@ def test_other_loggers_get_a_picture_beside_the_logs(tmp_path: Path) -> None:
 
 
 def test_without_matplotlib_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clipping.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     steps_of(WAVE, PercentileGradientClipping(), tmp_path, weight=4.0, logger=CSVLogger(tmp_path))
     (finding,) = findings_of(tmp_path)
     assert "lightning-recipes[plots]" in finding["advice"]
