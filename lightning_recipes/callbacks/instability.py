@@ -18,7 +18,14 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_recipes.callbacks.learning_rates import scale_learning_rates
-from lightning_recipes.callbacks.measuring import free_to_read, gradient_norm, index_of, loss_of_update, scaler_of
+from lightning_recipes.callbacks.measuring import (
+    examples_in,
+    free_to_read,
+    gradient_norm,
+    index_of,
+    loss_of_update,
+    scaler_of,
+)
 from lightning_recipes.callbacks.replay import first_broken_module
 from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.telling import note, tell, time_to_log
@@ -183,8 +190,7 @@ class InstabilityDetector(pl.Callback):
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         self._losses.append(loss.detach())
-        _, first = next(_tensors("", self._batch), ("", loss))
-        self._examples += len(first) if first.ndim else 0
+        self._examples += examples_in(self._batch)
 
     @override
     def on_before_optimizer_step(

@@ -1,5 +1,6 @@
 """What callbacks measure: the gradient norm of an update, once however many ask, and means over the ranks."""
 
+from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,6 +21,14 @@ def index_of(trainer: pl.Trainer, optimizer: Optimizer) -> int:
     """The optimizer's place among those of the trainer."""
     optimizers = trainer.optimizers
     return 0 if optimizers[0] is optimizer else next(i for i, each in enumerate(optimizers) if each is optimizer)
+
+
+def examples_in(batch: Any) -> int:
+    """First dimension of the first tensor in a batch that has more than one; 1 if there is none."""
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.ndim else 1
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+    return next((size for size in map(examples_in, parts) if size > 1), 1)
 
 
 def scaler_of(trainer: pl.Trainer) -> Any:

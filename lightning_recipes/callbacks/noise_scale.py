@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_recipes.callbacks.measuring import gradient_norm, mean_over_ranks, scaler_of
+from lightning_recipes.callbacks.measuring import examples_in, gradient_norm, mean_over_ranks, scaler_of
 from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.telling import log_scalars, tell, time_to_log
 from lightning_recipes.callbacks.tracking import parameters_of
@@ -155,7 +155,7 @@ class GradientNoiseScale(pl.Callback):
     ) -> None:
         if not pl_module.automatic_optimization:
             return
-        self._sizes.append(self.batch_size or _size_of(batch))
+        self._sizes.append(self.batch_size or examples_in(batch))
         alone = trainer.accumulate_grad_batches == 1 and self._has_replicas(trainer)
         if alone and self._updates % EVERY == 0:
             self._hook(trainer)
@@ -274,11 +274,3 @@ class GradientNoiseScale(pl.Callback):
         self.rule.load_state_dict(state_dict["rule"])
         self._updates = state_dict["updates"]
         self._unread = [_Pair(*each) for each in state_dict["unread"]]
-
-
-def _size_of(batch: Any) -> int:
-    """First dimension of the first tensor in a batch; 1 if there is none."""
-    if isinstance(batch, Tensor):
-        return len(batch) if batch.ndim else 1
-    parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, list | tuple) else ()
-    return next((size for size in map(_size_of, parts) if size > 1), 1)

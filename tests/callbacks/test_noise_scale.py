@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_recipes import GradientNoiseScale, InstabilityDetector, PercentileGradientClipping
 from lightning_recipes.callbacks import noise_scale as module_under_test
+from lightning_recipes.callbacks.measuring import examples_in
 from lightning_recipes.core.noise_scale import components
 
 
@@ -117,7 +118,7 @@ def test_windows_that_cannot_be_compared_are_left_out(tmp_path: Path) -> None:
     ],
 )
 def test_the_size_of_a_batch(batch: Any, size: int) -> None:
-    assert module_under_test._size_of(batch) == size
+    assert examples_in(batch) == size
 
 
 def test_the_training_is_the_same_bit_for_bit(tmp_path: Path) -> None:
