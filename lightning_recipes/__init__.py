@@ -14,8 +14,10 @@ from lightning_recipes.callbacks.schedules import LearningRateSchedule
 from lightning_recipes.callbacks.snapshots import SnapshotEnsemble
 from lightning_recipes.callbacks.updates import UpdateRatioMonitor
 from lightning_recipes.callbacks.warmup import WarmupSweep
+from lightning_recipes.checkpointing import AtomicCheckpointIO
 
 __all__ = [
+    "AtomicCheckpointIO",
     "CriticalPointProbe",
     "EMAWeights",
     "EarlyStopping",
