@@ -255,7 +255,7 @@ class EMAWeights(pl.Callback):
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._hold(pl_module, average=True)
+            self._hold_together(trainer, pl_module)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -264,7 +264,7 @@ class EMAWeights(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._hold(pl_module, average=True)
+        self._hold_together(trainer, pl_module)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -302,6 +302,14 @@ class EMAWeights(pl.Callback):
         """Whether the statistics of BatchNorm for the average are to be recomputed before its use."""
         in_training = bool(self._tracked) and not self._failed
         return self.buffers == "recompute" and in_training and self._recomputed_at != self._updates
+
+    def _hold_together(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the average into the module on all ranks, with the buffers of rank zero, which a checkpoint has."""
+        self._hold(pl_module, average=True)
+        if self._exchanged and torch.distributed.is_initialized() and not is_sharded(trainer):
+            averaged = [buffer for tracked in self._tracked for *_, buffer in tracked.buffers]
+            for buffer in statistics(pl_module).values() if self.buffers == "recompute" else averaged:
+                torch.distributed.broadcast(buffer, 0)
 
     @contextmanager
     def _holding(self, pl_module: pl.LightningModule, average: bool) -> Iterator[None]:
