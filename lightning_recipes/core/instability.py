@@ -101,7 +101,7 @@ class InstabilityRule:
     =================== ================================================================================================
     not finite          the loss or the gradient norm is NaN or infinite
     spike               one loss ten deviations above the median and twice the gain above the best level
-    burst               three of four losses six deviations up, or two high above
+    burst               three of four losses six deviations up, or two high above; for thirty updates, then a divergence
     exploding gradient  log norm six deviations above its median while the loss is up, too, or twelve and tenfold
     divergence          the level of the loss gives back a third of the gain; or loss and norm drift up together (two
                         cumulative sums), watched more closely while the learning rate is higher than ever before
@@ -148,6 +148,7 @@ class InstabilityRule:
         self.settling = SETTLED
         self.losses, self.norms = _Window(), _Window()
         self.flagged: deque[bool] = deque(maxlen=3)
+        self.beyond = 0  # updates in a row that were flagged
         self.short: deque[tuple[float, float]] = deque(maxlen=SHORT)
         self.recent: deque[tuple[float, float]] = deque(maxlen=FALL // EVERY)
         self.drift = self.norm_drift = self.hot_drift = self.hot_norm_drift = 0.0
@@ -203,8 +204,11 @@ class InstabilityRule:
             gain = max(self.first - low, 4 * losses.deviation, TAIL * (losses.ascending[-1] - losses.median))
             found, far, norm_far = self._jump(loss, log_norm, low, gain)
             self.flagged.append(far)
+            self.beyond = self.beyond + 1 if far else 0
             if found and self.cancels:
                 return found
+            if self.beyond > ENOUGH:
+                found = None  # no burst any more: it does not come back
             self._drift(loss, log_norm, gain, hot)
             at_most = low + gain  # one loss alone, however high, moves the level by little
         self.level = loss if self.seen == 1 else self.level + LEVEL * (min(loss, at_most) - self.level)

@@ -214,3 +214,12 @@ def test_an_update_of_few_examples_is_only_looked_at_for_nan() -> None:
     found = rule.update(math.nan, 1.0, examples=2)
     assert found is not None
     assert found.kind == "not finite"
+
+
+def test_a_burst_that_does_not_end_is_a_divergence_once_and_the_rest_is_normal() -> None:
+    found = judged(with_event(200, lambda t, loss, norm: (loss + 2.0, norm)))
+    kinds = [each.kind for each in found]
+    assert kinds[0] == "burst"
+    assert kinds.count("divergence") == 1
+    assert kinds[-1] == "divergence"
+    assert found[-1].step <= 240
