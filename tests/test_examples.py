@@ -11,11 +11,14 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = {
     "do_the_recipes_help.py": ["--seeds", "1", "--epochs", "5"],
     "digits.py": ["fit", "--config", str(EXAMPLES / "digits.yaml"), "--config", str(EXAMPLES / "recipes.yaml")],
+    "is_it_broken.py": ["--epochs", "3"],
+    "is_my_run_stuck.py": [],
     "is_the_average_better.py": ["--seeds", "2", "--epochs", "4"],
     "train_one_get_five.py": ["--seeds", "1", "--steps", "750"],
     "what_gradient_clip_val.py": ["--epochs", "2"],
     "when_to_stop.py": ["--epochs", "60", "--seeds", "1"],
     "which_learning_rate.py": ["--seeds", "1", "--steps", "1500"],
+    "why_is_my_loss_spiking.py": ["--epochs", "12"],
 }
 
 
@@ -84,6 +87,32 @@ def test_the_warmup_makes_a_high_rate_stable() -> None:
     suggested, high, warmed = (float(line.split()[-1].rstrip("%")) for line in lines if line.startswith("learning"))
     assert warmed < suggested < high
     assert sum("**best**" in line for line in lines) == 1
+
+
+def test_mistakes_are_named_and_the_sound_training_is_left_alone(tmp_path: Path) -> None:
+    _, *parts = run("is_it_broken.py", *SMALL["is_it_broken.py"]).split("\n\n")
+    told = {name: text for name, _, text in (part.partition(": ") for part in parts)}
+    assert "\n" not in told["as it should be"]
+    for name, rule in (
+        ("softmax twice", "softmax applied twice"),
+        ("layers forgotten", "not in any optimizer"),
+        ("weights too large", "initial loss high"),
+    ):
+        assert told[name].splitlines()[1].startswith(f"  {rule}: ")
+    assert len(list(tmp_path.rglob("report.html"))) == 5
+
+
+def test_a_poisoned_run_is_saved() -> None:
+    _, *parts = run("why_is_my_loss_spiking.py", *SMALL["why_is_my_loss_spiking.py"]).split("\n\n")
+    error = {part.partition(":")[0]: float(part.splitlines()[0].split()[-1].rstrip("%")) for part in parts}
+    assert max(error["skip"], error["rewind"]) < 10 < 80 < error["warn"] == error["no recipe"]
+    assert "spike at step 200" in parts[1]
+
+
+def test_three_reasons_to_be_stuck_are_told_apart() -> None:
+    printed = run("is_my_run_stuck.py", *SMALL["is_my_run_stuck.py"])
+    places = [printed.index(verdict) for verdict in ("bouncing between", "saddle at step", "local minimum at step")]
+    assert places == sorted(places)
 
 
 def test_the_yaml_files_configure_the_recipes(tmp_path: Path) -> None:
