@@ -7,6 +7,7 @@ minima by L-BFGS, bouncing by a learning rate of three times the edge, noise by 
 """
 
 import argparse
+import copy
 import json
 import logging
 import statistics
@@ -15,6 +16,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from _data import digits
 
 from lightning_recipes import CriticalPointProbe
-from lightning_recipes.core.curvature import CriticalPoint, measure, verdict
+from lightning_recipes.core.curvature import CriticalPoint, measure, sharpness, verdict
 from lightning_recipes.core.hessian import LossSurface, extreme_eigenvalues, steps_of
 
 SMOOTHING = 0.1  # of the labels: then minima lie at finite weights
@@ -80,11 +82,8 @@ def surface_of(model: nn.Module, batches: list[Batch]) -> LossSurface:
     return LossSurface([partial(loss_of, model, batch) for batch in batches], model.parameters())
 
 
-def look(
-    model: nn.Module, optimizer: Optimizer, batches: list[Batch], share: float = 1.0, max_products: int = 30
-) -> CriticalPoint:
-    parameters = list(model.parameters())
-    return measure(surface_of(model, batches), steps_of([optimizer], parameters), 0, max_products, share)
+def look(model: nn.Module, optimizer: Optimizer, batches: list[Batch], share: float = 1.0) -> CriticalPoint:
+    return measure(surface_of(model, batches), steps_of([optimizer], list(model.parameters())), share=share)
 
 
 # ------------------------------------------------------------------------------ full batches: experiment 7 of the facts
@@ -149,10 +148,10 @@ def in_float32(points: Iterator[Point]) -> Iterator[Point]:
         yield truth, model.float(), optimizer, [(inputs.float(), labels) for inputs, labels in batches], share
 
 
-def tell_apart(points: Iterator[Point], max_products: int = 30) -> None:
+def tell_apart(points: Iterator[Point]) -> None:
     right = total = 0
     for truth, model, optimizer, batches, share in points:
-        point = look(model, optimizer, batches, share, max_products)
+        point = look(model, optimizer, batches, share)
         slope, escape = point.relative_gradient(point.slope.value), -point.escape.get(point.escape_step, 0) / point.loss
         said = verdict(point, is_flat=None if share == 1 else truth != "still descending")
         right, total = right + (said == truth), total + 1
@@ -183,26 +182,74 @@ def points(seeds: range) -> None:
 # ------------------------------------------------------------------------------ against the dense Hessian
 
 
+def small_networks() -> Iterator[tuple[str, nn.Module]]:
+    layers: dict[str, list[nn.Module]] = {
+        "64-12-10 tanh": [nn.Linear(64, 12), nn.Tanh(), nn.Linear(12, 10)],
+        "64-16-16-10 tanh": [nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 10)],
+        "64-32-10 ReLU": [nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)],
+        "convolutions, ReLU": [
+            *(nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 3, 2), nn.ReLU()),
+            *(nn.Flatten(), nn.Linear(32, 10)),
+        ],
+    }
+    for name, modules in layers.items():
+        torch.manual_seed(1)
+        for module in modules:
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.double().reset_parameters()
+        yield name, nn.Sequential(*modules)
+
+
+def exact_ends(model: nn.Module, data: Batch) -> tuple[float, float]:
+    surface = surface_of(model, [data])
+    surface.gradients()
+    dense = torch.stack([surface.product(unit) for unit in torch.eye(surface.weights.numel(), dtype=torch.float64)])
+    exact = torch.linalg.eigvalsh((dense + dense.T) / 2)
+    return float(exact[0]), float(exact[-1])
+
+
 def eigenvalues(seeds: range) -> None:
     train = digits(0).train
     data = train[0][:300].double(), train[1][:300]
-    for moment, steps in (("before training", 0), ("after 50 steps", 50), ("after 1,000 steps", 1000)):
-        model = network("units", 12, 1, torch.float64)
-        descend(model, data, 0.2, steps)
-        surface = surface_of(model, [data])
-        size = surface.weights.numel()
-        dense = torch.stack([surface.product(unit) for unit in torch.eye(size, dtype=torch.float64)])
-        exact = torch.linalg.eigvalsh((dense + dense.T) / 2)
-        print(f"\n{size} parameters, {moment}: exact {exact[0]:.5g} to {exact[-1]:.5g}; worst of {len(seeds)} starts")
-        for products in (5, 10, 15, 20, 30, 40):
-            found = []
+    print(f"\nby default, in float32, four batches; worst of {len(seeds)} starts")
+    for name, model in small_networks():
+        for steps, more in ((0, 0), (50, 50), (1000, 950), (3000, 2000)):
+            descend(model, data, 0.2, more)
+            low, high = exact_ends(model, data)
+            single = copy.deepcopy(model).float()
+            surface = surface_of(
+                single, list(zip(torch.split(data[0].float(), 75), torch.split(data[1], 75), strict=True))
+            )
+            found = [measure(surface, None, seed, share=1.0).spectrum for seed in seeds]
+            soon = [sharpness(surface, None, seed, 10)[0].largest for seed in seeds]
+            print(
+                f"{name}, {steps:4} updates: exact {low:8.2g} to {high:6.3g};"
+                f" smallest off by {max(abs(each.smallest / low - 1) for each in found):.2%}"
+                f" ({max(abs(each.smallest - low) for each in found) / high:.0e} of the largest),"
+                f" largest by {max(abs(each.largest / high - 1) for each in found):.2%}, in at most"
+                f" {max(each.products for each in found)} products; largest in 10 by"
+                f" {max(abs(each / high - 1) for each in soon):.2%};"
+                f" floor holds in {sum(each.floor <= low + 1e-6 * high for each in found)}"
+            )
+    inputs = data[0]
+    data = (inputs - inputs.mean()) / inputs.std(), data[1]
+    model = network("units", 12, 1, torch.float64)
+    descend(model, data, 0.2, 50)
+    low, high = exact_ends(model, data)
+    surface = surface_of(model, [data])
+    mean = surface.gradients()[1][0]
+    print(f"\nexperiment 7's own point, net and starts, float64: exact {low:.5g} to {high:.5g}; worst of {len(seeds)}")
+    for products in (5, 10, 15, 20, 30, 50):
+        for name, added in (("random", 0.0), ("random and gradient", 1.0)):
+            ends = []
             for seed in seeds:
-                start = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-                found.append(extreme_eigenvalues(surface.product, start, products, tolerance=0.0))
-            low = max(abs(each.smallest / float(exact[0]) - 1) for each in found)
-            high = max(abs(each.largest / float(exact[-1]) - 1) for each in found)
-            held = sum(each.floor <= float(exact[0]) for each in found)
-            print(f"{products:3} products: largest {high:8.2%}, smallest {low:8.2%}; floor holds in {held}")
+                start = torch.randn(len(mean), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+                start = start / start.norm() + added * mean / mean.norm()
+                ends.append(extreme_eigenvalues(surface.product, start, products, 0.0))
+            print(
+                f"{products:3} products, start {name:20} largest {max(abs(e.largest / high - 1) for e in ends):8.2%},"
+                f" smallest {max(abs(e.smallest / low - 1) for e in ends):8.2%}"
+            )
 
 
 # ------------------------------------------------------------------------------ minibatches
@@ -302,55 +349,86 @@ RUNS: dict[str, tuple[Callable[[], nn.Module], Callable[[Iterator[nn.Parameter]]
 }
 
 
+class Timed(CriticalPointProbe):
+    """How long the looks take, of this process' own time."""
+
+    took = 0.0
+
+    @contextmanager
+    @override
+    def _surface(self, *given: Any) -> Iterator[Any]:
+        started = time.process_time()
+        with super()._surface(*given) as surface:
+            yield surface
+        self.took += time.process_time() - started
+
+
 def runs(seeds: range) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     for name, (make_model, make, size, wrong, smoothing) in RUNS.items():
         for seed in seeds:
             torch.manual_seed(seed)
-            data = TensorDataset(*digits(seed, wrong).train)
+            data, probe = TensorDataset(*digits(seed, wrong).train), Timed()
             with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                took = []
-                for probes in (False, True):
-                    module = Classifier(make_model(), make, smoothing)
-                    trainer = pl.Trainer(
-                        accelerator="cpu",
-                        devices=1,
-                        max_steps=RUN,
-                        max_epochs=-1,
-                        logger=False,
-                        enable_checkpointing=False,
-                        enable_progress_bar=False,
-                        enable_model_summary=False,
-                        default_root_dir=folder,
-                        callbacks=[CriticalPointProbe()] if probes else [],
-                    )
-                    started = time.perf_counter()
-                    trainer.fit(module, DataLoader(data, size, shuffle=True, drop_last=True))
-                    took.append(time.perf_counter() - started)
+                trainer = pl.Trainer(
+                    accelerator="cpu",
+                    devices=1,
+                    max_steps=RUN,
+                    max_epochs=-1,
+                    logger=False,
+                    enable_checkpointing=False,
+                    enable_progress_bar=False,
+                    enable_model_summary=False,
+                    default_root_dir=folder,
+                    callbacks=[probe],
+                )
+                started = time.process_time()
+                trainer.fit(
+                    Classifier(make_model(), make, smoothing), DataLoader(data, size, shuffle=True, drop_last=True)
+                )
+                others = time.process_time() - started - probe.took
                 lines = [json.loads(line) for line in (Path(folder) / "findings.jsonl").read_text().splitlines()]
-            print(f"\n{name}, seed {seed}: {took[1] / took[0]:.2f} of the time without")
+            print(f"\n{name}, seed {seed}: looks took {probe.took / others:.1%} of the time of the run")
             for line in lines:
-                print(f"  {line['severity']:8} {line['rule']} at {line['step']}: {line['message'][:200]}")
+                products = line["evidence"]["products"]
+                print(f"  {line['severity']:8} {line['rule']} at {line['step']}, {products}: {line['message'][:180]}")
 
 
 # ------------------------------------------------------------------------------ cost
 
 
+def plain_gradients(model: nn.Module, batches: list[Batch]) -> None:
+    for batch in batches:
+        torch.autograd.grad(loss_of(model, batch), list(model.parameters()))
+
+
 def cost(seeds: range) -> None:  # noqa: ARG001  # has none
-    data = digits(0).train
-    for kind, width in (("units", 256), ("convolutions", 32)):
-        model = network(kind, width, 0, torch.float32)
-        surface = surface_of(model, [data])
-        vector = surface.weights
-        times: dict[str, list[float]] = {"gradient": [], "product": []}
-        for _ in range(20):
-            for name, work in (("gradient", surface.gradients), ("product", partial(surface.product, vector))):
-                started = time.perf_counter()
+    inputs, labels = digits(0).train
+    many = [(inputs[start : start + 32], labels[start : start + 32]) for start in range(0, 256, 32)]
+    for name, model, batches in (
+        ("perceptron, 8 batches of 32", perceptron(), many),
+        ("64-256-10, one batch of 898", network("units", 256, 0, torch.float32), [(inputs, labels)]),
+        ("convolutions, one batch of 898", network("convolutions", 32, 0, torch.float32), [(inputs, labels)]),
+    ):
+        kept, anew = surface_of(model, batches), surface_of(model, batches)
+        vector = kept.weights
+        kept.gradients()
+        works: dict[str, Callable[[], Any]] = {
+            "gradient": partial(plain_gradients, model, batches),
+            "kept": partial(kept.product, vector),
+            "anew": partial(anew.product, vector),
+        }
+        times: dict[str, list[float]] = {each: [] for each in works}
+        for _ in range(30):
+            for each, work in works.items():
+                started = time.process_time()
                 work()
-                times[name].append(time.perf_counter() - started)
-        ratio = statistics.median(times["product"]) / statistics.median(times["gradient"])
-        print(f"\n{kind}: a product takes {ratio:.2f} gradients")
+                times[each].append(time.process_time() - started)
+        kept_ratio, anew_ratio = (
+            statistics.median(times[each]) / statistics.median(times["gradient"]) for each in ("kept", "anew")
+        )
+        print(f"\n{name}: a product takes {kept_ratio:.2f} gradients with a graph that is kept, else {anew_ratio:.2f}")
 
 
 def main() -> None:

@@ -30,9 +30,10 @@ from lightning_recipes.callbacks.telling import log_scalars, tell
 from lightning_recipes.callbacks.tracking import parameters_of
 from lightning_recipes.callbacks.trials import seed_all
 from lightning_recipes.core.arguments import check_count, check_flag
-from lightning_recipes.core.curvature import COHEN, StallRule, judge, measure, sharpness
+from lightning_recipes.core.curvature import COHEN, judge, measure, sharpness
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.hessian import LossSurface, Steps, steps_of
+from lightning_recipes.core.stalls import StallRule
 
 READ_EVERY = 50  # updates whose losses are read together
 RANDOM = (_DropoutNd, nn.MultiheadAttention, nn.RNNBase)  # what drops out in training
@@ -42,19 +43,19 @@ ONCE = (nn.SyncBatchNorm,)  # has no second derivative in training
 class CriticalPointProbe(pl.Callback):
     """Say what a training is stuck at: a local minimum, a saddle, the walls of a valley, the noise, or nothing.
 
-    When the training loss has stopped falling (see :class:`~lightning_recipes.core.curvature.StallRule`), it measures
+    When the training loss has stopped falling (see :class:`~lightning_recipes.core.stalls.StallRule`), it measures
     on a sample of training batches the gradient against its own noise, both ends of the Hessian's spectrum with bounds
     on their errors, the largest curvature against what the optimizer can follow at its learning rate, and what steps
     along the most negative curvature do to the loss. The verdict (:func:`~lightning_recipes.core.curvature.verdict`) is
     a finding: a warning for walls and for a saddle with a way out that lowers the loss by 1 %, for information else.
     When training ends, it tells how sharp the point is that it ended at.
 
-    The loss is that of ``training_step`` on the first batches that were seen, always the same, with the penalty that
-    weight decay stands for. It is computed on copies of parameters and buffers, in float32 at least and without
-    autocast, with attention in its mathematical form. Dropout is off; other layers are as in training (BatchNorm
-    uses the statistics of the batch, SyncBatchNorm those of the run); other random numbers are the same each time.
-    The run is left bit for bit as it was. Under DDP the sample is that of all ranks. With manual optimization there
-    is no loss to look at, and nothing is measured, unless a subclass has a method
+    The loss is that of ``training_step`` on the first batches that were seen, always the same (a resumed run takes the
+    first that it sees itself), with the penalty that weight decay stands for. It is computed on copies of parameters
+    and buffers, in float32 at least and without autocast, with attention in its mathematical form. Dropout is off;
+    other layers are as in training (BatchNorm uses the statistics of the batch, SyncBatchNorm those of the run); other
+    random numbers are the same each time. The run is left bit for bit as it was. Under DDP the sample is that of all
+    ranks. With manual optimization there is no loss to look at, and nothing is measured, unless a subclass has a method
     ``loss(pl_module, batch, batch_idx)``: then all parameters of all optimizers are looked at together.
 
     Logs with each look ``sharpness`` (largest curvature), ``smallest_curvature``, ``sharpness_over_limit`` (the largest
@@ -62,22 +63,28 @@ class CriticalPointProbe(pl.Callback):
     learning rate times the sharpness over 2) and ``relative_gradient`` (|gradient| |weights| / loss); at the end the
     first and the third.
 
-    A look costs at most ``2 max_products + batches`` Hessian-vector products (with SGD ``max_products + batches``), at
-    the end 10 to 20, each of two to three gradients of each batch in the sample. The next stall is looked at after
-    ``patience`` updates, or half of all so far if these are more. Memory during a look: ``max_products + batches + 10``
-    vectors of the size of the parameters, and the activations of one batch two to three times; else the sample, on the
-    host. A step reads nothing back; the losses are read every 50 updates.
+    A look takes 15 to 130 Hessian-vector products on networks of a thousand parameters (at most ``max_products`` for
+    each of its spectra: one with SGD, two with other optimizers, whose second takes about 10), and one for each batch
+    where the gradient is not small; at the end of a training about 10. A product is one to two gradients of each batch
+    of the sample while the graphs of the first derivatives fit into half a GiB, else two to three. A stall is not
+    looked at before all looks so far have cost a tenth of the run's own gradients at most, nor before ``patience``
+    updates or half of all so far after the last: all but one look together cost that tenth. ``every_n_steps`` looks
+    whatever it costs. Memory during a look, beyond those graphs: ``max_products`` vectors of the size of the
+    parameters or half a GiB of them (at least 30), ``batches + 10`` more, and the activations of one batch two to
+    three times; else the sample, on the host. A step reads nothing back; the losses are read every 50 updates.
 
     Attributes:
-        rule: A :class:`~lightning_recipes.core.curvature.StallRule`.
-        finding: The newest verdict, None before the first.
+        rule: A :class:`~lightning_recipes.core.stalls.StallRule`.
+        finding: The newest verdict, None before the first of this process.
 
     Args:
-        every_n_steps: Look every so many optimizer updates, too, whether the loss falls or not; at least 1.
+        every_n_steps: Look every so many optimizer updates, too, whether the loss falls or not; at least 1. No look
+            before the sample is full.
         patience: Updates over which the loss has not fallen, at least 20.
         batches: Of the sample, on each rank, at least 1; below 3 there is no telling the noise.
-        max_products: Hessian-vector products for a spectrum, at least 1. With 30 the largest curvature is exact to
-            less than 1 % on a network of a thousand parameters, the smallest to a few, of a trained network to 30 %.
+        max_products: Hessian-vector products for a spectrum, at least 1. It takes as many as it needs: up to 150 on
+            networks of a few thousand parameters, for both ends to be exact to 1 % (the smallest, where it is next to
+            nothing, to 1e-4 of the largest); 10 to 15 do for the largest.
         at_end: Look at the sharpness when training ends.
 
     Raises:
@@ -99,7 +106,7 @@ class CriticalPointProbe(pl.Callback):
         every_n_steps: int | None = None,
         patience: int = 500,
         batches: int = 8,
-        max_products: int = 30,
+        max_products: int = 150,
         at_end: bool = True,
     ) -> None:
         self.every_n_steps = None if every_n_steps is None else check_count("every_n_steps", every_n_steps, 1)
@@ -114,8 +121,8 @@ class CriticalPointProbe(pl.Callback):
         """Start anew: what was seen of another training says nothing about this one."""
         self.rule = StallRule(self.patience)
         self.finding: Finding | None = None
-        self._sample: list[tuple[Any, int]] = []  # batches on the host with their numbers
-        self._sampled = False
+        self._sample: dict[int, Any] = {}  # batches on the host by their numbers
+        self._candidate: Any = None
         self._losses: list[Tensor] = []  # of the backward passes since the last update
         self._unread: list[Any] = []  # of updates
         self._is_stalled = self._is_due = False
@@ -145,9 +152,11 @@ class CriticalPointProbe(pl.Callback):
 
         def look_and_end() -> None:  # before the hooks in which an average takes the place of the weights
             self._finish()
+            if self._able and self._is_due:
+                self._look(trainer, pl_module)
             if self.at_end:
                 self._look_at_the_end(trainer, pl_module)
-            self._sample = []
+            self._sample = {}
             end()
 
         self._put_back = substitute(trainer.fit_loop, "on_run_end", look_and_end)
@@ -155,7 +164,7 @@ class CriticalPointProbe(pl.Callback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._finish()
-        self._sample, self._losses = [], []
+        self._sample, self._losses = {}, []
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -174,22 +183,19 @@ class CriticalPointProbe(pl.Callback):
     ) -> None:
         if not self._able:
             return
-        if self._is_due:  # behind whatever the others have done at the end of the last batch
+        is_full = len(self._sample) >= min(self.batches, trainer.num_training_batches) or batch_idx == 0
+        if self._is_due and is_full:  # behind whatever the others have done at the end of the last batch
             self._look(trainer, pl_module)
-        if len(self._sample) < self.batches and not self._sampled:
-            self._sample.append((copy.deepcopy(move_data_to_device(batch, torch.device("cpu"))), batch_idx))
+        if len(self._sample) < self.batches and batch_idx not in self._sample:  # it would come again
+            self._candidate = copy.deepcopy(move_data_to_device(batch, torch.device("cpu")))
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        passed_over = not outputs and pl_module.automatic_optimization
-        if passed_over and not self._sampled and self._sample and self._sample[-1][1] == batch_idx:
-            self._sample.pop()
-
-    @override
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._sampled = True  # the same batches come again
+        candidate, self._candidate = self._candidate, None
+        if candidate is not None and (outputs or not pl_module.automatic_optimization):  # not passed over
+            self._sample[batch_idx] = candidate
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -227,9 +233,9 @@ class CriticalPointProbe(pl.Callback):
         return loss  # type: ignore[no-any-return]  # a tensor, of a batch that is not passed over
 
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        is_stalled, self._is_stalled, self._is_due = self._is_stalled, False, False
         if not self._sample:
             return
+        is_stalled, self._is_stalled, self._is_due = self._is_stalled, False, False
         with self._surface(trainer, pl_module) as (surface, steps):
             try:
                 point = measure(
@@ -243,6 +249,7 @@ class CriticalPointProbe(pl.Callback):
             except ArithmeticError as error:
                 self._fail(trainer, surface, error)
                 return
+        self.rule.charge(surface.work / trainer.accumulate_grad_batches)
         log_scalars(
             trainer,
             {
@@ -314,14 +321,14 @@ class CriticalPointProbe(pl.Callback):
                     module.training = False
             here = [parameter for number, parameter in parameters.items() if number in copies]
             surface = LossSurface(
-                [partial(self._loss_of, pl_module, seed) for seed in range(len(self._sample))],
+                [partial(self._loss_of, pl_module, *taken) for taken in enumerate(self._sample.items())],
                 [copies[id(parameter)] for parameter in here],
                 partial(mean_over_ranks, trainer),
             )
             yield surface, steps_of(trainer.optimizers, here)
 
-    def _loss_of(self, pl_module: pl.LightningModule, seed: int) -> Tensor:
-        batch, batch_idx = self._sample[seed]
+    def _loss_of(self, pl_module: pl.LightningModule, seed: int, taken: tuple[int, Any]) -> Tensor:
+        batch_idx, batch = taken
         batch = move_data_to_device(copy.deepcopy(batch), pl_module.device)  # a step may change it
         seed_all(seed)
         return self.loss(pl_module, apply_to_collection(batch, Tensor, in_full), batch_idx).reshape(())

@@ -1,11 +1,9 @@
 """Stuck? What the loss looks like around the weights, from products of its Hessian with vectors.
 
-:func:`measure` puts a :class:`CriticalPoint` together, and :func:`judge` says what it is. :class:`StallRule` says when
-to look.
+:func:`measure` puts a :class:`CriticalPoint` together, and :func:`judge` says what it is.
 """
 
 import math
-import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,8 +11,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_recipes.core.arguments import check_count
-from lightning_recipes.core.early_stopping import noise_of
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.hessian import NEGATIVE, LossSurface, Spectrum, Steps, extreme_eigenvalues
 from lightning_recipes.core.selection import quantile
@@ -32,18 +28,9 @@ CRITICAL = 0.05  # |gradient| |weights| / loss up to which a point is critical
 ROUNDING = 8  # units in the last place of the loss: a smaller change was not seen
 ASYMMETRIC = 0.02  # of the largest curvature: what a wrong second derivative is known by
 NEAR = 4  # times the loss that an update gains by the slope may be what it loses by noise, for the noise floor
-LENGTHS = (
-    0.001,
-    0.003,
-    0.01,
-    0.03,
-    0.1,
-    0.3,
-)  # of the steps along the escape direction, over the length of the weights
+LENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)  # of steps along the escape direction, over that of the weights
 FRACTIONS = (1.0, 0.3, 0.1, 0.03)  # of the step that the optimizer would make along the mean gradient
 WORTHWHILE = 0.01  # of the loss: an escape that lowers it by less is no reason to act
-BLOCKS = 10  # whose means tell a trend from noise
-FLAT = 2  # standard errors by which the loss has to have fallen
 
 
 # ---------------------------------------------------------------------------------- measure
@@ -142,22 +129,23 @@ class CriticalPoint:
 
 
 def sharpness(
-    surface: LossSurface, steps: Steps | None, seed: int = 0, max_products: int = 30
+    surface: LossSurface, steps: Steps | None, seed: int = 0, max_products: int = 150
 ) -> tuple[Spectrum, Estimate]:
     """The upper end of the Hessian's spectrum, and the largest curvature over the optimizer's limit of stability.
 
     Raises:
-        ArithmeticError: If a product is not finite.
+        ArithmeticError: If a derivative is not finite.
     """
-    spectrum = extreme_eigenvalues(surface.product, _start(surface, seed), max_products, ends="largest")
-    return spectrum, _over_limit(surface, steps, spectrum, seed, max_products)
+    gradient = surface.mean(torch.stack(surface.gradients()[1]).mean(0))
+    spectrum = extreme_eigenvalues(surface.product, _start(gradient, seed), max_products, ends="largest")
+    return spectrum, _over_limit(surface, steps, spectrum, gradient, seed, max_products)
 
 
 def measure(
     surface: LossSurface,
     steps: Steps | None,
     seed: int = 0,
-    max_products: int = 30,
+    max_products: int = 150,
     share: float = 0.0,
     batches_per_update: int = 1,
     ranks: int = 1,
@@ -165,8 +153,8 @@ def measure(
     """Measure what :func:`judge` wants to know.
 
     Takes a gradient of each batch, at most ``2 max_products`` Hessian-vector products and one for each batch, and at
-    most 16 losses of the sample. Keeps ``max_products`` vectors of the size of all parameters, one for each batch, and
-    about eight more.
+    most 16 losses of the sample. Keeps ``max_products`` vectors of the size of all parameters or half a GiB of them (at
+    least 30), one for each batch, and about eight more.
 
     Args:
         surface: The loss.
@@ -192,7 +180,7 @@ def measure(
         gradients = [each + surface.penalty * weights for each in gradients]
         gradient = gradient + surface.penalty * weights
     batches = ranks * len(gradients)
-    spectrum = extreme_eigenvalues(surface.product, _start(surface, seed), max_products)
+    spectrum = extreme_eigenvalues(surface.product, _start(gradient, seed), max_products)
     if spectrum.asymmetry > ASYMMETRIC:
         named = ", ".join(surface.custom_functions())
         raise ArithmeticError(
@@ -204,33 +192,31 @@ def measure(
     known["rounding"] = ROUNDING * torch.finfo(weights.dtype).eps * abs(loss)
     known["weight_norm"] = float(torch.linalg.vector_norm(weights))
     point = CriticalPoint(**known)
-    if point.has_negative_curvature and point.is_critical:
-        length = point.weight_norm or 1.0
-        known["escape"] = {
-            sense * step: surface.loss_at(sense * step * length * spectrum.direction) - loss
-            for step in LENGTHS
-            for sense in (1, -1)
-        }
     if steps is not None:
-        known["over_limit"] = _over_limit(surface, steps, spectrum, seed, max_products)
+        known["over_limit"] = _over_limit(surface, steps, spectrum, gradient, seed, max_products)
         if not point.is_critical:
             known["gain"] = _squared_norm(surface, gradients, gradient, steps.reach, batches, share)
             known["loss_to_noise"] = _noise(surface, gradients, gradient, steps.reach, ranks) / batches_per_update
-            known["ahead"] = {
-                fraction: surface.loss_at(-2 * fraction * steps.sharpness_limit * gradient) - loss
-                for fraction in FRACTIONS
-            }
+            step = -2 * steps.sharpness_limit * gradient
+            known["ahead"] = {fraction: surface.loss_at(fraction * step) - loss for fraction in FRACTIONS}
+    if point.has_negative_curvature and point.is_critical:
+        step = (point.weight_norm or 1.0) * spectrum.direction
+        known["escape"] = {
+            length: surface.loss_at(length * step) - loss for each in LENGTHS for length in (each, -each)
+        }
     return CriticalPoint(**known, products=surface.products)
 
 
-def _start(surface: LossSurface, seed: int) -> Tensor:
-    weights = surface.weights
-    normal = torch.randn(weights.numel(), generator=torch.Generator().manual_seed(seed), dtype=weights.dtype)
-    return normal.to(weights.device)
+def _start(gradient: Tensor, seed: int) -> Tensor:
+    """A random direction, and that of the gradient, in which the curvature is often large."""
+    normal = torch.randn(gradient.numel(), generator=torch.Generator().manual_seed(seed), dtype=gradient.dtype)
+    lengths = [torch.linalg.vector_norm(each) for each in (normal, gradient)]
+    start: Tensor = normal.to(gradient.device) / lengths[0] + gradient / lengths[1].clamp_min(1e-30)
+    return start
 
 
 def _over_limit(
-    surface: LossSurface, steps: Steps | None, spectrum: Spectrum, seed: int, max_products: int
+    surface: LossSurface, steps: Steps | None, spectrum: Spectrum, gradient: Tensor, seed: int, max_products: int
 ) -> Estimate:
     if steps is None:
         return Estimate(math.nan)
@@ -239,7 +225,10 @@ def _over_limit(
         return Estimate(factor * spectrum.largest, factor * spectrum.largest_error)
     root = steps.sharpness_limit.sqrt()
     scaled = extreme_eigenvalues(
-        lambda vector: root * surface.product(root * vector), _start(surface, seed), max_products, ends="largest"
+        lambda vector: root * surface.product(root * vector),
+        _start(root * gradient, seed),
+        max_products,
+        ends="largest",
     )
     return Estimate(scaled.largest, scaled.largest_error)
 
@@ -452,64 +441,3 @@ _TEXTS: dict[Verdict, Callable[[CriticalPoint], tuple[str, str]]] = {
     "still descending": _descending,
     "critical point unclear": _unclear,
 }
-
-
-# ---------------------------------------------------------------------------------- when to look
-
-
-class StallRule:
-    """Says when a training loss has stopped falling.
-
-    The losses of the last ``window`` updates are split into ten blocks. The loss has stalled if the mean of the newer
-    five is below that of the older five by less than two standard errors, the noise of a block being that of the
-    blocks' second differences, which no trend touches.
-
-    The next stall is told after ``window`` updates, or half of all so far if these are more.
-
-    Attributes:
-        losses: The last ones, finite all.
-        updates: Losses seen in all.
-
-    Args:
-        window: Updates, at least 20.
-
-    Example:
-        >>> rule = StallRule(window=20)
-        >>> any(rule.update(5 - 0.1 * step) for step in range(30)), any(rule.update(2.0) for step in range(30))
-        (False, True)
-    """
-
-    def __init__(self, window: int = 500) -> None:
-        self.window = check_count("window", window, 2 * BLOCKS)
-        self.losses: list[float] = []
-        self.updates = 0
-        self._next = self.window  # not told before
-
-    @property
-    def is_flat(self) -> bool | None:
-        """Whether the loss has stalled; None of too few losses."""
-        if len(self.losses) < self.window:
-            return None
-        size = self.window // BLOCKS
-        recent = self.losses[-size * BLOCKS :]
-        means = [statistics.fmean(recent[start : start + size]) for start in range(0, len(recent), size)]
-        older, newer = statistics.fmean(means[: BLOCKS // 2]), statistics.fmean(means[BLOCKS // 2 :])
-        error = noise_of(means) * math.sqrt(2 / (BLOCKS // 2))
-        return older - newer <= max(FLAT * error, 1e-4 * abs(older))
-
-    def update(self, loss: float) -> bool:
-        """Take in the loss of an update; whether it is time to look."""
-        self.updates += 1
-        if math.isfinite(loss):
-            self.losses = [*self.losses[1 - self.window :], loss]
-        if self.updates < self._next or self.updates % (self.window // BLOCKS) or not self.is_flat:
-            return False
-        self._next = self.updates + max(self.window, self.updates // 2)
-        return True
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"losses": list(self.losses), "updates": self.updates, "next": self._next}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.losses, self.updates = list(state_dict["losses"])[-self.window :], state_dict["updates"]
-        self._next = state_dict["next"]

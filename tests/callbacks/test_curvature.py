@@ -1,7 +1,10 @@
 import copy
 import json
 import math
+import os
+import signal
 from contextlib import nullcontext
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,8 +14,18 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
-from models import Adversaries, Regression, fp16, quiet_trainer, regression_data, same, weights_of
-from ranks import run_on_ranks
+from models import (
+    Adversaries,
+    Regression,
+    Resumable,
+    SeedEachStep,
+    fp16,
+    quiet_trainer,
+    regression_data,
+    same,
+    weights_of,
+)
+from ranks import run_on_ranks, run_until_killed
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,14 +33,22 @@ from torch.utils.data import DataLoader
 
 from lightning_recipes import CriticalPointProbe, EMAWeights
 from lightning_recipes.callbacks import curvature, replay
+from lightning_recipes.core import hessian
 
 GIVEN = nn.functional.mse_loss
 
 
-def fit(folder: Path, module: pl.LightningModule, *callbacks: Any, data: Any = None, **settings: Any) -> pl.Trainer:
+def fit(
+    folder: Path,
+    module: pl.LightningModule,
+    *callbacks: Any,
+    data: Any = None,
+    ckpt_path: Path | None = None,
+    **settings: Any,
+) -> pl.Trainer:
     torch.manual_seed(2)
     trainer = quiet_trainer(folder, **{"max_epochs": 2, "callbacks": list(callbacks), **settings})
-    trainer.fit(module, data if data is not None else regression_data(shuffle=True))
+    trainer.fit(module, data if data is not None else regression_data(shuffle=True), ckpt_path=ckpt_path)
     return trainer
 
 
@@ -309,6 +330,133 @@ def test_the_state_that_is_saved_has_the_losses_that_were_not_read(tmp_path: Pat
     assert other.state_dict() == probe.state_dict()
 
 
+def looks_of(monkeypatch: pytest.MonkeyPatch, folder: Path, probe: CriticalPointProbe, **settings: Any) -> list[int]:
+    """The updates after which it looked."""
+    looked = []
+
+    def note(self: Any, trainer: pl.Trainer, pl_module: Any) -> Any:
+        looked.append(trainer.global_step)
+        return surface(self, trainer, pl_module)
+
+    surface = CriticalPointProbe._surface
+    with monkeypatch.context() as patched:
+        patched.setattr(CriticalPointProbe, "_surface", note)
+        module = Regression(make_optimizer=partial(torch.optim.SGD, lr=0.0))
+        fit(folder, module, probe, data=settings.pop("data", None), **settings)
+    return looked
+
+
+def test_every_so_many_updates_with_accumulation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    probe = CriticalPointProbe(every_n_steps=2, batches=3, max_products=3, at_end=False)
+    assert looks_of(monkeypatch, tmp_path, probe, accumulate_grad_batches=5) == [2, 4, 6]  # three an epoch
+    probe = CriticalPointProbe(every_n_steps=4, batches=1, max_products=3)
+    assert looks_of(monkeypatch, tmp_path, probe, accumulate_grad_batches=5) == [4, 6]
+
+
+def test_looks_at_stalls_cost_a_tenth_of_the_run_but_for_the_first(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    probe = CriticalPointProbe(patience=20, batches=1, max_products=3, at_end=False)
+    looked = looks_of(monkeypatch, tmp_path / "one", probe, max_epochs=20)
+    cost = 1 + 2 * 3 + 4  # a gradient, three products, steps along the gradient
+    assert probe.rule.spent == cost * len(looked)
+    assert looked[0] == 20
+    assert all(step >= 10 * cost * earlier for earlier, step in enumerate(looked))
+    assert len(looked) in (2, 3)  # of 240 updates
+    probe = CriticalPointProbe(patience=20, batches=1, max_products=3, at_end=False)
+    looked = looks_of(monkeypatch, tmp_path / "accumulated", probe, max_epochs=40, accumulate_grad_batches=4)
+    assert probe.rule.spent == pytest.approx(cost * len(looked) / 4)  # an update is four gradients
+
+
+def test_a_sample_that_an_epoch_began_in_the_middle_is_filled_in_the_next(tmp_path: Path) -> None:
+    probe = CriticalPointProbe(batches=4, at_end=False)
+    fit(tmp_path, Regression(), SaveAt(tmp_path / "last.ckpt", 10), data=Resumable(regression_data(12)), max_epochs=1)
+    sizes = []
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            sizes.append(sorted(probe._sample))
+
+    fit(
+        tmp_path,
+        Regression(),
+        probe,
+        Look(),
+        data=Resumable(regression_data(12)),
+        max_epochs=3,
+        ckpt_path=tmp_path / "last.ckpt",
+    )
+    assert sizes[2] == [10, 11]
+    assert sizes[-1] == [0, 1, 10, 11]
+
+
+# ---------------------------------------------------------------------------------- killed and resumed
+
+
+class SaveAt(pl.Callback):
+    def __init__(self, path: Path, every: int) -> None:
+        self.path, self.every = path, every
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step % self.every == 0 and trainer.global_step % 12:
+            trainer.save_checkpoint(self.path)
+
+
+class KillAt(pl.Callback):
+    def __init__(self, step: int | None) -> None:
+        self.step = step
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Hollow(Regression):
+    """Every sample of its batches is alike: what is found does not depend on where a resumed run takes one."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        noise = functional.dropout(self.net[0].weight, 0.3).square().mean()  # draws random numbers
+        return 0 * noise + 1 + (self.net[0].weight.square() - 0.01).square().sum()
+
+
+def train_and_look(folder: Path, kill_at: int | None, resume: bool) -> str:
+    probe = CriticalPointProbe(every_n_steps=9, patience=20, batches=1)
+    module = Hollow(make_optimizer=partial(torch.optim.SGD, lr=1e-4), schedule=True)
+    last = folder / "last.ckpt"
+    callbacks = [SeedEachStep(), probe, SaveAt(last, 5), KillAt(kill_at)]
+    trainer = quiet_trainer(folder, max_epochs=5, callbacks=callbacks)
+    trainer.fit(module, Resumable(regression_data()), ckpt_path=last if resume else None)
+    states = [optimizer.state_dict() for optimizer in trainer.optimizers]
+    return str([weights_of(module), states, probe.state_dict(), torch.get_rng_state()])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kill_at", [27, 57])
+def test_a_killed_run_resumes_with_the_same_looks(kill_at: int, tmp_path: Path) -> None:
+    whole = train_and_look(tmp_path / "whole", None, False)
+    assert run_until_killed(train_and_look, tmp_path / "cut", kill_at, False) == -signal.SIGKILL
+    assert train_and_look(tmp_path / "cut", None, True) == whole
+    told = [
+        {(each["rule"], each["step"], each["message"]) for each in findings_of(tmp_path / name)}
+        for name in ("whole", "cut")
+    ]
+    assert told[0] == told[1]
+    assert len(told[0]) >= 3
+
+
+def test_a_look_that_was_due_when_the_run_was_saved_waits_for_a_sample(tmp_path: Path) -> None:
+    train_and_look(tmp_path, None, False)
+    (tmp_path / "findings.jsonl").unlink()
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 55
+    for name, state in saved["callbacks"].items():
+        if "CriticalPointProbe" in name:
+            state.update(is_due=True, told="")
+    torch.save(saved, tmp_path / "last.ckpt")
+    train_and_look(tmp_path, None, True)
+    assert findings_of(tmp_path)[0]["step"] == 56
+
+
 # ---------------------------------------------------------------------------------- what cannot be looked at
 
 
@@ -430,6 +578,33 @@ def test_ranks_measure_the_same_and_train_as_without(tmp_path: Path) -> None:
     (without, *_, state_without), _ = run_on_ranks(train_on_a_rank, tmp_path, False, False)
     assert same(first, without)
     assert torch.equal(state, state_without)
+
+
+class Talks(Valley):
+    """Its ranks speak with each other within the step, as for a loss over all batches."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        scale = torch.ones(())
+        torch.distributed.all_reduce(scale)
+        return super().training_step(batch, batch_idx) * scale / 2
+
+
+def stall_on_a_rank(folder: Path) -> Any:
+    if os.environ["LOCAL_RANK"] == "1":
+        hessian.ROOM = 0  # here graphs do not fit: the other must not keep its own
+    probe = CriticalPointProbe(patience=20)
+    strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60))
+    fit(folder, Talks((0.3, 0.0), 0.15, walls), probe, strategy=strategy, devices=2, max_epochs=20)
+    return probe.finding and probe.finding.as_dict(), str(probe.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ranks_see_the_same_stall_and_say_it_once(tmp_path: Path) -> None:
+    (said, state), (said_too, state_too) = run_on_ranks(stall_on_a_rank, tmp_path)
+    assert said["rule"] == "bouncing between the walls"
+    assert said["severity"] == "warning"
+    assert (said, state) == (said_too, state_too)
+    assert [each["rule"] for each in findings_of(tmp_path)] == ["bouncing between the walls", "sharpness"]
 
 
 @pytest.mark.filterwarnings("ignore")

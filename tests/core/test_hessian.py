@@ -1,3 +1,4 @@
+import copy
 import math
 from typing import Any
 
@@ -6,6 +7,7 @@ import torch
 from surfaces import network, slow_hessian
 from torch import Tensor, nn
 
+from lightning_recipes.core import hessian
 from lightning_recipes.core.curvature import measure, sharpness, verdict
 from lightning_recipes.core.hessian import LossSurface, extreme_eigenvalues, steps_of
 
@@ -101,6 +103,82 @@ def test_products_are_those_of_the_hessian() -> None:
     assert torch.allclose(dense(surface), exact + 0.5 * torch.eye(len(exact)))
     found, _ = sharpness(surface, None)
     assert found.largest == pytest.approx(float(torch.linalg.eigvalsh(exact)[-1]) + 0.5, rel=0.01)
+
+
+def test_graphs_that_are_kept_give_the_same_products_without_computing_a_loss() -> None:
+    model, batches, surface = network()
+    calls: list[int] = []
+    surface.losses = [lambda loss=loss: calls.append(1) or loss() for loss in surface.losses]
+    exact = slow_hessian(model, batches)
+    surface.gradients()
+    assert torch.allclose(dense(surface), exact)
+    assert len(calls) == 5
+    assert surface.work == 5 + 2 * 5 * len(exact)
+    surface.loss_at(torch.zeros(len(exact), dtype=torch.float64))  # the weights change
+    assert torch.allclose(dense(surface), exact)
+    assert len(calls) == 10 + 5 * len(exact)
+    for room in (1 << 20, 100, 0):  # bytes; one graph takes more than 100
+        surface._room = room
+        calls.clear()
+        surface.gradients()
+        surface.product(surface.weights)
+        assert len(calls) == (5 if room > 100 else 10)
+
+
+def test_a_graph_that_another_loss_has_spoilt_is_not_used() -> None:
+    weight, centre = nn.Parameter(torch.ones(2)), torch.zeros(2)
+
+    def loss() -> Tensor:
+        centre.add_(1)
+        return (weight * centre).square().sum()
+
+    surface = LossSurface([loss, loss], [weight])
+    surface.gradients()
+    assert surface.product(torch.ones(2)).tolist() == [25, 25]  # of centres 3 and 4, computed anew; 2 and 2 were 8
+    assert surface.failure is None
+
+
+def test_what_cannot_be_counted_is_not_kept() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    inner = torch.func.grad(lambda x: x.pow(3).sum())  # refuses to be looked into
+    surface = LossSurface([lambda: inner(weight).sum()], [weight])
+    _, (gradient,) = surface.gradients()
+    assert gradient.tolist() == [6, 6]
+    assert surface.product(torch.ones(2)).tolist() == [6, 6]
+    assert surface.failure is None
+
+
+def test_vectors_of_a_spectrum_fit_into_the_room_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hessian, "ROOM", 50 * 300 * 8)
+    matrix = random_symmetric(300, 0)
+    assert extreme_eigenvalues(lambda vector: matrix @ vector, start(300), 150, 0.0).products == 50
+    monkeypatch.setattr(hessian, "ROOM", 0)
+    assert extreme_eigenvalues(lambda vector: matrix @ vector, start(300), 150, 0.0).products == 30
+    assert extreme_eigenvalues(lambda vector: matrix @ vector, start(300), 20, 0.0).products == 20
+
+
+@pytest.mark.parametrize("kind", ["Tanh", "ReLU"])
+@pytest.mark.parametrize("updates", [0, 50, 1000])
+def test_both_ends_of_a_trained_network_are_within_one_percent_by_default(kind: str, updates: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 16), getattr(nn, kind)(), nn.Linear(16, 5)).double()
+    inputs, labels = torch.randn(120, 10).double(), torch.randint(5, (120,))
+    optimizer = torch.optim.SGD(model.parameters(), 0.3)
+    for _ in range(updates):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), labels).backward()
+        optimizer.step()
+    exact = torch.linalg.eigvalsh(slow_hessian(model, [(inputs, labels)]))
+    low, high = float(exact[0]), float(exact[-1])
+    single = copy.deepcopy(model).float()
+    losses = [lambda: nn.functional.cross_entropy(single(inputs.float()), labels)]
+    surface = LossSurface(losses, single.parameters())
+    for seed in range(5):
+        found = measure(surface, None, seed).spectrum
+        assert found.largest == pytest.approx(high, rel=0.01)
+        assert found.smallest == pytest.approx(low, rel=0.01, abs=1e-4 * high)
+        assert found.floor <= low + 1e-6 * high
+        assert sharpness(surface, None, seed, 15)[0].largest == pytest.approx(high, rel=0.01)
 
 
 def test_a_loss_that_is_linear_or_has_no_part_in_a_parameter() -> None:
