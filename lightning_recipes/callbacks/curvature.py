@@ -22,7 +22,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_recipes.callbacks.measuring import free_to_read, loss_of_update, mean_over_ranks
+from lightning_recipes.callbacks.measuring import loss_of_update, mean_over_ranks, saved_by_all
 from lightning_recipes.callbacks.replay import in_full, on_copies, step_arguments, without_trace
 from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.substitute import substitute
@@ -35,7 +35,6 @@ from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.hessian import LossSurface, Steps, steps_of
 from lightning_recipes.core.stalls import StallRule
 
-READ_EVERY = 50  # updates whose losses are read together
 RANDOM = (_DropoutNd, nn.MultiheadAttention, nn.RNNBase)  # what drops out in training
 ONCE = (nn.SyncBatchNorm,)  # has no second derivative in training
 
@@ -71,7 +70,8 @@ class CriticalPointProbe(pl.Callback):
     updates or half of all so far after the last: all but one look together cost that tenth. ``every_n_steps`` looks
     whatever it costs. Memory during a look, beyond those graphs: ``max_products`` vectors of the size of the
     parameters or half a GiB of them (at least 30), ``batches + 10`` more, and the activations of one batch two to
-    three times; else the sample, on the host. A step reads nothing back; the losses are read every 50 updates.
+    three times; else the sample, on the host. A step reads nothing back; the losses are read ten times in ``patience``
+    updates.
 
     Attributes:
         rule: A :class:`~lightning_recipes.core.stalls.StallRule`.
@@ -212,17 +212,21 @@ class CriticalPointProbe(pl.Callback):
         loss = loss_of_update(trainer, losses)
         self._unread.append(loss)
         updates = self.rule.updates + len(self._unread)
-        if (free_to_read(loss) and trainer.world_size == 1) or updates % READ_EVERY == 0:
+        if updates % self.rule.every == 0:
             self._read(trainer)
         if self.every_n_steps is not None and updates % self.every_n_steps == 0:
             self._is_due = True
 
     def _read(self, trainer: pl.Trainer) -> None:
-        unread, self._unread = self._unread, []
-        losses = torch.stack([torch.as_tensor(loss, device=trainer.strategy.root_device).float() for loss in unread])
-        for loss in mean_over_ranks(trainer, losses).tolist():
+        losses, self._unread = self._means(trainer), []
+        for loss in losses:
             if self.rule.update(loss):
                 self._is_stalled = self._is_due = True
+
+    def _means(self, trainer: pl.Trainer) -> list[float]:
+        device = trainer.strategy.root_device
+        losses = torch.stack([torch.as_tensor(loss, device=device).float() for loss in self._unread])
+        return mean_over_ranks(trainer, losses).tolist()
 
     # ---------------------------------------------------------------------------------- look
 
@@ -350,6 +354,14 @@ class CriticalPointProbe(pl.Callback):
             tell(trainer, Finding("curvature not measured", "info", f"No look: {reason}.", advice, trainer.global_step))
 
     # ---------------------------------------------------------------------------------- checkpoints
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._unread and saved_by_all(trainer):
+            self._unread = self._means(trainer)
+            checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     @override
     def state_dict(self) -> dict[str, Any]:

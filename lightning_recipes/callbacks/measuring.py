@@ -6,6 +6,7 @@ from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -86,6 +87,14 @@ def whole_norm(tensors: list[Tensor], group: Any, device: torch.device) -> Tenso
         torch.distributed.all_reduce(squares, group=group)
         norm = squares.sqrt()
     return norm
+
+
+def saved_by_all(trainer: pl.Trainer) -> bool:
+    """Whether all ranks are saving a checkpoint, for ``on_save_checkpoint``, and not one whose training has failed.
+
+    Then they can share what each has measured by itself: the file will have what rank zero knows.
+    """
+    return trainer.world_size > 1 and trainer.state.status != TrainerStatus.INTERRUPTED
 
 
 def free_to_read(tensor: Tensor) -> bool:

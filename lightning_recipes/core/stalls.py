@@ -24,6 +24,7 @@ class StallRule:
 
     Attributes:
         losses: The last ones, finite all.
+        every: Updates from one look at the losses to the next, a block.
         updates: Losses seen in all.
         spent: Updates that could have been made instead.
 
@@ -38,6 +39,7 @@ class StallRule:
 
     def __init__(self, window: int = 500) -> None:
         self.window = check_count("window", window, 2 * BLOCKS)
+        self.every = self.window // BLOCKS
         self.losses: list[float] = []
         self.updates, self.spent = 0, 0.0
         self._next = self.window  # not told before
@@ -47,9 +49,8 @@ class StallRule:
         """Whether the loss has stalled; None of too few losses."""
         if len(self.losses) < self.window:
             return None
-        size = self.window // BLOCKS
-        recent = self.losses[-size * BLOCKS :]
-        means = [statistics.fmean(recent[start : start + size]) for start in range(0, len(recent), size)]
+        recent = self.losses[-self.every * BLOCKS :]
+        means = [statistics.fmean(recent[start : start + self.every]) for start in range(0, len(recent), self.every)]
         older, newer = statistics.fmean(means[: BLOCKS // 2]), statistics.fmean(means[BLOCKS // 2 :])
         error = noise_of(means) * math.sqrt(2 / (BLOCKS // 2))
         return older - newer <= max(FLAT * error, 1e-4 * abs(older))
@@ -58,9 +59,10 @@ class StallRule:
         """Take in the loss of an update; whether it is time to look."""
         self.updates += 1
         if math.isfinite(loss):
-            self.losses = [*self.losses[1 - self.window :], loss]
+            self.losses.append(loss)
+            del self.losses[: -self.window]
         is_early = self.updates < max(self._next, self.spent / SHARE)
-        if is_early or self.updates % (self.window // BLOCKS) or not self.is_flat:
+        if is_early or self.updates % self.every or not self.is_flat:
             return False
         self._next = self.updates + max(self.window, self.updates // 2)
         return True
