@@ -126,7 +126,7 @@ class LearningCurves(pl.Callback):
 
     @property
     def _batches(self) -> int:
-        return self.rule.train.batches + len(self._unread)
+        return self.rule.train.points + len(self._unread)
 
     def _read(self, trainer: pl.Trainer) -> None:
         """Read all losses at once, their means over the ranks."""
@@ -236,18 +236,20 @@ def draw_curves(rule: CurvesRule, name: str = "val_loss") -> "Figure":
     """
     from matplotlib.figure import Figure
 
-    bins = rule.train.coarse(DRAWN)
+    both = list(zip(rule.train.coarse(DRAWN), rule.rates.coarse(DRAWN), strict=True))
+    bins = [each for each, _ in both if each.count]
+    rates = [(rate.last, rate.mean) for _, rate in both if rate.count]
     checks = [(step, value) for step, value in zip(rule.checks.steps, rule.checks.values, strict=True)]
     checks = [(step, value) for step, value in checks if math.isfinite(value)]
     accuracies = [(step, value) for step, value in zip(rule.checks.steps, rule.accuracies, strict=True)]
     accuracies = [(step, value) for step, value in accuracies if math.isfinite(value)]
-    has_rate = any(each.rate > 0 for each in bins)
+    has_rate = any(rate > 0 for _, rate in rates)
     heights = [4.0] + [1.6] * bool(accuracies) + [1.1] * has_rate
     figure = Figure(figsize=(9, 1 + sum(heights)), layout="constrained")
     panels = list(figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0])
     loss = panels[0]
-    steps, means = [each.step for each in bins], [each.mean for each in bins]
-    spreads = [0.0 if math.isnan(each.spread) else each.spread for each in bins]
+    steps, means = [each.last for each in bins], [each.mean for each in bins]
+    spreads = [each.deviation for each in bins]
     values = [*means, *(value for _, value in checks)]
     lowest = min(values, default=0.0)
     logarithmic = lowest > 0 and max(values) > 20 * lowest
@@ -283,7 +285,7 @@ def draw_curves(rule: CurvesRule, name: str = "val_loss") -> "Figure":
         panels[1].plot(*zip(*accuracies, strict=True), color=VALIDATION, linewidth=1.6, linestyle="--")
         panels[1].set(ylabel="validation\naccuracy")
     if has_rate:
-        panels[-1].plot(steps, [each.rate for each in bins], color=GREY, linewidth=1.4)
+        panels[-1].plot(*zip(*rates, strict=True), color=GREY, linewidth=1.4)
         panels[-1].set(ylabel="learning\nrate", ylim=(0, None))
     panels[-1].set(xlabel="update")
     for panel in panels:

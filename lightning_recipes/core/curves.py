@@ -1,16 +1,18 @@
-"""What the curves of a training say: the loss of its steps in bounded memory, its validations, and the reading."""
+"""What the curves of a training say: the loss of its steps, its validations, and the reading."""
 
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from lightning_recipes.core.arguments import check_real
 from lightning_recipes.core.early_stopping import RECENT, Curve, noise_of, reading, rise
 from lightning_recipes.core.findings import Finding
+from lightning_recipes.core.periods import EpochProfile
 from lightning_recipes.core.selection import quantile
+from lightning_recipes.core.series import Series
 
 PLAYBOOK = "Deep Learning Tuning Playbook, training curves: https://github.com/google-research/tuning_playbook"
 CS231N = "CS231n, babysitting the learning process: https://cs231n.github.io/neural-networks-3/"
@@ -29,231 +31,12 @@ WOBBLES = 0.02  # of the fall: spread of the step losses above which a flat curv
 SLOW = 0.5  # of the fall in the first half, that the second one brings where the learning rate is too low
 STUCK = 0.02  # of the loss at the start: a run in which it changes by less has learned nothing
 DROP = 2.0  # times lower within a twentieth of the run: the learning rate was dropped
-PHASES = 8  # of an epoch
-EPOCHS = 10  # whose losses by phase are kept
-ENOUGH_EPOCHS = 6  # of which a period is told
 PERIODIC = 26.0  # a chi-squared with 6 degrees of freedom exceeds it once in 5,000 times
 SEEN = 0.03  # of the fall, from where on a period is told
 HARMFUL = 0.06  # and from where on it is worth a warning, if
 ALIKE = 2.0  # is exceeded by the ratio of variances: batches that follow each other are alike
 MATERIAL = 0.03  # of the fall, that a loss has to lose or promise to be worth a warning
 CLOSE = 0.1  # of what the training loss is above its target: a gap that is hardly one
-
-
-# ------------------------------------------------------------------------------------------- bounded memory
-
-
-@dataclass
-class Bin:
-    """The losses of successive batches.
-
-    Args:
-        batches: How many, the ones without a finite loss included.
-        losses: How many finite losses.
-        mean: Of these.
-        squares: Sum of their squared distances from the mean.
-        rate: Mean learning rate, NaN if it is not known.
-        step: Optimizer updates done at the end.
-    """
-
-    batches: int = 0
-    losses: int = 0
-    mean: float = 0.0
-    squares: float = 0.0
-    rate: float = 0.0
-    step: int = 0
-
-    @property
-    def spread(self) -> float:
-        """Standard deviation of the step losses; NaN of fewer than two."""
-        return math.sqrt(self.squares / (self.losses - 1)) if self.losses > 1 else math.nan
-
-    def take(self, other: "Bin") -> None:
-        """Take in the batches of the next bin (Chan's update of mean and squares)."""
-        losses, away = self.losses + other.losses, other.mean - self.mean
-        if other.losses:
-            self.mean += away * other.losses / losses
-            self.squares += other.squares + away**2 * self.losses * other.losses / losses
-        self.losses, self.batches, self.step = losses, self.batches + other.batches, other.step
-        if math.isnan(self.rate) or math.isnan(other.rate):
-            self.rate = other.rate if math.isnan(self.rate) else self.rate
-        else:
-            self.rate += (other.rate - self.rate) * other.batches / self.batches
-
-
-class RunningCurve:
-    """Mean and spread of the step losses over a run of any length, in at most 400 bins of as many batches each.
-
-    Attributes:
-        bins: In order; the last may not be full.
-        batches_per_bin: Of a full one: doubled whenever all bins are full.
-        first: The first 16 finite losses.
-        nonfinite: How many losses were not finite.
-        lost: How many of the last losses were not finite in a row,
-        lost_at: and the update at which that began.
-
-    Example:
-        >>> curve = RunningCurve()
-        >>> for step in range(1000):
-        ...     curve.add(1.0 if step % 2 else 3.0, step=step + 1)
-        >>> len(curve.bins), curve.batches_per_bin, curve.bins[0].mean, round(curve.bins[0].spread, 2)
-        (250, 4, 2.0, 1.15)
-    """
-
-    def __init__(self) -> None:
-        self.bins: list[Bin] = []
-        self.batches_per_bin = 1
-        self.first: list[float] = []
-        self.nonfinite = self.lost = self.lost_at = 0
-
-    @property
-    def losses(self) -> int:
-        """Finite ones so far."""
-        return sum(each.losses for each in self.bins)
-
-    @property
-    def batches(self) -> int:
-        """So far, those without a finite loss included."""
-        return (len(self.bins) - 1) * self.batches_per_bin + self.bins[-1].batches if self.bins else 0
-
-    def add(self, loss: float, rate: float = math.nan, step: int = 0) -> None:
-        """Take in the loss of a batch; one that is not finite is counted and kept out of the means."""
-        if math.isfinite(loss):
-            new, self.lost = Bin(1, 1, loss, 0.0, rate, step), 0
-            if len(self.first) < FIRST:
-                self.first.append(loss)
-        else:
-            new = Bin(1, 0, 0.0, 0.0, rate, step)
-            self.lost_at = self.lost_at if self.lost else step
-            self.nonfinite, self.lost = self.nonfinite + 1, self.lost + 1
-        if not self.bins or self.bins[-1].batches >= self.batches_per_bin:
-            self._make_room()
-            self.bins.append(new)
-        else:
-            self.bins[-1].take(new)
-
-    def _make_room(self) -> None:
-        if len(self.bins) < BINS:
-            return
-        for first, second in zip(self.bins[::2], self.bins[1::2], strict=True):
-            first.take(second)
-        self.bins = self.bins[::2]
-        self.batches_per_bin *= 2
-
-    def coarse(self, most: int) -> list[Bin]:
-        """The bins, put together so that there are no more than so many; those without a finite loss are left out."""
-        size, coarse = -(-len(self.bins) // most), []
-        for at in range(0, len(self.bins), size or 1):
-            coarse.append(Bin())
-            for each in self.bins[at : at + size]:
-                coarse[-1].take(each)
-        return [each for each in coarse if each.losses]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "bins": [list(astuple(each)) for each in self.bins],
-            "batches_per_bin": self.batches_per_bin,
-            "first": list(self.first),
-            "nonfinite": [self.nonfinite, self.lost, self.lost_at],
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.bins = [Bin(*each) for each in state_dict["bins"]]
-        self.batches_per_bin, self.first = state_dict["batches_per_bin"], list(state_dict["first"])
-        self.nonfinite, self.lost, self.lost_at = state_dict["nonfinite"]
-
-
-class EpochProfile:
-    """What the loss does within an epoch, of the last ten: means over eighths of the epoch, less their straight line.
-
-    Where data are shuffled nothing but chance is left of that; where each epoch has the same order, the same pattern.
-    """
-
-    def __init__(self) -> None:
-        self.profiles: list[list[float]] = []
-        self.between: list[float] = []  # of each epoch: the variance of the eighths' means, times the batches of one,
-        self.within: list[float] = []  # and that of the losses in an eighth: alike if neighbours are not
-        self.eighths = [Bin() for _ in range(PHASES)]
-        self.place = 0.0
-
-    def add(self, loss: float, place: float) -> None:
-        """Take in a loss.
-
-        Args:
-            loss: A number that is finite, or it is left out.
-            place: In the epoch, from 0 to below 1; NaN if its length is not known.
-        """
-        if math.isnan(place):
-            return
-        if place < self.place:
-            self._end_epoch()
-        self.place = place
-        if math.isfinite(loss):
-            self.eighths[min(PHASES - 1, int(place * PHASES))].take(Bin(1, 1, loss))
-
-    def _end_epoch(self) -> None:
-        eighths, self.eighths = self.eighths, [Bin() for _ in range(PHASES)]
-        losses = sum(each.losses for each in eighths)
-        if min(each.losses for each in eighths) == 0 or losses == PHASES:
-            return
-        means = [each.mean for each in eighths]
-        slope, intercept = statistics.linear_regression(range(PHASES), means)
-        profile = [mean - intercept - slope * phase for phase, mean in enumerate(means)]
-        self.profiles.append(profile)
-        self.between.append(losses / PHASES * sum(value**2 for value in profile) / (PHASES - 2))
-        self.within.append(sum(each.squares for each in eighths) / (losses - PHASES))
-        for kept in (self.profiles, self.between, self.within):
-            del kept[:-EPOCHS]
-
-    def period(self) -> "Period | None":
-        """What the epochs have in common; None of fewer than six."""
-        lengths = [math.sqrt(sum(value**2 for value in profile)) for profile in self.profiles]
-        epochs = sum(length > 0 for length in lengths)
-        if epochs < ENOUGH_EPOCHS:
-            return None
-        units = [
-            [value / length for value in each] for each, length in zip(self.profiles, lengths, strict=True) if length
-        ]
-        shared = sum(statistics.fmean(phase) ** 2 for phase in zip(*units, strict=True))
-        pattern = [statistics.fmean(phase) for phase in zip(*self.profiles, strict=True)]
-        within = statistics.fmean(self.within)
-        return Period(
-            size=max(pattern) - min(pattern),
-            chance=(PHASES - 2) * epochs * shared,
-            neighbours=statistics.fmean(self.between) / within if within else math.inf,
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "profiles": [list(profile) for profile in self.profiles],
-            "between": list(self.between),
-            "within": list(self.within),
-            "eighths": [list(astuple(each)) for each in self.eighths],
-            "place": self.place,
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.profiles = [list(profile) for profile in state_dict["profiles"]]
-        self.between, self.within = list(state_dict["between"]), list(state_dict["within"])
-        self.eighths = [Bin(*each) for each in state_dict["eighths"]]
-        self.place = state_dict["place"]
-
-
-@dataclass(frozen=True)
-class Period:
-    """The pattern that the epochs share.
-
-    Args:
-        size: Range of its mean.
-        chance: How well the directions of the patterns agree, whatever their sizes (Rayleigh's test): by chance
-            distributed about as chi-squared with 6 degrees of freedom.
-        neighbours: Ratio of variances between the eighths of an epoch and within them: about 1 unless batches that
-            follow each other are alike.
-    """
-
-    size: float
-    chance: float
-    neighbours: float
 
 
 # ------------------------------------------------------------------------------------------- slopes
@@ -310,7 +93,11 @@ class CurvesRule:
     """Keeps the curves of a training and reads them.
 
     Attributes:
-        train: Mean and spread of the step losses.
+        train: The losses of the steps, as mean and spread.
+        rates: Their learning rates, in the same bins.
+        first: The first 16 losses that are finite.
+        lost: How many of the last losses were not finite in a row,
+        lost_at: and the update at which that began.
         checks: The validations, with the mean training loss between them.
         accuracies: Of the validations, NaN where there was none.
         profile: Of the step losses within an epoch.
@@ -334,7 +121,9 @@ class CurvesRule:
         if target_loss is not None:
             check_real("target_loss", target_loss, -math.inf, math.inf)
         self.target_loss = target_loss
-        self.train = RunningCurve()
+        self.train, self.rates = Series(BINS), Series(BINS)
+        self.first: list[float] = []
+        self.lost = self.lost_at = 0
         self.checks = Curve()
         self.accuracies: list[float] = []
         self.profile = EpochProfile()
@@ -349,11 +138,17 @@ class CurvesRule:
             step: Optimizer updates done.
             place: In the epoch, from 0 to below 1; NaN if its length is not known.
         """
-        self.train.add(loss, rate, step)
+        self.train.update(step, loss)
+        self.rates.update(step, rate)
         self.profile.add(loss, place)
-        if math.isfinite(loss):
-            self._sum += loss
-            self._losses += 1
+        if not math.isfinite(loss):
+            self.lost_at = self.lost_at if self.lost else step
+            self.lost += 1
+            return
+        self.lost = 0
+        self.first += [loss] if len(self.first) < FIRST else []
+        self._sum += loss
+        self._losses += 1
 
     def check(self, value: float, step: int, epochs: float = 0.0, accuracy: float = math.nan) -> None:
         """Take in a validation loss."""
@@ -378,7 +173,10 @@ class CurvesRule:
     def state_dict(self) -> dict[str, Any]:
         names = ("values", "train", "steps", "epochs")
         return {
-            "train": self.train.state_dict(),
+            "bins": [self.train.as_rows(), self.rates.as_rows()],
+            "width": self.train.width,
+            "first": list(self.first),
+            "lost": [self.lost, self.lost_at],
             "profile": self.profile.state_dict(),
             "checks": {name: list(getattr(self.checks, name)) for name in names},
             "accuracies": list(self.accuracies),
@@ -386,7 +184,8 @@ class CurvesRule:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.train.load_state_dict(state_dict["train"])
+        self.train, self.rates = (Series.of_rows(rows, state_dict["width"], BINS) for rows in state_dict["bins"])
+        self.first, (self.lost, self.lost_at) = list(state_dict["first"]), state_dict["lost"]
         self.profile.load_state_dict(state_dict["profile"])
         for name, values in state_dict["checks"].items():
             setattr(self.checks, name, list(values))
@@ -404,18 +203,18 @@ class Reading:
 
     def __init__(self, rule: CurvesRule, monitor: str) -> None:
         self.rule, self.monitor = rule, monitor
-        curve = rule.train
-        self.bins = [each for each in curve.bins if each.losses]
-        self.readable = curve.losses >= READABLE and len(self.bins) >= 4 * BLOCKS
+        both = [(loss, rate) for loss, rate in zip(rule.train.bins, rule.rates.bins, strict=True) if loss.count]
+        self.bins = [loss for loss, _ in both]
+        self.readable = rule.train.count >= READABLE and len(self.bins) >= 4 * BLOCKS
         self.means = [each.mean for each in self.bins]
-        self.rates = [each.rate for each in self.bins]
+        self.rates = [rate.mean if rate.count else math.nan for _, rate in both]
         self.highest = max((rate for rate in self.rates if rate > 0), default=math.nan)
-        self.step = curve.bins[-1].step if curve.bins else 0
-        spreads = [each.spread for each in self.bins if each.losses > 1]
+        self.step = rule.train.bins[-1].last if rule.train.bins else 0
+        spreads = [each.deviation for each in self.bins if each.count > 1]
         # Of single losses: from one to the next where a bin has one loss only; the trend is not in it.
         self.spread = statistics.median(spreads) if spreads else noise_of(self.means)
         tenth = max(1, len(self.means) // 10)
-        self.start = curve.first[0] if curve.first else math.nan
+        self.start = rule.first[0] if rule.first else math.nan
         self.end = statistics.median(self.means[-tenth:]) if self.means else math.nan
 
     @property
@@ -449,17 +248,17 @@ class Reading:
 
     def diverged(self) -> Finding | None:
         """The last losses are no numbers, or the loss ends where it began and was far above that."""
-        curve, checks = self.rule.train, self.rule.checks
+        rule, checks = self.rule, self.rule.checks
         advice = "Cut the learning rate (by three, then by ten), or warm it up; look for what is not finite."
-        if curve.lost >= LOST:
-            message = f"The training loss has not been finite since step {curve.lost_at:,}."
-            return self.found("diverged", "error", message, advice, PLAYBOOK, since=curve.lost_at)
+        if rule.lost >= LOST:
+            message = f"The training loss has not been finite since step {rule.lost_at:,}."
+            return self.found("diverged", "error", message, advice, PLAYBOOK, since=rule.lost_at)
         if checks.values and math.isinf(checks.values[-1]):
             message = f"{self.monitor} is not finite since step {_since(checks.values, checks.steps):,}."
             return self.found("diverged", "error", message, advice, PLAYBOOK)
         if not self.readable:
             return None
-        peak = max([*self.rule.train.first, *self.means])
+        peak = max([*self.rule.first, *self.means])
         clear = max(0.5 * abs(self.start), 6 * self.spread)
         ends_high = self.end > self.start - 0.1 * abs(self.start)
         if not (ends_high and peak > self.start + clear) and not self.end > self.start + clear:
@@ -478,7 +277,7 @@ class Reading:
     def does_not_fall(self) -> Finding | None:
         """Nothing was learned, and that is sure."""
         line = trend(self.means)
-        first = statistics.fmean(self.rule.train.first)
+        first = statistics.fmean(self.rule.first)
         error = quantile(FIRST, BEYOND) * self.spread / math.sqrt(FIRST)
         changed = max(abs(first - self.end) + error, abs(line.change) + line.error)
         if len(self.means) < 2 * BLOCKS or changed > STUCK * abs(first) or abs(first - self.end) > self.spread:
@@ -502,7 +301,7 @@ class Reading:
         middle, tenth = len(means) // 2, max(2, len(means) // 20)
         first = self.start if top == 0 else means[0]
         if top == 0:
-            first = statistics.fmean(self.rule.train.first)
+            first = statistics.fmean(self.rule.first)
         around = trend(means[middle - 2 * tenth : middle + 2 * tenth])
         last = trend(means[-4 * tenth :])
         line = trend(means[middle:])
@@ -540,12 +339,12 @@ class Reading:
         return self.found(
             "falls fast, then flat",
             "info",
-            f"The training loss has been flat since about step {self.bins[since].step:,} of {self.step:,}, at"
+            f"The training loss has been flat since about step {self.bins[since].last:,} of {self.step:,}, at"
             f" {line.level:.3g} (a change of {line.change:.2g} ± {line.error:.2g} over the second half), at a constant"
             f" learning rate; single steps spread by {self.spread:.2g}.",
             "Let the learning rate decay from there on; if that does not lower the loss, the model or noise in the"
             " labels is the limit.",
-            since=self.bins[since].step,
+            since=self.bins[since].last,
             level=line.level,
             change=line.change,
             error=line.error,
@@ -578,13 +377,13 @@ class Reading:
             return None
         if not old.falls or promised < MATERIAL * self.fall:
             return None
-        step = self.bins[at].step
+        step = self.bins[at].last
         return self.found(
             "decayed too early",
             "warning",
             f"Before the learning rate dropped from {self.rates[at - 1]:.2g} to {self.rates[at + window]:.2g} at step"
             f" {step:,}, the training loss was falling by {-old.change:.2g} ± {old.error:.2g} in {span}"
-            f" x {self.rule.train.batches_per_bin} batches; in as many after it by {gained:.2g} ± {error:.2g}.",
+            f" x {self.rule.train.width} batches; in as many after it by {gained:.2g} ± {error:.2g}.",
             "Drop the learning rate later, where the loss is flat, or by less.",
             dropped_at=step,
             before=old.change,
@@ -622,10 +421,11 @@ class Reading:
             size = max(1, len(self.bins) // 20)
             ends = range(size - 1, len(self.bins), size)
             levels = [statistics.fmean(self.means[end - size + 1 : end + 1]) for end in ends]
-            finding = rise(levels, [self.bins[end].step for end in ends]) if self.readable else None
+            finding = rise(levels, [self.bins[end].last for end in ends]) if self.readable else None
         if finding is not None and finding.rule == "training loss rises" and self.rates:
-            lowest = min(self.bins, key=lambda each: abs(each.step - float(finding.evidence["lowest_step"])))
-            if self.rates[-1] > 1.3 * lowest.rate:
+            at = float(finding.evidence["lowest_step"])
+            lowest = min(range(len(self.bins)), key=lambda place: abs(self.bins[place].last - at))
+            if self.rates[-1] > 1.3 * self.rates[lowest]:
                 return None  # a restart of the learning rate
         return finding
 

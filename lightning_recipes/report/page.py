@@ -13,7 +13,7 @@ from pathlib import Path
 from jinja2 import DictLoader, Environment
 from markupsafe import Markup
 
-from lightning_recipes.core.report import Series
+from lightning_recipes.core.series import Series
 from lightning_recipes.report import story
 from lightning_recipes.report.numbers import shown
 from lightning_recipes.report.run import STEP_LOSS, Run

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lightning_recipes.core.findings import Finding
-from lightning_recipes.core.report import Series
+from lightning_recipes.core.series import Series
 
 STEP_LOSS = "loss of training_step"  # the series of every step, which no logger has
 

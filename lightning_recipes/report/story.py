@@ -9,7 +9,7 @@ from typing import Literal
 
 from lightning_recipes.core.early_stopping import Curve, reading
 from lightning_recipes.core.findings import Finding
-from lightning_recipes.core.report import Bin, Series
+from lightning_recipes.core.series import Bin, Series
 from lightning_recipes.report.numbers import shown
 from lightning_recipes.report.run import STEP_LOSS, Run
 from lightning_recipes.report.svg import Event

@@ -100,7 +100,7 @@ def diagnose(
         None if smaller_train_loss is None else measured("smaller_train_loss", smaller_train_loss),
         None if held_out_loss is None else measured("held_out_loss", held_out_loss),
         curves=frozenset(finding.rule for finding in rule.findings()) if rule is not None else frozenset(),
-        step=rule.train.bins[-1].step if rule is not None and rule.train.bins else 0,
+        step=rule.train.bins[-1].last if rule is not None and rule.train.bins else 0,
     )
     if train_inputs is not None and held_out_loss is None:
         samples = two_sample_test(train_inputs, val_inputs, features, seed)
@@ -110,7 +110,7 @@ def diagnose(
 
 def _of_curves(rule: CurvesRule) -> tuple[Measured | None, Measured | None]:
     """Training and validation loss at the end of the curves."""
-    means = [each.mean for each in rule.train.bins if each.losses]
+    means = [each.mean for each in rule.train.bins if each.count]
     train = val = None
     if len(means) >= 4 * BLOCKS:
         line = trend(means[-len(means) // 4 :])

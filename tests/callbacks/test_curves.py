@@ -73,12 +73,12 @@ def test_the_curve_is_that_of_the_step_losses(settings: dict[str, Any], tmp_path
         settings = {"plugins": [fp16()]}
     curves, note = LearningCurves(), Note()
     fit(tmp_path, Regression(schedule=True), curves, note, **settings)
-    bins = curves.rule.train.bins
-    assert [each.mean for each in bins] == pytest.approx(note.losses)
+    rule = curves.rule
+    assert [each.mean for each in rule.train.bins] == pytest.approx(note.losses)
     every = settings.get("accumulate_grad_batches", 1)
     if every == 1:
-        assert [each.rate for each in bins] == pytest.approx(note.rates)
-    assert bins[-1].step == len(note.rates)
+        assert [each.mean for each in rule.rates.bins] == pytest.approx(note.rates)
+    assert rule.train.bins[-1].last == len(note.rates)
     assert len(curves.rule.checks.values) == 4
     assert curves.rule.checks.epochs == [1, 2, 3, 4]
 
@@ -110,10 +110,10 @@ def test_accuracy_is_kept_beside(tmp_path: Path) -> None:
 def test_without_validation_and_under_manual_optimization(tmp_path: Path) -> None:
     curves = LearningCurves()
     fit(tmp_path, Regression(), curves, limit_val_batches=0)
-    assert (curves.rule.train.losses, curves.rule.checks.values) == (40, [])
+    assert (curves.rule.train.count, curves.rule.checks.values) == (40, [])
     curves = LearningCurves()
     fit(tmp_path, Adversaries(), curves)  # its steps return nothing
-    assert (curves.rule.train.losses, len(curves.rule.checks.values)) == (0, 4)
+    assert (curves.rule.train.count, len(curves.rule.checks.values)) == (0, 4)
     assert curves.findings() == []
 
 
@@ -216,7 +216,7 @@ def test_a_resumed_run_has_the_same_curves(save_at: int, tmp_path: Path) -> None
     )  # fmt: skip
     assert str(whole.state_dict()) == str(resumed.state_dict())
     saved = torch.load(tmp_path / "run.ckpt", weights_only=True)["callbacks"]["LearningCurves"]
-    assert len(saved["rule"]["train"]["bins"]) + len(saved["unread"]) == save_at
+    assert len(saved["rule"]["bins"][0]) + len(saved["unread"]) == save_at
 
 
 class Half:
@@ -252,7 +252,7 @@ def test_ranks_have_the_curve_of_the_whole_batch(tmp_path: Path) -> None:
     alone = LearningCurves()
     trainer = quiet_trainer(tmp_path, max_epochs=3, callbacks=[alone])
     trainer.fit(Regression(), regression_data(6), regression_data(2))
-    means = [each[2] for each in first["train"]["bins"]]
+    means = [each[3] for each in first["bins"][0]]
     assert means == pytest.approx([each.mean for each in alone.rule.train.bins], rel=1e-4)
 
 

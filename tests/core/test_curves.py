@@ -1,13 +1,12 @@
 import json
 import math
 import random
-import statistics
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from lightning_recipes.core.curves import BINS, CurvesRule, EpochProfile, RunningCurve, trend
+from lightning_recipes.core.curves import BINS, CurvesRule, trend
 
 
 def rules_of(rule: CurvesRule) -> list[str]:
@@ -41,42 +40,28 @@ def learned(share: float) -> float:
     return 0.3 + 2.0 * math.exp(-20 * share) + 0.2 * math.exp(-3 * share)
 
 
-# ------------------------------------------------------------------------------------------------ bounded memory
+# ------------------------------------------------------------------------------------------------ memory
 
 
-@pytest.mark.parametrize("losses", [1, 7, BINS, BINS + 1, 2 * BINS, 5000])
-def test_bins_have_mean_and_spread_of_their_batches(losses: int) -> None:
-    chance = random.Random(losses)
-    values = [chance.gauss(1000, 2) for _ in range(losses)]
-    curve = RunningCurve()
-    for step, value in enumerate(values, 1):
-        curve.add(value, rate=step, step=step)
-    assert len(curve.bins) <= BINS
-    assert curve.batches == curve.losses == losses
-    size = curve.batches_per_bin
-    for index, each in enumerate(curve.bins):
-        part = values[index * size : (index + 1) * size]
-        assert (each.batches, each.losses) == (len(part), len(part))
-        assert each.mean == pytest.approx(statistics.fmean(part))
-        assert each.step == index * size + len(part)
-        assert each.rate == pytest.approx(statistics.fmean(range(index * size + 1, index * size + len(part) + 1)))
-        if len(part) > 1:
-            assert each.spread == pytest.approx(statistics.stdev(part))
-        else:
-            assert math.isnan(each.spread)
-    coarse = curve.coarse(50)
-    assert len(coarse) <= 50
-    assert sum(each.batches for each in coarse) == losses
+def test_losses_and_rates_share_their_bins() -> None:
+    rule = CurvesRule()
+    for step in range(1, 2 * BINS + 8):
+        rule.update(math.nan if step % 5 == 0 else 1.0, math.nan if step < 4 else 0.5, step)
+    assert [(each.first, each.last) for each in rule.train.bins] == [
+        (each.first, each.last) for each in rule.rates.bins
+    ]
+    assert [each.count for each in rule.rates.bins[:3]] == [1, 4, 4]
+    assert {each.mean for each in rule.rates.bins} == {0.5}
 
 
-def test_what_is_not_finite_is_counted_and_kept_out() -> None:
-    curve = RunningCurve()
+def test_losses_that_are_not_finite_are_counted_in_a_row() -> None:
+    rule = CurvesRule()
     for step, value in enumerate([1.0, math.nan, 3.0, math.inf, -math.inf] * 200, 1):
-        curve.add(value, 0.1, step)
-    assert (curve.losses, curve.nonfinite, curve.lost, curve.lost_at) == (400, 600, 2, 999)
-    assert all(1.0 <= each.mean <= 3.0 for each in curve.bins if each.losses)
-    curve.add(2.0, 0.1, 1001)
-    assert curve.lost == 0
+        rule.update(value, 0.1, step)
+    assert (rule.train.count, rule.train.bad, rule.lost, rule.lost_at) == (400, 600, 2, 999)
+    rule.update(2.0, 0.1, 1001)
+    assert rule.lost == 0
+    assert rule.first == [1.0, 3.0] * 8
 
 
 def test_a_resumed_rule_goes_on_as_if_nothing_had_been() -> None:
@@ -207,13 +192,6 @@ def test_single_losses_that_are_not_finite_are_no_divergence() -> None:
     assert rules_of(rule) == []
 
 
-def test_a_rate_that_is_not_known_yet_is_no_rate() -> None:
-    curve = RunningCurve()
-    for step in range(2 * BINS):
-        curve.add(1.0, math.nan if step < 3 else 0.5, step)
-    assert [each.rate for each in curve.bins[:3]] == pytest.approx([math.nan, 0.5, 0.5], nan_ok=True)
-
-
 def test_few_losses_among_many_that_are_not_finite_are_not_read() -> None:
     rule = CurvesRule(target_loss=0.0)
     for step in range(20_000):
@@ -261,31 +239,6 @@ def test_underfitting_only_where_a_target_is_known() -> None:
             validation=lambda share: 0.31 + math.exp(-20 * share), target_loss=target,
         )  # fmt: skip
         assert rules_of(rule) == expected
-
-
-# ------------------------------------------------------------------------------------------------ data order
-
-
-def epochs_of(pattern: Callable[[int], float], epochs: int, batches: int = 40, seed: int = 0) -> EpochProfile:
-    profile, chance = EpochProfile(), random.Random(seed)
-    for epoch in range(epochs + 1):
-        for batch in range(batches):
-            profile.add(pattern(batch) * 0.8**epoch + chance.gauss(0, 0.1), batch / batches)
-    return profile
-
-
-def test_a_shared_pattern_is_told_from_chance() -> None:
-    assert epochs_of(lambda batch: 1.0, 5).period() is None
-    periods = [epochs_of(lambda batch: 1.0, 10, seed=seed).period() for seed in range(300)]
-    assert statistics.fmean(period.chance for period in periods if period) == pytest.approx(6, abs=0.6)
-    assert max(period.chance for period in periods if period) < 26
-    sorted_data = epochs_of(lambda batch: float(batch // 10 % 2), 10).period()
-    assert sorted_data is not None
-    assert sorted_data.chance > 50
-    assert sorted_data.neighbours > 5
-    slope = epochs_of(lambda batch: batch / 40, 10).period()  # as where each epoch is a little worse at its end
-    assert slope is not None
-    assert slope.chance < 26
 
 
 def test_data_sorted_by_class_are_told() -> None:

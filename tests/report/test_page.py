@@ -6,7 +6,7 @@ import pytest
 from pages import Page
 
 from lightning_recipes.core.findings import Finding
-from lightning_recipes.core.report import Series
+from lightning_recipes.core.series import Series
 from lightning_recipes.report.numbers import shown
 from lightning_recipes.report.page import render
 from lightning_recipes.report.run import STEP_LOSS, Run

@@ -1,0 +1,67 @@
+import json
+import math
+import random
+import statistics
+
+import pytest
+
+from lightning_recipes.core.series import BINS, Series
+
+
+def filled(values: list[float], most: int = BINS) -> Series:
+    series = Series(most)
+    for step, value in enumerate(values):
+        series.update(step, value)
+    return series
+
+
+@pytest.mark.parametrize("most", [BINS, 400])
+@pytest.mark.parametrize("points", [1, 2, 255, 256, 257, 400, 401, 1000, 5000])
+def test_bins_have_the_statistics_of_their_points(points: int, most: int) -> None:
+    draw = random.Random(points)
+    values = [draw.gauss(1e6, 2.0) for _ in range(points)]
+    series = filled(values, most)
+    assert len(series.bins) <= most
+    assert points <= series.width * most
+    assert series.points == series.count == points
+    start = 0
+    for each in series.bins:
+        own = values[start : start + each.count]
+        assert (each.first, each.last) == (start, start + len(own) - 1)
+        assert each.mean == pytest.approx(statistics.fmean(own), rel=1e-12)
+        assert each.deviation == pytest.approx(statistics.stdev(own) if len(own) > 1 else 0.0, rel=1e-6)
+        assert (each.low, each.high) == (min(own), max(own))
+        start += each.count
+    assert start == points
+
+
+def test_values_that_are_not_finite_are_counted_and_nothing_else() -> None:
+    series = filled([1.0, math.nan, math.inf, 3.0, 1e200] * 200)
+    assert (series.points, series.bad, series.count) == (1000, 600, 400)
+    assert all(math.isfinite(number) for row in series.as_rows() for number in row)
+    assert (min(each.low for each in series.bins), max(each.high for each in series.bins)) == (1.0, 3.0)
+
+
+def test_going_back_forgets_what_is_trained_again() -> None:
+    series = filled([1.0] * 100)
+    assert series.update(40, 2.0)
+    assert [each.last for each in series.bins] == list(range(41))
+    assert not series.update(40, 3.0)
+    assert series.bins[-1].mean == 3.0
+
+
+def test_coarse_keeps_every_point_and_leaves_the_series_alone() -> None:
+    series = filled([float(value) for value in range(200)])
+    assert len(series.coarse(30)) == 25
+    assert sum(each.count for each in series.coarse(30)) == 200
+    assert len(series.bins) == 200
+
+
+@pytest.mark.parametrize("most", [BINS, 400])
+def test_plain_rows_and_back(most: int) -> None:
+    series = filled([math.sin(step) for step in range(777)], most)
+    again = Series.of_rows(json.loads(json.dumps(series.as_rows(), allow_nan=False)), series.width, most)
+    for step in range(777, 1500):
+        series.update(step, float(step))
+        again.update(step, float(step))
+    assert again.as_rows() == series.as_rows()
