@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from lightning_recipes.core.arguments import check_real
+from lightning_recipes.core.early_stopping import READABLE as READABLE_CHECKS
 from lightning_recipes.core.early_stopping import RECENT, Curve, noise_of, reading, rise
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.periods import EpochProfile
@@ -227,7 +228,7 @@ class Reading:
 
     def others(self) -> Iterable[Finding]:
         """All readings of a training that has not diverged."""
-        of_checks = self.of_checks()
+        of_checks = self.never_improves() or self.of_checks() or self.still_falls()
         mine: list[Callable[[], Finding | None]] = [self.jumps]
         if self.readable:
             mine += [self.does_not_fall, self.falls_too_slowly, self.decayed_too_early, self.periodic]
@@ -363,27 +364,34 @@ class Reading:
         if not drops:
             return None
         at = drops[0]
-        after_drop = next((each for each in drops[1:] if each > at + 2 * window), len(self.means))
-        before, after = self.means[at // 2 : at], self.means[at + window : after_drop]
+        stays = next(
+            (place for place in range(at + window, len(self.rates)) if self.rates[place] > self.rates[at]), None
+        )
+        before, after = self.means[at // 2 : at], self.means[at + window : stays]
         span = min(len(before), len(after))
         if span < BLOCKS or max(self.rates[at // 2 : at]) > 1.3 * min(self.rates[at // 2 : at]):
             return None
-        old, new = trend(before[-span:]), trend(after[:span])
+        old = trend(before[-span:])
         promised = -(old.change + old.error)  # in as many updates, at the least
-        before_level = old.level + old.change / 2
-        gained = before_level - (new.level + new.change / 2)
-        error = old.error / 2 + new.error / 2
-        if gained + error > 0.5 * promised or new.error - new.change > 0.5 * promised:
+        if promised < max(0.0, MATERIAL * self.fall):
             return None
-        if not old.falls or promised < MATERIAL * self.fall:
-            return None
-        step = self.bins[at].last
+        # What even a longer stretch does not bring, a shorter one does not either, and of a longer one it is surer.
+        while True:
+            new = trend(after[:span])
+            gained = old.level + old.change / 2 - (new.level + new.change / 2)
+            error = old.error / 2 + new.error / 2
+            if gained + error <= 0.5 * promised and new.error - new.change <= 0.5 * promised:
+                break
+            if span == len(after):
+                return None
+            span = min(2 * span, len(after))
+        step, width = self.bins[at].last, self.rule.train.width
         return self.found(
             "decayed too early",
             "warning",
             f"Before the learning rate dropped from {self.rates[at - 1]:.2g} to {self.rates[at + window]:.2g} at step"
-            f" {step:,}, the training loss was falling by {-old.change:.2g} ± {old.error:.2g} in {span}"
-            f" x {self.rule.train.width} batches; in as many after it by {gained:.2g} ± {error:.2g}.",
+            f" {step:,}, the training loss was falling by {-old.change:.2g} ± {old.error:.2g} in"
+            f" {len(before[-span:]) * width:,} batches; in {span * width:,} after it by {gained:.2g} ± {error:.2g}.",
             "Drop the learning rate later, where the loss is flat, or by less.",
             dropped_at=step,
             before=old.change,
@@ -428,6 +436,46 @@ class Reading:
             if self.rates[-1] > 1.3 * self.rates[lowest]:
                 return None  # a restart of the learning rate
         return finding
+
+    def never_improves(self) -> Finding | None:
+        """Training has learned, and no validation shows anything of it."""
+        checks, learned = self.rule.checks, self.start - self.end
+        if len(checks.values) < 2 or not self.readable or not learned > max(6 * self.spread, 0.1 * abs(self.start)):
+            return None
+        best = checks.best
+        if self.start - checks.values[best] > FLAT * learned:
+            return None
+        return self.found(
+            "validation never improves",
+            "warning",
+            f"{self.monitor} was never below {checks.values[best]:.3g} (step {checks.steps[best]:,}) while the training"
+            f" loss fell from {self.start:.3g} to {self.end:.3g}: what is learnt does not hold there.",
+            "Make sure that both have the same preprocessing, labels, distribution and mode; if so, the labels are"
+            " noise or the examples too few.",
+            best=checks.values[best],
+            start=self.start,
+            end=self.end,
+        )
+
+    def still_falls(self) -> Finding | None:
+        """The training loss falls to the end of a run whose checks are too few to be read."""
+        checks = self.rule.checks.values
+        if not self.readable or len(checks) >= READABLE_CHECKS or (checks and min(checks) < checks[-1]):
+            return None
+        half = len(self.means) // 2
+        line = trend(self.means[half:])
+        decayed = self.rates[-1] < 0.5 * max(self.rates[half:])
+        if decayed or not line.falls or -line.change < MATERIAL * self.fall:
+            return None
+        return self.found(
+            "best at the end",
+            "info",
+            f"In the second half of the run the training loss still fell by {-line.change:.2g} ± {line.error:.2g}, to"
+            f" {self.end:.3g}" + (f", and {self.monitor} was lowest at the end." if checks else "."),
+            "Train longer.",
+            change=line.change,
+            error=line.error,
+        )
 
     def jumps(self) -> Finding | None:
         """The validation goes up and down from check to check by more than a share of all that was learned."""

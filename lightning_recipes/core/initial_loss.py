@@ -13,7 +13,8 @@ from lightning_recipes.core.selection import paired, quantile
 
 RECIPE = "Karpathy, A recipe for training neural networks, 2019: http://karpathy.github.io/2019/04/25/recipe/"
 CLOSE, FAR = 0.10, 0.60  # of the expected loss: below the first all is well, above the second something is wrong
-LARGE = 10.0  # root mean square of inputs that nobody has normalised
+LARGE = 10.0  # root mean square of inputs, or standard deviation of targets, that nobody has normalised
+FAR_OFF = 3.0  # standard deviations of the targets that their mean is from 0
 PURE = 0.8  # of a batch's labels, of one class: data that are sorted by it
 DEAD = 1e-3  # standard deviation of logits over examples
 APPLIED_TWICE = {"softmax": "softmax applied twice", "sigmoid": "sigmoid applied twice"}
@@ -111,6 +112,11 @@ class _Group:
         self.calls.append(calls)
 
     @property
+    def unnormalised(self) -> str:
+        """Mean and standard deviation of the targets of a regression, where a network has to work to get there."""
+        return unnormalised([call for batch in self.calls for call in batch], sum(self.spreads) / len(self.spreads))
+
+    @property
     def whole_batches(self) -> list[list[Criterion]]:
         """The calls of each batch, if their targets are classes."""
         return [] if self.kind != "classes" or self.calls[0][0].targets.is_floating_point() else self.calls
@@ -122,6 +128,22 @@ class _Group:
         constant = sum(constants) / len(constants)
         favoured = _outlier(torch.stack(self.means).mean(0)) if self.kind == "classes" else -1
         return _result(self.name, self.values, self.uniform, constant, self.classes, spread, favoured, penalty)
+
+
+def unnormalised(calls: Sequence[Criterion], spread: float) -> str:
+    """Mean and standard deviation of the targets of a regression, if these are far from 0, or large; else empty.
+
+    Args:
+        calls: Of one loss function.
+        spread: Standard deviation of the outputs: targets are not large for a network that scales its outputs.
+    """
+    if calls[0].kind not in ("squares", "absolute"):
+        return ""
+    targets = torch.cat([call.targets.detach().float().flatten() for call in calls])
+    mean, deviation = float(targets.mean()), float(targets.std(correction=0))
+    if abs(mean) <= FAR_OFF * deviation and deviation <= LARGE * max(1.0, spread):
+        return ""
+    return f"mean {mean:.3g} and standard deviation {deviation:.3g}"
 
 
 def constant_of(calls: Sequence[Criterion]) -> Tensor:
@@ -486,9 +508,10 @@ class _Say:
         return self("labels all alike", "warning", message, "Shuffle the training data; look at the labels.")
 
     def off_centre(self, group: _Group, result: InitialLoss) -> bool:
-        if result.classes or not result.uniform > 10 * result.constant:
+        targets = group.unnormalised
+        if not targets:
             return False
-        message = f"The targets are far from 0 for their spread: {result.text}."
+        message = f"The targets have {targets}, the outputs a deviation of {result.spread:.3g}: {result.text}."
         advice = "Bring the targets to mean 0 and standard deviation 1, or start the bias of the head at their mean."
         return self("targets not normalised", "info", message, advice, result)
 

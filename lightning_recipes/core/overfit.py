@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_recipes.core.criteria import Criterion
 from lightning_recipes.core.dependence import Dependence
 from lightning_recipes.core.findings import Finding
-from lightning_recipes.core.initial_loss import APPLIED_TWICE, SQUASHED, constant_of
+from lightning_recipes.core.initial_loss import APPLIED_TWICE, SQUASHED, constant_of, unnormalised
 from lightning_recipes.core.repeats import Repeats
 
 RECIPE = "Karpathy, A recipe for training neural networks, 2019: http://karpathy.github.io/2019/04/25/recipe/"
@@ -36,7 +36,8 @@ class _Group:
             self.least = max(self.least, least)
         regression = calls[0].kind in ("squares", "absolute")
         self.one_label = constant - self.least <= (1e-9 if regression else 1e-3) * max(abs(self.start), abs(constant))
-        self.far = regression and self.start - self.least > 10 * (constant - self.least)
+        outputs = torch.cat([call.outputs.detach().float().flatten() for call in calls])
+        self.far = bool(unnormalised(calls, float(outputs.std(correction=0)))) and self.start > constant
         self.reference = min(constant, self.start) if self.start > self.least else constant
 
     def excess(self, calls: list[Criterion]) -> float:
@@ -192,7 +193,7 @@ class Symptoms:
         examples: In the sample.
         known: Whether the criteria are known.
         one_label: Whether all targets are the same.
-        far: Whether the targets of a regression are far from where the outputs start.
+        far: Whether the targets of a regression are far from where the outputs start, or larger by far.
         optimizers: How many.
         trainable: Parameters that require a gradient, in numbers.
         frozen: Those that do not.
@@ -491,10 +492,10 @@ class _Judge:
                 f"{seen.activation}.",
                 "Hand the loss function the logits.",
             )
-        elif seen.far and first.stuck:
+        elif seen.far:
             self.say(
                 "targets not normalised",
-                "warning",
+                "warning" if first.stuck else "info",
                 f"{sample} were not learnt in {first.steps} updates: the loss starts at {first.first_loss:.3g}, "
                 f"{first.first_excess:.3g} times what their mean gives, and ends at {first.last_loss:.3g}.",
                 "Bring the targets to mean 0 and standard deviation 1, or start the bias of the head at their mean.",
