@@ -3,7 +3,6 @@
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -14,16 +13,15 @@ from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.periods import EpochProfile
 from lightning_recipes.core.selection import quantile
 from lightning_recipes.core.series import Series
+from lightning_recipes.core.trends import BEYOND, BLOCKS, trend
 
 PLAYBOOK = "Deep Learning Tuning Playbook, training curves: https://github.com/google-research/tuning_playbook"
 CS231N = "CS231n, babysitting the learning process: https://cs231n.github.io/neural-networks-3/"
 
 BINS = 400  # at most, of the training curve; when they are full each two become one
 FIRST = 16  # losses at the start that are kept: a bin of theirs would have the fall in it
-BLOCKS = 10  # of bins, that a slope is fitted to: long enough that the noise of one is not that of the next
 READABLE = 100  # losses below which the training curve is not interpreted
 LOST = 5  # losses in a row that are not finite: a GradScaler may skip fewer and go on
-BEYOND = 0.975  # one-sided confidence of what is claimed
 JUMPY = 0.02  # of the fall: noise of the validation above which it jumps
 JUMPY_CHECKS = 10  # whose noise is told
 TURNS = 0.33  # of the last checks, that a jumping curve turns at; noise does at two thirds
@@ -38,56 +36,6 @@ HARMFUL = 0.06  # and from where on it is worth a warning, if
 ALIKE = 2.0  # is exceeded by the ratio of variances: batches that follow each other are alike
 MATERIAL = 0.03  # of the fall, that a loss has to lose or promise to be worth a warning
 CLOSE = 0.1  # of what the training loss is above its target: a gap that is hardly one
-
-
-# ------------------------------------------------------------------------------------------- slopes
-
-
-@dataclass(frozen=True)
-class Trend:
-    """A straight line through a stretch of a curve.
-
-    Args:
-        change: By how much the line rises from the beginning of the stretch to its end.
-        error: Half the width of its 95 % interval.
-        level: The mean.
-    """
-
-    change: float
-    error: float
-    level: float
-
-    @property
-    def falls(self) -> bool:
-        """Beyond noise."""
-        return self.change + self.error < 0
-
-
-def trend(values: Sequence[float]) -> Trend:
-    """The line through a stretch, with an interval that noise of one value and the next may not fool.
-
-    The values are averaged in ten blocks (or as many as there are values), and the error is that of the blocks' means
-    about the line, by Student's t: correlations shorter than a block are in it, and so is a bend.
-
-    Args:
-        values: At equal distances, at least 3.
-
-    Example:
-        >>> trend([3.0, 2.0, 1.0, 0.0]).change
-        -4.0
-    """
-    blocks = min(BLOCKS, len(values))
-    edges = [round(block * len(values) / blocks) for block in range(blocks + 1)]
-    means = [statistics.fmean(values[low:high]) for low, high in pairwise(edges)]
-    places = [(low + high) / 2 / len(values) for low, high in pairwise(edges)]
-    slope, intercept = statistics.linear_regression(places, means)
-    left = sum((mean - intercept - slope * place) ** 2 for place, mean in zip(places, means, strict=True))
-    middle = statistics.fmean(places)
-    error = math.sqrt(left / (blocks - 2) / sum((place - middle) ** 2 for place in places)) if blocks > 2 else math.inf
-    return Trend(slope, quantile(blocks - 1, BEYOND) * error, statistics.fmean(values))
-
-
-# ------------------------------------------------------------------------------------------- the rule
 
 
 class CurvesRule:
@@ -300,9 +248,7 @@ class Reading:
         if len(means) < 4 * BLOCKS:
             return None
         middle, tenth = len(means) // 2, max(2, len(means) // 20)
-        first = self.start if top == 0 else means[0]
-        if top == 0:
-            first = statistics.fmean(self.rule.first)
+        first = statistics.fmean(self.rule.first) if top == 0 else means[0]
         around = trend(means[middle - 2 * tenth : middle + 2 * tenth])
         last = trend(means[-4 * tenth :])
         line = trend(means[middle:])

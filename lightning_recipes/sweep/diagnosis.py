@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_recipes.core.arguments import check_real
-from lightning_recipes.core.curves import BLOCKS, CurvesRule, trend
+from lightning_recipes.core.curves import CurvesRule
 from lightning_recipes.core.diagnosis import Diagnosis, Evidence, Measured, TwoSamples, decide, measured
+from lightning_recipes.core.trends import BLOCKS, trend
 
 Loss = float | Sequence[float] | Tensor | Measured
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lightning_recipes.core.curves import BINS, CurvesRule, trend
+from lightning_recipes.core.curves import BINS, CurvesRule
 
 
 def rules_of(rule: CurvesRule) -> list[str]:
@@ -81,29 +81,6 @@ def test_a_resumed_rule_goes_on_as_if_nothing_had_been() -> None:
     assert second.target_loss == 0.1
 
 
-# ------------------------------------------------------------------------------------------------ slopes
-
-
-def test_the_interval_of_a_slope_has_the_truth_in_it_as_often_as_it_says() -> None:
-    for correlation in (0.0, 0.9):
-        within = 0
-        for seed in range(400):
-            chance, noise, values = random.Random(seed), 0.0, []
-            for place in range(1000):
-                noise = correlation * noise + chance.gauss(0, 1)
-                values.append(noise - 2 * place / 1000)
-            line = trend(values)
-            within += abs(line.change + 2) <= line.error
-        assert 0.91 <= within / 400 <= 0.99
-
-
-def test_a_line_is_found_exactly() -> None:
-    line = trend([5.0 - 3 * place / 40 for place in range(40)])
-    assert line.change == pytest.approx(-3)
-    assert line.error == pytest.approx(0, abs=1e-9)
-    assert line.falls
-
-
 # ------------------------------------------------------------------------------------------------ what is said
 
 
@@ -165,6 +142,50 @@ def test_a_decay_that_came_too_early() -> None:
     assert 870 <= float(finding.evidence["dropped_at"]) <= 930
     assert rules_of(trained(late, 0.1, rate=lambda share: 0.1 if share < 0.5 else 0.01)) == []
     assert "decayed too early" not in rules_of(trained(early, 0.1))  # nothing was dropped
+
+
+def test_a_decay_in_the_first_tenth_of_a_run() -> None:
+    """What was promised is little beside the noise of as many updates afterwards, not beside that of all the rest."""
+
+    def level(share: float) -> float:
+        return 2.3 - 3 * min(share, 1 / 12)
+
+    rule = trained(level, 0.1, rate=lambda share: 0.1 * 0.01 ** int(12 * share))
+    (finding,) = rule.findings()
+    assert (finding.rule, finding.severity) == ("decayed too early", "warning")
+    cut_and_back = trained(level, 0.1, rate=lambda share: 0.01 if 1 / 12 < share < 0.13 else 0.1)
+    assert rules_of(cut_and_back) != ["decayed too early"]
+
+
+def test_a_short_run_that_still_falls() -> None:
+    def level(share: float) -> float:
+        return 0.5 + 1.5 * math.exp(-2.5 * share)
+
+    for validation in (None, level):
+        rule = trained(level, 0.1, steps=300, validation=validation, checks=3)
+        assert [(each.rule, each.severity) for each in rule.findings()] == [("best at the end", "info")]
+    for other in (
+        trained(
+            level, 0.1, steps=300, validation=lambda share: 0.8 + (share - 0.6) ** 2, checks=3
+        ),  # not best at the end
+        trained(level, 0.1, steps=300, rate=lambda share: 0.1 * (1 - share)),  # as it was planned
+        trained(learned, 0.2, steps=300),
+    ):
+        assert "best at the end" not in rules_of(other)
+
+
+def test_a_validation_that_shows_nothing_of_what_is_learned() -> None:
+    def falls(share: float) -> float:
+        return 0.1 + 2.2 * math.exp(-5 * share)
+
+    for validation in (lambda share: 2.3 + share, lambda share: 3.0 - 0.6 * share, lambda share: 150.0):
+        for checks in (3, 30):
+            rule = trained(falls, 0.1, rate=lambda share: 1 - share, validation=validation, checks=checks, jump=0.05)
+            assert rules_of(rule)[0] == "validation never improves"
+    overfits = trained(falls, 0.1, rate=lambda share: 1 - share, validation=lambda share: 1.2 + 2 * (share - 0.3) ** 2)
+    assert rules_of(overfits) == ["overfitting"]
+    learns_nothing = trained(lambda share: 2.3, 0.1, validation=lambda share: 2.4)
+    assert "validation never improves" not in rules_of(learns_nothing)
 
 
 @pytest.mark.parametrize("schedule", [lambda share: 0.1, lambda share: math.nan])
