@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_recipes.callbacks.measuring import index_of, mean_over_ranks
 from lightning_recipes.callbacks.telling import show, tell
-from lightning_recipes.core.curves import CurvesRule
+from lightning_recipes.core.curves import CurvesRule, training_mode_in_validation
 from lightning_recipes.core.early_stopping import EarlyStoppingRule, reading
 from lightning_recipes.core.findings import Finding
 
@@ -83,6 +83,7 @@ class LearningCurves(pl.Callback):
         self.rule = CurvesRule(self.target_loss)
         self._unread: list[tuple[Tensor, float, int, float]] = []  # loss, learning rate, updates, place in the epoch
         self._rate = math.nan
+        self._looked_at_modes = False
         self._name = self.monitor or NAMES[0]
         self._drawn = 0
 
@@ -143,6 +144,23 @@ class LearningCurves(pl.Callback):
         self._read(trainer)
 
     @override
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._looked_at_modes or trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        self._looked_at_modes = True
+        awake = [name for name, module in pl_module.named_modules() if module.training and _depends_on_mode(module)]
+        if awake:
+            tell(trainer, training_mode_in_validation(awake, trainer.global_step))
+
+    @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
@@ -191,14 +209,26 @@ class LearningCurves(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         losses = torch.stack([loss.float().mean() for loss, *_ in self._unread]).tolist() if self._unread else []
         unread = [[loss, *where] for loss, (_, *where) in zip(losses, self._unread, strict=True)]
-        return {"rule": self.rule.state_dict(), "unread": unread, "rate": self._rate, "name": self._name}
+        return {
+            "rule": self.rule.state_dict(),
+            "unread": unread,
+            "rate": self._rate,
+            "name": self._name,
+            "looked": self._looked_at_modes,
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rule.load_state_dict(state_dict["rule"])
         self._unread = [(torch.tensor(loss), rate, step, place) for loss, rate, step, place in state_dict["unread"]]
-        self._rate = state_dict["rate"]
+        self._rate, self._looked_at_modes = state_dict["rate"], state_dict["looked"]
         self._name = self.monitor or state_dict["name"]
+
+
+def _depends_on_mode(module: nn.Module) -> bool:
+    """Whether a module does something else in training mode."""
+    drops = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+    return drops or isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
 def _doublings(batches: int) -> int:

@@ -1,10 +1,11 @@
 """Learn a handful of examples by heart before training starts: what cannot do that has a bug."""
 
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import wraps
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -30,26 +31,15 @@ from lightning_recipes.core.arguments import check_count
 from lightning_recipes.core.criteria import Criterion, Watch, loss_of
 from lightning_recipes.core.dependence import (
     Dependence,
+    Run,
     examples_of,
     first_examples,
     labels_alike,
     look,
     varied_examples,
 )
-from lightning_recipes.core.overfit import (
-    LEARNT,
-    Fit,
-    FitRule,
-    Symptoms,
-    activation_of,
-    fit_of,
-    flipped,
-    helps,
-    judge,
-    mean_loss,
-    nothing_to_train,
-    other_factors,
-)
+from lightning_recipes.core.fits import LEARNT, Fit, FitRule, fit_of, flipped, helps, mean_loss, other_factors
+from lightning_recipes.core.overfit import Symptoms, activation_of, judge, nothing_to_train, shrinks
 from lightning_recipes.core.repeats import Repeats, repeats
 
 BATCH_NORM, DROPOUT = nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd
@@ -58,6 +48,8 @@ MOST_BATCHES = 32
 WARMUP = 10  # updates
 LONGER = 3  # times max_steps, where that was not enough
 SEED = 0
+
+T = TypeVar("T")
 
 
 class OverfitCheck(pl.Callback):
@@ -79,7 +71,7 @@ class OverfitCheck(pl.Callback):
     sample, five times that after a failure, and a copy of the module and its optimizer while it runs.
 
     Attributes:
-        fits: A :class:`~lightning_recipes.core.overfit.Fit` for each learning rate that was tried.
+        fits: A :class:`~lightning_recipes.core.fits.Fit` for each learning rate that was tried.
         symptoms: The :class:`~lightning_recipes.core.overfit.Symptoms`.
 
     Args:
@@ -261,6 +253,8 @@ class _Drive(pl.Callback):
             self._steps[index] = 0
             for group in optimizer.param_groups:
                 if "weight_decay" in group:
+                    if self.seen is not None:
+                        self.seen.shrinks = max(self.seen.shrinks, shrinks(optimizer, group, peak_rate(group)))
                     group["weight_decay"] = 0.0
 
             def before(
@@ -298,8 +292,8 @@ class _Drive(pl.Callback):
         self._dependence = self._look(trainer, pl_module)
         self.rule = FitRule(self._dependence.least_loss)
 
-    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Dependence:
-        """What outputs depend on, in evaluation mode; updates are not made."""
+    def _beside(self, trainer: pl.Trainer, pl_module: pl.LightningModule, do: Callable[[Run], T]) -> T:
+        """Do something with a function that runs the training step without updates; the module is left as it was."""
 
         def run(batch: Any) -> list[Criterion]:
             seed_all(SEED)
@@ -311,11 +305,36 @@ class _Drive(pl.Callback):
         self._looks = True
         try:
             with without_trace(pl_module), torch.enable_grad(), _only_compute(trainer):
-                pl_module.eval()
-                return look(run, self.sample[0])
+                return do(run)
         finally:
             self._looks = False
             pl_module.zero_grad()
+
+    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Dependence:
+        """What outputs depend on, in evaluation mode."""
+
+        def see(run: Run) -> Dependence:
+            pl_module.eval()
+            return look(run, self.sample[0])
+
+        return self._beside(trainer, pl_module, see)
+
+    def _alone(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> float:
+        """The excess in evaluation mode, where BatchNorm has the mean statistics of the batches as they are now."""
+
+        def see(run: Run) -> list[Criterion]:
+            for module in pl_module.modules():
+                if isinstance(module, BATCH_NORM) and module.training:
+                    module.reset_running_stats()
+                    module.momentum = None
+            for batch in self.sample:
+                run(batch)
+            pl_module.eval()
+            return [call for batch in self.sample for call in run(batch)]
+
+        excess = self.rule.measure(math.nan, self._beside(trainer, pl_module, see))
+        self.rule.losses.pop()
+        return excess
 
     def _note_gradients(self, optimizer: Optimizer, index: int) -> None:
         if self.seen is None:
@@ -382,6 +401,7 @@ class _Drive(pl.Callback):
         seen.dependence = self._dependence
         seen.without_gradient = list(self._without)
         original = dict(self.original.named_parameters())
+        seen.zeros = [name for name in self._without if original[name].dim() > 1 and not bool(original[name].any())]
         for name, parameter in pl_module.named_parameters():
             untouched = parameter.requires_grad and name not in self._without and name not in seen.unowned
             if untouched and torch.equal(parameter, original[name]):
@@ -392,6 +412,8 @@ class _Drive(pl.Callback):
             if abs(rule.excess) <= LEARNT and not rule.one_label and now.zeroed and len(self.sample) == 1:
                 seen.leaked = rule.measure(math.nan, now.zeroed) <= LEARNT
                 rule.losses.pop()
+            if rule.learnt and rule.known and seen.batch_norm and len(self.sample) > 1:
+                seen.alone = self._alone(trainer, pl_module)
 
 
 class _Used:

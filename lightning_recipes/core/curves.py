@@ -29,6 +29,7 @@ FLAT = 0.1  # of the fall, below which all that half a run may have brought has 
 WOBBLES = 0.02  # of the fall: spread of the step losses above which a flat curve is not one that has arrived
 SLOW = 0.5  # of the fall in the first half, that the second one brings where the learning rate is too low
 STUCK = 0.02  # of the loss at the start: a run in which it changes by less has learned nothing
+DEAD = 0.01  # of the highest learning rate: below it a run goes nowhere
 DROP = 2.0  # times lower within a twentieth of the run: the learning rate was dropped
 PERIODIC = 26.0  # a chi-squared with 6 degrees of freedom exceeds it once in 5,000 times
 SEEN = 0.03  # of the fall, from where on a period is told
@@ -180,7 +181,7 @@ class Reading:
         mine: list[Callable[[], Finding | None]] = [self.jumps]
         if self.readable:
             mine += [self.does_not_fall, self.falls_too_slowly, self.decayed_too_early, self.periodic]
-            mine += [self.underfits, self.flat]
+            mine += [self.underfits, self.learns_less, self.flat]
         found = [finding for finding in (look() for look in mine) if finding is not None]
         rules = {finding.rule for finding in found}
         if of_checks is not None and not (of_checks.rule == "best at the end" and "falls too slowly" in rules):
@@ -298,24 +299,29 @@ class Reading:
         )
 
     def decayed_too_early(self) -> Finding | None:
-        """Flat after a drop of the rate, while the loss was still falling before it."""
-        window = max(1, len(self.means) // 20)
-        drops = [
-            at
-            for at in range(2 * BLOCKS, len(self.rates) - 2 * BLOCKS)
-            if self.rates[at - 1] > 0
-            and self.rates[at - 1] >= DROP * max(self.rates[at + window : at + window + 1])
-            and self.rates[at] < 0.99 * self.rates[at - 1]
-        ]
-        if not drops:
-            return None
-        at = drops[0]
-        stays = next(
-            (place for place in range(at + window, len(self.rates)) if self.rates[place] > self.rates[at]), None
-        )
-        before, after = self.means[at // 2 : at], self.means[at + window : stays]
+        """Flat after the learning rate went down, while the loss was still falling before it."""
+        return next(filter(None, (self._lost_by(*decay) for decay in self._decays())), None)
+
+    def _decays(self) -> Iterable[tuple[int, int, int]]:
+        """Places at which a constant rate drops, or all that comes is below a hundredth of the highest: each with the
+        start of the stretch before it and of the one after it.
+        """
+        window, rates, last = max(1, len(self.rates) // 20), self.rates, len(self.rates) - 2 * BLOCKS
+        for at in range(2 * BLOCKS, last):
+            dropped = 0 < rates[at - 1] >= DROP * rates[at + window] and rates[at] < 0.99 * rates[at - 1]
+            if dropped and max(rates[at // 2 : at]) <= 1.3 * min(rates[at // 2 : at]):
+                yield at // 2, at, at + window
+                break
+        alive = max((at + 1 for at, rate in enumerate(rates) if rate >= DEAD * self.highest), default=0)
+        if 2 * BLOCKS <= alive <= len(rates) // 2:
+            yield alive // 3, alive, alive
+
+    def _lost_by(self, since: int, at: int, then: int) -> Finding | None:
+        """What a decay has cost, if it was too early."""
+        rises = (place for place in range(then, len(self.rates)) if self.rates[place] > self.rates[at])
+        before, after = self.means[since:at], self.means[then : next(rises, None)]
         span = min(len(before), len(after))
-        if span < BLOCKS or max(self.rates[at // 2 : at]) > 1.3 * min(self.rates[at // 2 : at]):
+        if span < BLOCKS:
             return None
         old = trend(before[-span:])
         promised = -(old.change + old.error)  # in as many updates, at the least
@@ -335,9 +341,9 @@ class Reading:
         return self.found(
             "decayed too early",
             "warning",
-            f"Before the learning rate dropped from {self.rates[at - 1]:.2g} to {self.rates[at + window]:.2g} at step"
-            f" {step:,}, the training loss was falling by {-old.change:.2g} ± {old.error:.2g} in"
-            f" {len(before[-span:]) * width:,} batches; in {span * width:,} after it by {gained:.2g} ± {error:.2g}.",
+            f"Before the learning rate fell from {self.rates[since]:.2g} to {self.rates[then]:.2g} at step {step:,},"
+            f" the training loss was falling by {-old.change:.2g} ± {old.error:.2g} in {len(before[-span:]) * width:,}"
+            f" batches; in {span * width:,} after it by {gained:.2g} ± {error:.2g}.",
             "Drop the learning rate later, where the loss is flat, or by less.",
             dropped_at=step,
             before=old.change,
@@ -385,22 +391,44 @@ class Reading:
 
     def never_improves(self) -> Finding | None:
         """Training has learned, and no validation shows anything of it."""
-        checks, learned = self.rule.checks, self.start - self.end
-        if len(checks.values) < 2 or not self.readable or not learned > max(6 * self.spread, 0.1 * abs(self.start)):
+        checks = self.rule.checks
+        if len(checks.values) < 2 or not self.readable:
             return None
-        best = checks.best
-        if self.start - checks.values[best] > FLAT * learned:
+        first, best = statistics.fmean(self.rule.first), checks.best
+        learned = first - self.end
+        sure = learned > max(6 * self.spread / math.sqrt(FIRST), FLAT * abs(first)) and trend(self.means).falls
+        if not sure or first - checks.values[best] > FLAT * learned:
             return None
         return self.found(
             "validation never improves",
             "warning",
             f"{self.monitor} was never below {checks.values[best]:.3g} (step {checks.steps[best]:,}) while the training"
-            f" loss fell from {self.start:.3g} to {self.end:.3g}: what is learnt does not hold there.",
+            f" loss fell from {first:.3g} to {self.end:.3g}: what is learnt does not hold there.",
             "Make sure that both have the same preprocessing, labels, distribution and mode; if so, the labels are"
             " noise or the examples too few.",
             best=checks.values[best],
-            start=self.start,
+            start=first,
             end=self.end,
+        )
+
+    def learns_less(self) -> Finding | None:
+        """The training loss has fallen by far less than the validation loss has."""
+        values, train = self.rule.checks.values[-5:], self.rule.checks.train[-5:]
+        if not values or not all(map(math.isfinite, [*values, *train])):
+            return None
+        above = statistics.median(train) - statistics.median(values)
+        fall = self.start - statistics.median(values)
+        if above <= 0 or above < (1 - SLOW) * fall or above < 6 * self.spread / math.sqrt(FIRST):
+            return None
+        return self.found(
+            "training loss above validation",
+            "info",
+            f"The training loss is {statistics.median(train):.3g}, {above:.2g} above {self.monitor}: more than half of"
+            f" what validation shows to be learnt, {fall:.2g}, is lost in training.",
+            "Less dropout or augmentation, unless the training loss has other terms or other data.",
+            train=statistics.median(train),
+            above=above,
+            fall=fall,
         )
 
     def still_falls(self) -> Finding | None:
@@ -463,6 +491,21 @@ class Reading:
             target=target,
             gap=gap,
         )
+
+
+def training_mode_in_validation(layers: Sequence[str], step: int) -> Finding:
+    """Layers that are in training mode while the validation is measured."""
+    shown = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more layers" if len(layers) > 3 else "")
+    return Finding(
+        "training mode in validation",
+        "warning",
+        f"In the validation step {shown} are in training mode: dropout drops, BatchNorm takes the statistics of the"
+        " batch and learns from validation data.",
+        "Call eval() before validation, or leave the modes to the Trainer.",
+        step,
+        {"layers": len(layers)},
+        CS231N,
+    )
 
 
 def _since(values: Sequence[float], steps: Sequence[int]) -> int:

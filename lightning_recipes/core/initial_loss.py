@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,11 +10,11 @@ from torch import Tensor
 from lightning_recipes.core.criteria import Criterion
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.selection import paired, quantile
+from lightning_recipes.core.targets import LARGE, commonest, constant_of, fit, padding, unnormalised
 
 RECIPE = "Karpathy, A recipe for training neural networks, 2019: http://karpathy.github.io/2019/04/25/recipe/"
 CLOSE, FAR = 0.10, 0.60  # of the expected loss: below the first all is well, above the second something is wrong
-LARGE = 10.0  # root mean square of inputs, or standard deviation of targets, that nobody has normalised
-FAR_OFF = 3.0  # standard deviations of the targets that their mean is from 0
+PADDED = 0.05  # of the targets of sequences, that is worth a word
 PURE = 0.8  # of a batch's labels, of one class: data that are sorted by it
 DEAD = 1e-3  # standard deviation of logits over examples
 APPLIED_TWICE = {"softmax": "softmax applied twice", "sigmoid": "sigmoid applied twice"}
@@ -37,6 +37,8 @@ class InitialLoss:
         favoured: The class whose mean output is far off those of the others, -1 if there is none.
         penalty: What the training step returns beyond its criteria; NaN if it returns nothing.
         batches: How many.
+        positions: Predictions of an example, 1 unless it is a sequence or an image of classes.
+        labels: Targets in all batches.
     """
 
     criterion: str
@@ -50,6 +52,8 @@ class InitialLoss:
     favoured: int
     penalty: float
     batches: int
+    positions: int = 1
+    labels: int = 0
 
     @property
     def ratio(self) -> float:
@@ -127,53 +131,10 @@ class _Group:
         spread = sum(self.spreads) / len(self.spreads)
         constant = sum(constants) / len(constants)
         favoured = _outlier(torch.stack(self.means).mean(0)) if self.kind == "classes" else -1
-        return _result(self.name, self.values, self.uniform, constant, self.classes, spread, favoured, penalty)
-
-
-def unnormalised(calls: Sequence[Criterion], spread: float) -> str:
-    """Mean and standard deviation of the targets of a regression, if these are far from 0, or large; else empty.
-
-    Args:
-        calls: Of one loss function.
-        spread: Standard deviation of the outputs: targets are not large for a network that scales its outputs.
-    """
-    if calls[0].kind not in ("squares", "absolute"):
-        return ""
-    targets = torch.cat([call.targets.detach().float().flatten() for call in calls])
-    mean, deviation = float(targets.mean()), float(targets.std(correction=0))
-    if abs(mean) <= FAR_OFF * deviation and deviation <= LARGE * max(1.0, spread):
-        return ""
-    return f"mean {mean:.3g} and standard deviation {deviation:.3g}"
-
-
-def constant_of(calls: Sequence[Criterion]) -> Tensor:
-    """The constant output that fits the targets of a criterion best: logits, or a prediction.
-
-    Args:
-        calls: Of the same loss function, with outputs of the same kind.
-    """
-    kind, classes = calls[0].kind, calls[0].classes
-    if kind == "classes":
-        counts = torch.stack([_class_weights(call) for call in calls]).sum(0)
-        smoothing = calls[0].arguments.get("label_smoothing", 0.0)
-        share = counts / counts.sum().clamp(min=1e-30)
-        logits: Tensor = ((1 - smoothing) * share + smoothing / classes).clamp(min=1e-12).log()
-        return logits
-    rows = [call.targets.float() for call in calls]
-    columns = all(row.dim() == 2 and row.shape[1] == rows[0].shape[1] for row in rows)
-    values = torch.cat(rows) if columns else torch.cat([row.flatten() for row in rows])
-    if kind == "absolute":
-        median: Tensor = values.median(0).values
-        return median
-    mean = values.mean(0)
-    if kind == "squares":
-        return mean
-    heavier = calls[0].arguments.get("pos_weight")
-    if heavier is not None:
-        heavier = heavier.float().flatten()
-        weight = heavier if heavier.numel() == mean.numel() else heavier.mean()
-        mean = weight * mean / (weight * mean + 1 - mean)
-    return mean.clamp(1e-6, 1 - 1e-6).logit()
+        result = _result(self.name, self.values, self.uniform, constant, self.classes, spread, favoured, penalty)
+        first = self.calls[0][0]
+        labels = sum(call.positions for batch in self.calls for call in batch)
+        return replace(result, positions=max(1, first.positions // max(1, len(first.outputs))), labels=labels)
 
 
 def _outlier(values: Tensor) -> int:
@@ -194,17 +155,6 @@ def _by_its_values(call: Criterion) -> str:
         if 0.1 < float((rows == 0).float().mean()) < 0.95:
             return "relu"
     return ""
-
-
-def _class_weights(call: Criterion) -> Tensor:
-    """Weight of each class among the targets."""
-    weight = call.arguments.get("weight")
-    ones = torch.ones(call.classes, device=call.targets.device) if weight is None else weight.float()
-    if call.targets.is_floating_point():
-        return ones * call.targets.float().movedim(1 if call.targets.dim() > 1 else 0, -1).reshape(
-            -1, call.classes
-        ).sum(0)
-    return ones * torch.bincount(call.targets[call.valid].flatten(), minlength=call.classes).float()
 
 
 def _result(
@@ -350,6 +300,8 @@ class InitialLossRule:
         for key, result in judged.items():
             group = self._groups[key]
             call = group.calls[0][0]
+            if say.broadcast(group) or say.padded(group):
+                continue
             if not say.squashed(group, result) and call.reduction == "sum" and call.positions > 1 and summed:
                 say.summed(result, call.positions)
             say.sorted(group) or say.off_centre(group, result)
@@ -357,16 +309,11 @@ class InitialLossRule:
         large = max((size for _, size in self._inputs), default=0.0)
         for result in results:
             told = (self.expectations and result.criterion != "loss") or say.far(result, large, named)
-            if not told and not named:
-                say.imbalanced(result) or say.as_expected(result)
+            if not named and not say.imbalanced(result) and not told:
+                say.as_expected(result)
         for key, result in judged.items():
             say.dead(self._groups[key], result)
         return say.findings
-
-
-def _commonest(labels: Tensor) -> float:
-    """Share of the most frequent label."""
-    return float(torch.unique(labels, return_counts=True)[1].max()) / len(labels)
 
 
 class _Say:
@@ -492,14 +439,32 @@ class _Say:
         message = f"The loss is {times}: {result.text} (z = {result.z:.1f}); {cause}."
         return self("initial loss high", severity, message, advice, result)
 
+    def broadcast(self, group: _Group) -> bool:
+        call = group.calls[0][0]
+        outputs, targets = tuple(call.outputs.shape), tuple(call.targets.shape)
+        if group.kind not in ("squares", "absolute") or fit(outputs, targets):
+            return False
+        message = f"{group.name} of outputs {outputs} and targets {targets} compares them with others than their own."
+        return self("targets broadcast", "error", message, "Give both the same shape: targets.view_as(outputs).")
+
+    def padded(self, group: _Group) -> bool:
+        share, label = padding([call.targets for batch in group.whole_batches for call in batch])
+        if share < PADDED or label == group.calls[0][0].arguments.get("ignore_index"):
+            return False
+        message = (
+            f"{share:.0%} of the targets are {label}, in runs to the end of their rows and nowhere else: padding, which"
+            " the loss counts."
+        )
+        return self("padding counted", "warning", message, f"Leave it out: ignore_index={label}.")
+
     def sorted(self, group: _Group) -> bool:
         labels = [torch.cat([call.targets[call.valid] for call in batch]) for batch in group.whole_batches]
         several = [each for each in labels if len(each) >= 8]
         if len(several) < 5:
             return False
-        pure = sum(_commonest(each) for each in several) / len(several)
+        pure = sum(commonest(each) for each in several) / len(several)
         every = torch.cat(several)
-        if pure < 1 and (pure < PURE or _commonest(every) > PURE / 2):
+        if pure < 1 and (pure < PURE or commonest(every) > PURE / 2):
             return False
         message = (
             f"{pure:.0%} of the labels in each of the first {len(several)} batches are of a single class"
@@ -516,7 +481,9 @@ class _Say:
         return self("targets not normalised", "info", message, advice, result)
 
     def imbalanced(self, result: InitialLoss) -> bool:
-        if not result.classes or result.constant > 0.8 * result.uniform or result.loss < 1.1 * result.constant:
+        few = (result.classes - 1) / (2 * max(1, result.labels))  # by which the entropy of so many labels is too low
+        rare = result.constant + few < 0.8 * result.uniform and result.loss > 1.1 * result.constant
+        if not result.classes or not rare or (result.classes > 2 and result.positions > 1):  # as it is in language
             return False
         message = f"The classes are not equally frequent, which the network has to learn first: {result.text}."
         advice = "Start the bias of the head at the log of the class prior, and the first updates are not spent on it."

@@ -1,188 +1,23 @@
 """Whether a network can learn a handful of examples by heart, and if not, why."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_recipes.core.criteria import Criterion
 from lightning_recipes.core.dependence import Dependence
 from lightning_recipes.core.findings import Finding
-from lightning_recipes.core.initial_loss import APPLIED_TWICE, SQUASHED, constant_of, unnormalised
+from lightning_recipes.core.fits import LEARNT, STUCK, Fit, flipped, helps
+from lightning_recipes.core.initial_loss import APPLIED_TWICE, SQUASHED
 from lightning_recipes.core.repeats import Repeats
 
 RECIPE = "Karpathy, A recipe for training neural networks, 2019: http://karpathy.github.io/2019/04/25/recipe/"
-LEARNT = 0.03  # of the loss of the best constant output
-STUCK = 0.5  # of it: a training that is still above has learnt next to nothing
-STILL = 0.9  # of what it was at two thirds: a training above does not get any further
-RISEN = 1.5  # times the loss of the best constant output, while what is trained falls
 SHOT_UP = 10.0  # excess after which a sample that is learnt in the end is worth a word
-UNSTABLE = 2.0  # excess that no training at a learning rate in order gets to, once it has begun
-FACTORS = (10.0, 0.1, 100.0, 0.01)  # of the learning rate
-
-
-class _Group:
-    """A loss function for outputs of one shape: its value at the start, and the least and the constant one."""
-
-    def __init__(self, calls: list[Criterion], least: float) -> None:
-        self.start = _mean(calls)
-        prior = constant_of(calls)
-        constant = sum(float(call.at(prior)) for call in calls) / len(calls)
-        self.least = sum(_floor(call) for call in calls) / len(calls)
-        if calls[0].kind == "classes" and calls[0].reduction != "sum":
-            self.least = max(self.least, least)
-        regression = calls[0].kind in ("squares", "absolute")
-        self.one_label = constant - self.least <= (1e-9 if regression else 1e-3) * max(abs(self.start), abs(constant))
-        outputs = torch.cat([call.outputs.detach().float().flatten() for call in calls])
-        self.far = bool(unnormalised(calls, float(outputs.std(correction=0)))) and self.start > constant
-        self.reference = min(constant, self.start) if self.start > self.least else constant
-
-    def excess(self, calls: list[Criterion]) -> float:
-        return (_mean(calls) - self.least) / max(self.reference - self.least, 1e-12)
-
-
-def _mean(calls: list[Criterion]) -> float:
-    return sum(call.mean for call in calls) / len(calls)
-
-
-def _floor(call: Criterion) -> float:
-    """What the criterion is at least: above 0 with soft targets or label smoothing."""
-    if call.kind not in ("classes", "binary"):
-        return 0.0
-    smoothing = call.arguments.get("label_smoothing", 0.0)
-    if not smoothing and not call.targets.is_floating_point():
-        return 0.0
-    targets = call.targets
-    if call.kind == "binary":
-        soft = targets.float().clamp(1e-6, 1 - 1e-6)
-        return float(call.value_at(soft.logit() if call.name.endswith("logits") else soft))
-    dim = 1 if call.outputs.dim() > 1 else 0
-    if not targets.is_floating_point():
-        hard = targets.clamp(min=0, max=call.classes - 1)
-        targets = torch.nn.functional.one_hot(hard, call.classes).float().movedim(-1, dim)
-    soft = (1 - smoothing) * targets.float() + smoothing / call.classes
-    return float(call.value_at(soft.clamp(min=1e-12).log()))
-
-
-class FitRule:
-    """Follows one training on a fixed sample, and says when it is over.
-
-    The excess of a criterion is its value above the least possible one (label smoothing, soft targets, equal inputs
-    with different targets), over that of the best constant output: 1 is what can be had without looking at the input, 0
-    is learnt by heart. Of several criteria the greatest counts. Of a loss that nobody knows it is the loss over the
-    first one.
-
-    Args:
-        least_loss: Of criteria for classes, because of inputs that are the same.
-
-    Example:
-        >>> rule = FitRule()
-        >>> [rule.update(loss, []) for loss in (2.0, 1.0, 0.05)]
-        [False, False, True]
-        >>> rule.excess, rule.known
-        (0.025, False)
-    """
-
-    def __init__(self, least_loss: float = 0.0) -> None:
-        self.curve: list[float] = []
-        self.losses: list[float] = []
-        self.beyond = 0.0
-        self.known = self.one_label = self.far = False
-        self._least = least_loss
-        self._groups: dict[str, _Group] = {}
-
-    def measure(self, loss: float, criteria: Sequence[Criterion]) -> float:
-        """The excess of an update's batches; the first ones set the scale.
-
-        Args:
-            loss: Mean of what the training step returned; NaN if it returns nothing.
-            criteria: That it is made of.
-        """
-        calls: dict[str, list[Criterion]] = {}
-        for call in criteria:
-            if call.positions:
-                calls.setdefault(f"{call.name} {tuple(call.outputs.shape[1:])}", []).append(call)
-        if not self._groups and not self.losses:
-            self._groups = {key: _Group(same, self._least) for key, same in calls.items()}
-            self.one_label = bool(self._groups) and all(group.one_label for group in self._groups.values())
-            self.far = any(group.far for group in self._groups.values())
-            self.known = bool(self._groups)
-        self.losses.append(loss)
-        if not self.known:
-            return loss / self.losses[0] if self.losses[0] > 0 else math.nan
-        excesses = [
-            group.excess(calls[key]) for key, group in self._groups.items() if key in calls and not group.one_label
-        ]
-        return max(excesses, default=0.0, key=lambda value: (math.isnan(value), value))
-
-    def follow(self, excess: float) -> bool:
-        """Take the excess of an update, the mean over all ranks; return whether the training is over."""
-        self.curve.append(excess)
-        hopeless = len(self.curve) > 50 and min(self.curve[-40:]) > 20
-        return self.learnt or hopeless or (not math.isfinite(excess) and self.known)
-
-    def update(self, loss: float, criteria: Sequence[Criterion]) -> bool:
-        """Both."""
-        return self.follow(self.measure(loss, criteria))
-
-    @property
-    def excess(self) -> float:
-        """At the end: the median of the last five; infinite if it is no number."""
-        last = self.curve[-1:] if self.learnt else self.curve[-5:]
-        if not last or not all(map(math.isfinite, last)):
-            return math.inf
-        return sorted(last)[len(last) // 2]
-
-    @property
-    def learnt(self) -> bool:
-        """Whether the sample has been learnt."""
-        return bool(self.curve) and self.curve[-1] <= LEARNT
-
-    @property
-    def stuck(self) -> bool:
-        """Whether it has learnt next to nothing, or does not get any further."""
-        if self.excess > STUCK:
-            return True
-        third = len(self.curve) // 3
-        middle = self.curve[2 * third - 5 : 2 * third]
-        return len(middle) == 5 and self.excess > STILL * sorted(middle)[2] and self.excess > 0.1
-
-
-@dataclass(frozen=True)
-class Fit:
-    """One training on the sample.
-
-    Args:
-        factor: Of the learning rate.
-        steps: Updates.
-        excess: At the end, as :class:`FitRule` has it.
-        learnt: Whether the sample has been learnt.
-        stuck: Whether it would not have been with more updates, as far as can be told.
-        first_loss: That the training step returned at first; NaN if it returns none.
-        last_loss: At the end.
-        first_excess: Before the first update.
-        most_excess: After it.
-    """
-
-    factor: float
-    steps: int
-    excess: float
-    learnt: bool
-    stuck: bool
-    first_loss: float = math.nan
-    last_loss: float = math.nan
-    first_excess: float = 1.0
-    most_excess: float = 1.0
-
-
-def fit_of(rule: FitRule, factor: float) -> Fit:
-    """What a rule has followed."""
-    most = max((value if math.isfinite(value) else math.inf for value in rule.curve[1:]), default=rule.curve[0])
-    ends = rule.losses[0], rule.losses[-1], rule.curve[0], most
-    return Fit(factor, len(rule.curve), rule.excess, rule.learnt, rule.stuck, *ends)
+SHRINKS = 0.01  # of the weights, by which weight decay shrinks them in an update: no training in order comes near
 
 
 @dataclass
@@ -199,10 +34,14 @@ class Symptoms:
         frozen: Those that do not.
         unowned: Names of trainable parameters that no optimizer has.
         without_gradient: Of those that an optimizer has, and that never had a gradient other than 0.
+        zeros: Of these, matrices that start at 0.
         unmoved: Of those that had one, and stayed what they were.
         asleep: BatchNorm and dropout layers that the step leaves in evaluation mode, beside weights that are trained.
         awake: Whether there are others that are in training mode.
         repeats: Training examples that are validation examples, too.
+        shrinks: By how much weight decay shrinks the weights in an update, at most, as a share.
+        alone: Excess in evaluation mode, of a sample of several batches that has been learnt in training mode with
+            BatchNorm and no running mean that lags; NaN of any other.
         carried: Whether gradients were used that an update before had used.
         batch_norm: Whether the network has BatchNorm.
         activation: Name of what the logits come out of.
@@ -220,10 +59,13 @@ class Symptoms:
     frozen: int = 0
     unowned: list[str] = field(default_factory=list)
     without_gradient: list[str] = field(default_factory=list)
+    zeros: list[str] = field(default_factory=list)
     unmoved: list[str] = field(default_factory=list)
     asleep: list[str] = field(default_factory=list)
     awake: bool = False
     repeats: Repeats = field(default_factory=Repeats)
+    shrinks: float = 0.0
+    alone: float = math.nan
     carried: bool = False
     batch_norm: bool = False
     activation: str = ""
@@ -239,30 +81,6 @@ class Symptoms:
             return True
         causes = (self.unowned, self.carried, self.activation, self.one_label, self.far, not found.used, found.alike)
         return any(map(bool, causes))
-
-
-def flipped(fits: Sequence[Fit]) -> bool:
-    """Whether what is trained falls while the criterion rises."""
-    first = fits[0]
-    return first.excess > RISEN * max(1.0, first.first_excess) and first.last_loss < first.first_loss - 0.1 * abs(
-        first.first_loss
-    )
-
-
-def other_factors(first: Fit) -> tuple[float, ...]:
-    """Learning rates to try after a failure, the likelier ones first."""
-    up, down, far_up, far_down = FACTORS
-    return (down, far_down, up) if unstable(first) else (up, far_up, down)
-
-
-def unstable(fit: Fit) -> bool:
-    """Whether the loss has shot up."""
-    return not fit.most_excess <= UNSTABLE * max(1.0, fit.first_excess)
-
-
-def helps(other: Fit, first: Fit) -> bool:
-    """Whether a training got clearly further than another."""
-    return other.learnt or other.excess < 0.5 * first.excess
 
 
 def judge(fits: Sequence[Fit], seen: Symptoms, step: int = 0) -> list[Finding]:
@@ -383,6 +201,21 @@ class _Judge:
                 f"{seen.repeats.found} of {seen.repeats.examples} training examples are validation examples, too.",
                 "Split before anything is repeated or augmented: validation says nothing about data that were learnt.",
             )
+        if seen.shrinks > SHRINKS:
+            self.say(
+                "weight decay too large",
+                "warning",
+                f"Weight decay alone halves the weights every {math.ceil(math.log(2) / seen.shrinks):,} updates.",
+                "Divide it by 10, then by 100; with SGD a learning rate times a weight decay of 1e-6 to 1e-4 is usual.",
+            )
+        if seen.alone > STUCK:
+            self.say(
+                "evaluation mode differs",
+                "warning",
+                f"What is learnt in training mode ({self.first.excess:.0%} left) is lost in evaluation mode"
+                f" ({seen.alone:.0%} of the loss of a constant output): BatchNorm sees too few examples in a batch.",
+                "Use larger batches, or GroupNorm or LayerNorm.",
+            )
         if seen.asleep:
             self.say(
                 "evaluation mode in training",
@@ -395,12 +228,15 @@ class _Judge:
     def _parameters(self) -> None:
         seen = self.seen
         if seen.without_gradient:
-            blind = seen.dependence.alike or not seen.dependence.used
+            blind = (seen.dependence.alike or not seen.dependence.used) and not seen.zeros
             self.say(
                 "no gradient",
                 "info" if self.first.learnt or self._expected or blind else "warning",
-                f"{_names(seen.without_gradient)} never had a gradient other than 0.",
-                "Fine if they are not used in training; else look for detach, no_grad, dead units or a frozen part.",
+                f"{_names(seen.without_gradient)} never had a gradient other than 0"
+                + (f"; {_names(seen.zeros)} start at 0." if seen.zeros else "."),
+                "Start them with random numbers: of two layers at 0 neither ever has a gradient."
+                if seen.zeros
+                else "Fine if they are not used in training; else look for detach, no_grad, dead units, a frozen part.",
             )
         if seen.unmoved:
             self.say(
@@ -572,6 +408,25 @@ def _names(names: Sequence[str], kind: str = "parameters") -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more {kind}"
 
 
+def shrinks(optimizer: Optimizer, group: Mapping[str, Any], learning_rate: float) -> float:
+    """By how much weight decay shrinks the weights in an update, as a share: where the optimizer has it do just that.
+
+    Args:
+        optimizer: SGD, whose momentum adds to it, or AdamW; 0 of any other.
+        group: One of its parameter groups.
+        learning_rate: Of the group.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1, momentum=0.9, weight_decay=0.01)
+        >>> round(shrinks(optimizer, optimizer.param_groups[0], 0.1), 3)
+        0.01
+    """
+    decay = learning_rate * float(group["weight_decay"])
+    if isinstance(optimizer, torch.optim.SGD):
+        return decay / (1 - min(float(group["momentum"]), 0.99))
+    return decay if isinstance(optimizer, torch.optim.AdamW) else 0.0
+
+
 def activation_of(criteria: Sequence[Criterion]) -> str:
     """What the logits of a criterion come out of, if that keeps the loss from 0."""
     for call in criteria:
@@ -579,9 +434,3 @@ def activation_of(criteria: Sequence[Criterion]) -> str:
         if call.activation in SQUASHED and (call.name == "cross_entropy" or twice):
             return call.activation
     return ""
-
-
-def mean_loss(losses: Sequence[Tensor | None]) -> float:
-    """Of what the training step returned, NaN if it returned nothing."""
-    there = [loss for loss in losses if loss is not None]
-    return sum(float(loss.detach()) for loss in there) / len(there) if there else math.nan

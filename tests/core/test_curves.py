@@ -174,6 +174,18 @@ def test_a_short_run_that_still_falls() -> None:
         assert "best at the end" not in rules_of(other)
 
 
+def test_a_training_loss_that_stays_far_above_validation() -> None:
+    rule = trained(
+        lambda share: 1.6 + 0.7 * math.exp(-20 * share), 0.1, rate=lambda share: 1 - share,
+        validation=lambda share: 0.5 + 1.8 * math.exp(-10 * share),
+    )  # fmt: skip
+    (finding,) = rule.findings()
+    assert (finding.rule, finding.severity) == ("training loss above validation", "info")
+    assert finding.evidence["above"] == pytest.approx(1.1, abs=0.1)
+    dropout = trained(learned, 0.1, rate=lambda share: 1 - share, validation=lambda share: learned(share) - 0.2)
+    assert rules_of(dropout) == []
+
+
 def test_a_validation_that_shows_nothing_of_what_is_learned() -> None:
     def falls(share: float) -> float:
         return 0.1 + 2.2 * math.exp(-5 * share)

@@ -1,5 +1,6 @@
 import itertools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightning_recipes.core.criteria import Watch
-from lightning_recipes.core.initial_loss import InitialLossRule, constant_of
+from lightning_recipes.core.initial_loss import InitialLossRule
 
 CHANCE = torch.Generator()
 
@@ -123,6 +124,53 @@ def test_outputs_that_are_no_classes(loss: Any, targets: Any, more: Any, first: 
     assert rules(judge(loss, targets, outputs=4, **more))[0] == first
 
 
+def test_rare_classes_are_told_beside_a_loss_that_starts_high() -> None:
+    said = rules(judge(CROSS, rare, outputs=2, shift=torch.tensor([-0.5, 0.0])))
+    assert said[:2] == [("initial loss high", "info"), ("imbalanced classes", "info")]
+
+
+def test_targets_of_another_shape_are_broadcast() -> None:
+    for loss in (functional.mse_loss, functional.l1_loss):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns, too
+            found = rules(judge(loss, lambda: normal()[:, 0], outputs=1))
+        assert found[0] == ("targets broadcast", "error")
+    assert rules(judge(lambda o, t: functional.mse_loss(o[:, 0], t), lambda: normal()[:, 0], outputs=1))[0][1] == "info"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        one_for_all = rules(judge(lambda o, _: functional.mse_loss(o, torch.ones(1)), normal, outputs=1))
+    assert "targets broadcast" not in dict(one_for_all)
+
+
+def sequences(lengths: tuple[int, int], padding: int) -> Callable[[], Tensor]:
+    """Rows of 12 labels, filled up."""
+
+    def make() -> Tensor:
+        labels = torch.randint(10, (64, 12), generator=CHANCE)
+        ends = torch.randint(*lengths, (64, 1), generator=CHANCE)
+        return torch.where(torch.arange(12) < ends, labels, padding)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("targets", "ignored", "told"),
+    [
+        (sequences((2, 12), 10), -100, True),
+        (sequences((2, 12), 10), 10, False),  # as it should be
+        (sequences((2, 12), 3), -100, False),  # is a label, too
+        (sequences((12, 13), 10), -100, False),  # nothing to fill up
+        (sequences((11, 12), 10), -100, False),  # the end of a text, once
+    ],
+)
+def test_padding_that_the_loss_counts(targets: Callable[[], Tensor], ignored: int, told: bool) -> None:
+    def loss(outputs: Tensor, wanted: Tensor) -> Tensor:
+        logits = outputs[:, :, None].expand(-1, -1, 12)
+        return CROSS(logits, wanted, ignore_index=ignored)
+
+    assert (("padding counted", "warning") in rules(judge(loss, targets, outputs=11))) == told
+
+
 def test_the_expectation_the_prior_and_the_interval_are_those_of_the_definition() -> None:
     rule = judge(CROSS, classes(3), outputs=3)
     CHANCE.manual_seed(0)
@@ -171,26 +219,3 @@ def test_outputs_that_are_all_alike_are_told() -> None:
 def test_inputs_that_are_not_finite_are_told() -> None:
     rule = judge(lambda o, t: CROSS(o, t) * math.nan, classes(), inputs=math.inf)
     assert "the inputs have NaN" in rule.findings()[0].message
-
-
-@pytest.mark.parametrize(
-    ("loss", "targets", "expected"),
-    [
-        (functional.l1_loss, torch.tensor([[0.0], [1.0], [10.0]]), [1.0]),
-        (functional.mse_loss, torch.tensor([[0.0], [1.0], [11.0]]), [4.0]),
-        (binary, torch.tensor([[1.0], [1.0], [0.0]]), [math.log(2)]),
-        (
-            lambda o, t: functional.binary_cross_entropy_with_logits(o, t, pos_weight=torch.tensor(3.0)),
-            torch.tensor([[1.0], [0.0]]),
-            [math.log(3)],
-        ),
-    ],
-)
-def test_the_best_constant_output(loss: Any, targets: Tensor, expected: list[float]) -> None:
-    with Watch() as watch:
-        loss(torch.zeros(len(targets), 1).requires_grad_(), targets)
-    best = constant_of(watch.seen)
-    assert best.tolist() == pytest.approx(expected, rel=1e-5)
-    call = watch.seen[0]
-    for other in (best - 0.01, best + 0.01):
-        assert call.at(best) <= call.at(other)

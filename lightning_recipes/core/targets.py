@@ -1,0 +1,93 @@
+"""What the targets of a training say by themselves: their best constant prediction, their scale, padding among them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_recipes.core.criteria import Criterion
+
+LARGE = 10.0  # root mean square of inputs, or standard deviation of targets, that nobody has normalised
+FAR_OFF = 3.0  # standard deviations of the targets that their mean is from 0
+
+
+def constant_of(calls: Sequence[Criterion]) -> Tensor:
+    """The constant output that fits the targets of a criterion best: logits, or a prediction.
+
+    Args:
+        calls: Of the same loss function, with outputs of the same kind.
+    """
+    kind, classes = calls[0].kind, calls[0].classes
+    if kind == "classes":
+        counts = torch.stack([_class_weights(call) for call in calls]).sum(0)
+        smoothing = calls[0].arguments.get("label_smoothing", 0.0)
+        share = counts / counts.sum().clamp(min=1e-30)
+        logits: Tensor = ((1 - smoothing) * share + smoothing / classes).clamp(min=1e-12).log()
+        return logits
+    rows = [call.targets.float() for call in calls]
+    columns = all(row.dim() == 2 and row.shape[1] == rows[0].shape[1] for row in rows)
+    values = torch.cat(rows) if columns else torch.cat([row.flatten() for row in rows])
+    if kind == "absolute":
+        median: Tensor = values.median(0).values
+        return median
+    mean = values.mean(0)
+    if kind == "squares":
+        return mean
+    heavier = calls[0].arguments.get("pos_weight")
+    if heavier is not None:
+        heavier = heavier.float().flatten()
+        weight = heavier if heavier.numel() == mean.numel() else heavier.mean()
+        mean = weight * mean / (weight * mean + 1 - mean)
+    return mean.clamp(1e-6, 1 - 1e-6).logit()
+
+
+def _class_weights(call: Criterion) -> Tensor:
+    """Weight of each class among the targets."""
+    weight = call.arguments.get("weight")
+    ones = torch.ones(call.classes, device=call.targets.device) if weight is None else weight.float()
+    if call.targets.is_floating_point():
+        return ones * call.targets.float().movedim(1 if call.targets.dim() > 1 else 0, -1).reshape(
+            -1, call.classes
+        ).sum(0)
+    return ones * torch.bincount(call.targets[call.valid].flatten(), minlength=call.classes).float()
+
+
+def unnormalised(calls: Sequence[Criterion], spread: float) -> str:
+    """Mean and standard deviation of the targets of a regression, if these are far from 0, or large; else empty.
+
+    Args:
+        calls: Of one loss function.
+        spread: Standard deviation of the outputs: targets are not large for a network that scales its outputs.
+    """
+    if calls[0].kind not in ("squares", "absolute"):
+        return ""
+    targets = torch.cat([call.targets.detach().float().flatten() for call in calls])
+    mean, deviation = float(targets.mean()), float(targets.std(correction=0))
+    if abs(mean) <= FAR_OFF * deviation and deviation <= LARGE * max(1.0, spread):
+        return ""
+    return f"mean {mean:.3g} and standard deviation {deviation:.3g}"
+
+
+def padding(targets: Sequence[Tensor]) -> tuple[float, int]:
+    """Share of the targets that are of the class that rows end with, if all of that class are there; and the class."""
+    if not targets or any(each.dim() != 2 or each.shape[1] < 2 for each in targets):
+        return 0.0, -1
+    last = torch.cat([each[:, -1].cpu() for each in targets])
+    label = int(last.mode().values)
+    is_label = [each.cpu() == label for each in targets]
+    trailing = [each.flip(1).cummin(1).values.flip(1) for each in is_label]  # to the end of the row
+    found, at_the_end = (sum(int(each.sum()) for each in masks) for masks in (is_label, trailing))
+    if found > at_the_end or found < 2 * int((last == label).sum()):
+        return 0.0, label
+    return found / sum(each.numel() for each in targets), label
+
+
+def fit(outputs: Sequence[int], targets: Sequence[int]) -> bool:
+    """Whether each output has one target: of its place, or one that several share."""
+    spread = (1,) * (len(outputs) - len(targets)) + tuple(targets)
+    return len(spread) == len(outputs) and all(b in (1, a) for a, b in zip(outputs, spread, strict=True))
+
+
+def commonest(labels: Tensor) -> float:
+    """Share of the most frequent label."""
+    return float(torch.unique(labels, return_counts=True)[1].max()) / len(labels)
