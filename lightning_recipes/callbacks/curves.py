@@ -1,7 +1,7 @@
 """The curves of a training, drawn and read."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_recipes.callbacks.measuring import index_of, mean_over_ranks
 from lightning_recipes.callbacks.telling import show, tell
-from lightning_recipes.core.curves import CurvesRule, training_mode_in_validation
+from lightning_recipes.core.curves import CS231N, CurvesRule
 from lightning_recipes.core.early_stopping import EarlyStoppingRule, reading
 from lightning_recipes.core.findings import Finding
 
@@ -37,11 +37,12 @@ class LearningCurves(pl.Callback):
 
     At the end of fit it tells, each as a finding with the measured numbers: the loss diverged, does not fall, rises,
     falls too slowly, or fell fast and then stayed (at a constant rate); a decay of the learning rate that came too
-    early; overfitting and since when; a best check in the first tenth or the last quarter; a validation that jumps
-    from check to check; a pattern that all epochs share (data that are not shuffled); and, if ``target_loss`` says
-    what would be good, underfitting. Where the noise does not allow it nothing is said, and nothing of a run of fewer
-    than 100 batches; what an :class:`~lightning_recipes.EarlyStopping` beside it tells is left to that one.
-    :meth:`findings` has the same at any moment.
+    early; overfitting and since when; a best check in the first tenth or the last quarter, or a run of few checks that
+    still falls; a validation that never improves, or jumps from check to check; a training loss far above it; a pattern
+    that all epochs share (data that are not shuffled); and, if ``target_loss`` says what would be good, underfitting.
+    At the first validation it tells of layers that are left in training mode. Where the noise does not allow it nothing
+    is said, and nothing of a run of fewer than 100 batches; what an :class:`~lightning_recipes.EarlyStopping` beside it
+    tells is left to that one. :meth:`findings` has the same at any moment.
 
     Shows the figure ``learning_curves`` after 1,000 batches, whenever their number has doubled, and at the end: in
     TensorBoard, or as PNG beside the logs (needs the extra ``plots``).
@@ -158,7 +159,7 @@ class LearningCurves(pl.Callback):
         self._looked_at_modes = True
         awake = [name for name, module in pl_module.named_modules() if module.training and _depends_on_mode(module)]
         if awake:
-            tell(trainer, training_mode_in_validation(awake, trainer.global_step))
+            tell(trainer, _training_mode(awake, trainer.global_step))
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -229,6 +230,20 @@ def _depends_on_mode(module: nn.Module) -> bool:
     """Whether a module does something else in training mode."""
     drops = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
     return drops or isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def _training_mode(layers: Sequence[str], step: int) -> Finding:
+    """Layers that are in training mode while the validation is measured."""
+    shown = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
+    return Finding(
+        "training mode in validation",
+        "warning",
+        f"In validation layers are in training mode ({shown}): dropout drops, BatchNorm follows the validation data.",
+        "Call eval() before validation, or leave the modes to the Trainer.",
+        step,
+        {"layers": len(layers)},
+        CS231N,
+    )
 
 
 def _doublings(batches: int) -> int:

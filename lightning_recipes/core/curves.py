@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -165,15 +165,15 @@ class Reading:
         self.spread = statistics.median(spreads) if spreads else noise_of(self.means)
         tenth = max(1, len(self.means) // 10)
         self.start = rule.first[0] if rule.first else math.nan
+        self.first = statistics.fmean(rule.first) if rule.first else math.nan
         self.end = statistics.median(self.means[-tenth:]) if self.means else math.nan
 
     @property
     def fall(self) -> float:
         """From the start to the lowest level of either curve: the scale of this training, whatever its loss."""
         checks = [value for value in self.rule.checks.values if math.isfinite(value)]
-        train = [] if math.isnan(self.start) else [self.start]
-        lowest = min([*checks, *(self.end for _ in train)], default=math.nan)
-        return max([*checks[:1], *train], default=math.nan) - lowest
+        train = [] if math.isnan(self.start) else [self.start, self.end]
+        return max([*checks[:1], *train[:1]], default=math.nan) - min([*checks, *train[1:]], default=math.nan)
 
     def others(self) -> Iterable[Finding]:
         """All readings of a training that has not diverged."""
@@ -182,12 +182,11 @@ class Reading:
         if self.readable:
             mine += [self.does_not_fall, self.falls_too_slowly, self.decayed_too_early, self.periodic]
             mine += [self.underfits, self.learns_less, self.flat]
-        found = [finding for finding in (look() for look in mine) if finding is not None]
+        found = [*filter(None, (look() for look in mine))]
         rules = {finding.rule for finding in found}
         if of_checks is not None and not (of_checks.rule == "best at the end" and "falls too slowly" in rules):
             found.append(of_checks)
-        order = {"warning": 0, "info": 1}
-        return sorted(found, key=lambda finding: order[finding.severity])
+        return sorted(found, key=lambda finding: finding.severity == "info")
 
     def found(
         self, rule: str, severity: Any, message: str, advice: str, source: str = CS231N, **evidence: Any
@@ -204,7 +203,8 @@ class Reading:
             message = f"The training loss has not been finite since step {rule.lost_at:,}."
             return self.found("diverged", "error", message, advice, PLAYBOOK, since=rule.lost_at)
         if checks.values and math.isinf(checks.values[-1]):
-            message = f"{self.monitor} is not finite since step {_since(checks.values, checks.steps):,}."
+            since = 1 + max((at for at, value in enumerate(checks.values) if math.isfinite(value)), default=-1)
+            message = f"{self.monitor} is not finite since step {checks.steps[since]:,}."
             return self.found("diverged", "error", message, advice, PLAYBOOK)
         if not self.readable:
             return None
@@ -226,11 +226,10 @@ class Reading:
 
     def does_not_fall(self) -> Finding | None:
         """Nothing was learned, and that is sure."""
-        line = trend(self.means)
-        first = statistics.fmean(self.rule.first)
+        line, first = trend(self.means), self.first
         error = quantile(FIRST, BEYOND) * self.spread / math.sqrt(FIRST)
         changed = max(abs(first - self.end) + error, abs(line.change) + line.error)
-        if len(self.means) < 2 * BLOCKS or changed > STUCK * abs(first) or abs(first - self.end) > self.spread:
+        if changed > STUCK * abs(first) or abs(first - self.end) > self.spread:
             return None
         return self.found(
             "training loss does not fall",
@@ -249,10 +248,9 @@ class Reading:
         if len(means) < 4 * BLOCKS:
             return None
         middle, tenth = len(means) // 2, max(2, len(means) // 20)
-        first = statistics.fmean(self.rule.first) if top == 0 else means[0]
+        first = self.first if top == 0 else means[0]
         around = trend(means[middle - 2 * tenth : middle + 2 * tenth])
-        last = trend(means[-4 * tenth :])
-        line = trend(means[middle:])
+        last, line = trend(means[-4 * tenth :]), trend(means[middle:])
         early, late = first - around.level, around.level - (last.level + last.change / 2)
         error = abs(around.error) / 2 + abs(last.error) / 2 + 2 * self.spread / math.sqrt(FIRST)
         if not line.falls or not last.falls or late - error < SLOW * (early + error) or late <= 0:
@@ -303,11 +301,9 @@ class Reading:
         return next(filter(None, (self._lost_by(*decay) for decay in self._decays())), None)
 
     def _decays(self) -> Iterable[tuple[int, int, int]]:
-        """Places at which a constant rate drops, or all that comes is below a hundredth of the highest: each with the
-        start of the stretch before it and of the one after it.
-        """
-        window, rates, last = max(1, len(self.rates) // 20), self.rates, len(self.rates) - 2 * BLOCKS
-        for at in range(2 * BLOCKS, last):
+        """Where a constant rate drops, or stays below a hundredth of the highest; with what lies before and after."""
+        window, rates = max(1, len(self.rates) // 20), self.rates
+        for at in range(2 * BLOCKS, len(rates) - 2 * BLOCKS):
             dropped = 0 < rates[at - 1] >= DROP * rates[at + window] and rates[at] < 0.99 * rates[at - 1]
             if dropped and max(rates[at // 2 : at]) <= 1.3 * min(rates[at // 2 : at]):
                 yield at // 2, at, at + window
@@ -383,8 +379,7 @@ class Reading:
             levels = [statistics.fmean(self.means[end - size + 1 : end + 1]) for end in ends]
             finding = rise(levels, [self.bins[end].last for end in ends]) if self.readable else None
         if finding is not None and finding.rule == "training loss rises" and self.rates:
-            at = float(finding.evidence["lowest_step"])
-            lowest = min(range(len(self.bins)), key=lambda place: abs(self.bins[place].last - at))
+            lowest = sum(each.last < float(finding.evidence["lowest_step"]) for each in self.bins[:-1])
             if self.rates[-1] > 1.3 * self.rates[lowest]:
                 return None  # a restart of the learning rate
         return finding
@@ -394,7 +389,7 @@ class Reading:
         checks = self.rule.checks
         if len(checks.values) < 2 or not self.readable:
             return None
-        first, best = statistics.fmean(self.rule.first), checks.best
+        first, best = self.first, checks.best
         learned = first - self.end
         sure = learned > max(6 * self.spread / math.sqrt(FIRST), FLAT * abs(first)) and trend(self.means).falls
         if not sure or first - checks.values[best] > FLAT * learned:
@@ -418,7 +413,7 @@ class Reading:
             return None
         above = statistics.median(train) - statistics.median(values)
         fall = self.start - statistics.median(values)
-        if above <= 0 or above < (1 - SLOW) * fall or above < 6 * self.spread / math.sqrt(FIRST):
+        if above < max(0.5 * fall, 6 * self.spread / math.sqrt(FIRST)):
             return None
         return self.found(
             "training loss above validation",
@@ -491,26 +486,3 @@ class Reading:
             target=target,
             gap=gap,
         )
-
-
-def training_mode_in_validation(layers: Sequence[str], step: int) -> Finding:
-    """Layers that are in training mode while the validation is measured."""
-    shown = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more layers" if len(layers) > 3 else "")
-    return Finding(
-        "training mode in validation",
-        "warning",
-        f"In the validation step {shown} are in training mode: dropout drops, BatchNorm takes the statistics of the"
-        " batch and learns from validation data.",
-        "Call eval() before validation, or leave the modes to the Trainer.",
-        step,
-        {"layers": len(layers)},
-        CS231N,
-    )
-
-
-def _since(values: Sequence[float], steps: Sequence[int]) -> int:
-    """The step of the first of the infinite values at the end."""
-    lost = len(values)
-    while lost and math.isinf(values[lost - 1]):
-        lost -= 1
-    return steps[lost]

@@ -284,3 +284,28 @@ def test_losses_are_read_in_bulk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert reads == [4, 4, 2, 0, 0]
     assert isinstance(curves.rule.train.bins[0].mean, float)
     assert not isinstance(curves.rule.train.bins[0].mean, Tensor)
+
+
+class LeftInTrainingMode(Regression):
+    """Switches to training mode where evaluation mode belongs."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.train()
+        super().validation_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:training mode in validation")
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (LeftInTrainingMode(dropout=0.5), ["training mode in validation"]),
+        (LeftInTrainingMode(batch_norm=True), ["training mode in validation"]),
+        (LeftInTrainingMode(), []),
+        (Regression(dropout=0.5, batch_norm=True), []),
+    ],
+)
+def test_layers_in_training_mode_are_told_at_the_first_validation(
+    module: pl.LightningModule, expected: list[str], tmp_path: Path
+) -> None:
+    fit(tmp_path, module, LearningCurves(), epochs=3)
+    assert told(tmp_path) == expected

@@ -32,6 +32,8 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:loss not finite",
     "ignore:small sample not learnt",
     "ignore:no gradient",
+    "ignore:weight decay too large",
+    "ignore:evaluation mode differs",
     "ignore:You're resuming from a checkpoint that ended before",
 )
 
@@ -185,6 +187,28 @@ class Frozen(Classifier):
         self.requires_grad_(False)
 
 
+class Zeros(Classifier):
+    """No weight is anything else at the start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+
+class ZeroHead(Classifier):
+    """Starts at equal logits, as it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn.init.zeros_(self.net[3].weight)
+
+
+class Decays(Classifier):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1, momentum=0.9, weight_decay=0.5)
+
+
 class Accumulates(Classifier):
     """By hand, and right: two backward passes for an update."""
 
@@ -223,6 +247,9 @@ def check(folder: Path, module: Any, inputs: Any = None, shuffle: bool = True, *
         (Mixes, ["examples mixed", "overfits a small sample"]),
         (Blind, ["input without information", "no gradient"]),
         (Frozen, ["nothing to train"]),
+        (Zeros, ["no gradient", "input without information"]),
+        (ZeroHead, ["overfits a small sample"]),
+        (Decays, ["weight decay too large", "overfits a small sample"]),
         (lambda: Classifier(parts=slice(2)), ["not in any optimizer"]),
         (lambda: Classifier(1e-5), ["learning rate too low"]),
         (lambda: Classifier(30.0), ["learning rate too high"]),
@@ -291,6 +318,27 @@ def test_it_takes_several_small_batches_and_batches_it_cannot_divide(tmp_path: P
     odd = OverfitCheck()
     quiet_trainer(tmp_path / "odd", max_steps=1, callbacks=[odd]).fit(Odd(), loader("a name"))
     assert (odd.symptoms.examples, odd.fits[0].learnt) == (0, True)
+
+
+@pytest.mark.parametrize(("size", "told"), [(1, True), (8, False), (32, False)])
+def test_batch_norm_of_few_examples_is_another_network_in_evaluation_mode(
+    size: int, told: bool, tmp_path: Path
+) -> None:
+    class Normed(Classifier):
+        """What tells the classes apart is the level of a signal, which BatchNorm takes from a single one."""
+
+        def __init__(self) -> None:
+            super().__init__(0.02)
+            self.net = nn.Sequential(nn.Conv1d(1, 16, 3), nn.BatchNorm1d(16), nn.ReLU(), nn.Flatten(), nn.Linear(96, 3))
+
+    torch.manual_seed(0)
+    signals = torch.randn(64, 1, 8) * torch.rand(64, 1, 1).mul(8).exp2() + 10 * torch.randn(64, 1, 1)
+    data = DataLoader(TensorDataset(signals, torch.randint(3, (64,))), size)
+    recipe = OverfitCheck()
+    quiet_trainer(tmp_path, max_steps=1, callbacks=[recipe]).fit(Normed(), data)
+    rules = [json.loads(line)["rule"] for line in (tmp_path / "findings.jsonl").read_text().splitlines()]
+    assert recipe.fits[0].learnt
+    assert ("evaluation mode differs" in rules) == told
 
 
 @pytest.mark.parametrize("asked", [{"examples": 1}, {"max_steps": 9}])
