@@ -384,7 +384,7 @@ LATER = [
         lambda seed: on_digits(
             seed, Training(mlp(64, 128, 128, 10, between=lambda _: nn.Dropout(0.95)), rate=1e-3, optimizer="adamw")
         ),
-        named(*TOO_STRONG),
+        named(*TOO_STRONG, "dropout too large"),  # the last one was written since
     ),
     Case("validation with other statistics", other_statistics, named(*NOT_THE_SAME)),
     Case(

@@ -1,6 +1,6 @@
 """What the recipes say of broken trainings, each with one defect, and of healthy ones.
 
-    python benchmarks/zoo.py [broken] [fresh] [later] [healthy] [healthy-later] [--only NAME] [--every 4] [--seeds 1]
+    python benchmarks/zoo.py [broken] [fresh] [later] [healthy] [healthy-later] [--only NAME ...] [--every 4]
 
 All on real data (scikit-learn's digits, diabetes, wine and breast cancer, Fashion-MNIST, Python's own help texts), all
 watched by the same callbacks with default arguments, and asked about by ``diagnose`` in the end. A defect counts as
@@ -112,7 +112,7 @@ def said(case: Case, seed: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; all by default")
-    parser.add_argument("--only", default="", help="part of the name")
+    parser.add_argument("--only", nargs="+", default=[""], help="parts of names")
     parser.add_argument("--every", type=int, default=1, help="take one in so many, for a quick look")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--all", action="store_true", help="show every finding in full")
@@ -127,7 +127,7 @@ def main() -> None:
         print(f"\n## {part}\n\n| training | right | findings |\n|---|---|---|", flush=True)
         right = of = 0
         for case in cases[:: options.every]:
-            if options.only not in case.name:
+            if not any(name in case.name for name in options.only):
                 continue
             for seed in range(options.seeds):
                 findings = said(case, seed)

@@ -384,6 +384,7 @@ class _Drive(pl.Callback):
             own: Any = self.original.get_submodule(name)  # in the copy nothing is dropped
             drops = isinstance(module, DROPOUT) and own.p > 0
             trained = any(parameter.requires_grad for parameter in beside.parameters())
+            seen.drops = max(seen.drops, float(own.p)) if drops else seen.drops
             if trained and (drops or isinstance(module, BATCH_NORM)):
                 seen.awake |= module.training
                 if not module.training:

@@ -17,6 +17,7 @@ from lightning_recipes.core.repeats import Repeats
 
 RECIPE = "Karpathy, A recipe for training neural networks, 2019: http://karpathy.github.io/2019/04/25/recipe/"
 SHOT_UP = 10.0  # excess after which a sample that is learnt in the end is worth a word
+DROPS = 0.85  # probability of dropout above which a training can hardly go on
 SHRINKS = 0.01  # of the weights, by which weight decay shrinks them in an update: no training in order comes near
 
 
@@ -39,6 +40,7 @@ class Symptoms:
         asleep: BatchNorm and dropout layers that the step leaves in evaluation mode, beside weights that are trained.
         awake: Whether there are others that are in training mode.
         repeats: Training examples that are validation examples, too.
+        drops: The largest probability of dropout.
         shrinks: By how much weight decay shrinks the weights in an update, at most, as a share.
         alone: Excess in evaluation mode, of a sample of several batches that has been learnt in training mode with
             BatchNorm and no running mean that lags; NaN of any other.
@@ -64,6 +66,7 @@ class Symptoms:
     asleep: list[str] = field(default_factory=list)
     awake: bool = False
     repeats: Repeats = field(default_factory=Repeats)
+    drops: float = 0.0
     shrinks: float = 0.0
     alone: float = math.nan
     carried: bool = False
@@ -200,6 +203,14 @@ class _Judge:
                 "warning",
                 f"{seen.repeats.found} of {seen.repeats.examples} training examples are validation examples, too.",
                 "Split before anything is repeated or augmented: validation says nothing about data that were learnt.",
+            )
+        if seen.drops > DROPS:
+            self.say(
+                "dropout too large",
+                "warning",
+                f"Dropout of {seen.drops:g} leaves one unit in {1 / (1 - min(seen.drops, 0.9999)):.0f}: hardly a signal"
+                " gets through in training.",
+                "Use 0.1 to 0.5.",
             )
         if seen.shrinks > SHRINKS:
             self.say(

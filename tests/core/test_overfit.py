@@ -60,6 +60,8 @@ TEN = replace(LEARNT, factor=10.0)
         ([SLOW], {"far": True}, ("targets not normalised", "info")),
         ([LEARNT], {"shrinks": 0.25}, ("weight decay too large", "warning")),
         ([LEARNT], {"shrinks": 0.005}, ("overfits a small sample", "info")),
+        ([LEARNT], {"drops": 0.95}, ("dropout too large", "warning")),
+        ([LEARNT], {"drops": 0.8}, ("overfits a small sample", "info")),
         ([LEARNT], {"alone": 0.8}, ("evaluation mode differs", "warning")),
         ([LEARNT], {"alone": 0.3}, ("overfits a small sample", "info")),
         ([FAILED], {"used": False, "without_gradient": ["a.weight"]}, ("input without information", "warning")),
