@@ -183,6 +183,8 @@ class Reading:
             mine += [self.does_not_fall, self.falls_too_slowly, self.decayed_too_early, self.periodic]
             mine += [self.underfits, self.learns_less, self.flat]
         found = [*filter(None, (look() for look in mine))]
+        if of_checks is not None and of_checks.rule == "validation never improves":  # to learn it faster is no help
+            found = [finding for finding in found if finding.rule != "falls too slowly"]
         rules = {finding.rule for finding in found}
         if of_checks is not None and not (of_checks.rule == "best at the end" and "falls too slowly" in rules):
             found.append(of_checks)

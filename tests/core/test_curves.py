@@ -144,17 +144,32 @@ def test_a_decay_that_came_too_early() -> None:
     assert "decayed too early" not in rules_of(trained(early, 0.1))  # nothing was dropped
 
 
-def test_a_decay_in_the_first_tenth_of_a_run() -> None:
+def until_a_twelfth(share: float) -> float:
+    return 2.3 - 3 * min(share, 1 / 12)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_decay_in_the_first_tenth_of_a_run(seed: int) -> None:
     """What was promised is little beside the noise of as many updates afterwards, not beside that of all the rest."""
-
-    def level(share: float) -> float:
-        return 2.3 - 3 * min(share, 1 / 12)
-
-    rule = trained(level, 0.1, rate=lambda share: 0.1 * 0.01 ** int(12 * share))
+    rule = trained(until_a_twelfth, rate=lambda share: 0.1 if share < 1 / 12 else 0.005, seed=seed)
     (finding,) = rule.findings()
     assert (finding.rule, finding.severity) == ("decayed too early", "warning")
-    cut_and_back = trained(level, 0.1, rate=lambda share: 0.01 if 1 / 12 < share < 0.13 else 0.1)
-    assert rules_of(cut_and_back) != ["decayed too early"]
+
+
+def test_a_rate_that_is_halved_again_and_again_until_nothing_goes_on() -> None:
+    assert rules_of(trained(until_a_twelfth, rate=lambda share: 0.1 * 0.5 ** int(60 * share))) == ["decayed too early"]
+    in_time = trained(lambda share: 2.3 - 3 * min(share, 0.6), rate=lambda share: 0.1 * 0.5 ** int(10 * share))
+    assert "decayed too early" not in rules_of(in_time)
+
+
+def test_a_decay_is_judged_until_the_rate_comes_back() -> None:
+    """A rise behind it is not its doing."""
+
+    def level(share: float) -> float:
+        return 2.3 - 3 * min(share, 1 / 12) - 4 * max(0.0, min(share, 0.13) - 1 / 12) + 2 * max(0.0, share - 0.2)
+
+    rule = trained(level, 0.02, rate=lambda share: 0.01 if 1 / 12 < share < 0.2 else 0.1)
+    assert "decayed too early" not in rules_of(rule)
 
 
 def test_a_short_run_that_still_falls() -> None:
@@ -194,6 +209,8 @@ def test_a_validation_that_shows_nothing_of_what_is_learned() -> None:
         for checks in (3, 30):
             rule = trained(falls, 0.1, rate=lambda share: 1 - share, validation=validation, checks=checks, jump=0.05)
             assert rules_of(rule)[0] == "validation never improves"
+    slowly = trained(lambda share: 2.3 - share, 0.1, rate=lambda share: 0.1, validation=lambda share: 2.3 + share)
+    assert rules_of(slowly) == ["validation never improves"]
     overfits = trained(falls, 0.1, rate=lambda share: 1 - share, validation=lambda share: 1.2 + 2 * (share - 0.3) ** 2)
     assert rules_of(overfits) == ["overfitting"]
     learns_nothing = trained(lambda share: 2.3, 0.1, validation=lambda share: 2.4)
