@@ -1,22 +1,20 @@
 """Train a copy of the module for a few steps before training starts, as the run would, and leave no trace of it."""
 
 import copy
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_recipes.callbacks.sharding import is_sharded
-from lightning_recipes.callbacks.trials import of_its_own, quiet, same_environment, same_loaders, settings_of
+from lightning_recipes.callbacks.trials import fit_quietly, of_its_own, quiet, same_loaders, settings_of
 
 
 def refuse_shards(name: str, trainer: pl.Trainer) -> None:
@@ -93,38 +91,19 @@ def rehearse(
         watch: The only callback.
         prepare: Is given the copy first.
     """
-    with ExitStack() as put_back:
-        put_back.enter_context(isolate_rng())
-        put_back.enter_context(quiet())
-        put_back.enter_context(same_environment())
-        folder = put_back.enter_context(tempfile.TemporaryDirectory())
+    with isolate_rng():
         module: Any = copy.deepcopy(pl_module)
         module.configure_callbacks = list
         module.prepare_data = module.setup = module.configure_model = _nothing  # it is set up
         module.on_before_batch_transfer = module.transfer_batch_to_device = module.on_after_batch_transfer = _as_it_is
         prepare(module)
-        settings = {name: value() if callable(value) else value for name, value in settings_of(trainer).items()}
-        manual = not module.automatic_optimization
-        trainers = type(trainer).__mro__  # that of pytorch_lightning is another class, which its strategies want
-        kind: Any = next(each for each in trainers if each.__module__.endswith(".trainer.trainer"))
-        rehearsal = kind(
-            **{
-                **settings,
-                "max_epochs": 1,
-                "limit_train_batches": 1.0,
-                "limit_val_batches": 0,
-                "num_sanity_val_steps": 0,
-                "accumulate_grad_batches": 1 if manual else len(batches),
-                "logger": DummyLogger(),
-                "log_every_n_steps": 0,
-                "enable_checkpointing": False,
-                "enable_progress_bar": False,
-                "enable_model_summary": False,
-                "default_root_dir": folder,
-                "callbacks": [watch],
-            }
-        )
-        rehearsal.fit(module, Repeated(batches, steps))
+        own = {
+            "max_epochs": 1,
+            "limit_train_batches": 1.0,
+            "accumulate_grad_batches": len(batches) if module.automatic_optimization else 1,
+            "callbacks": [watch],
+        }
+        fit_quietly(module, {**settings_of(trainer), **own}, Repeated(batches, steps))
 
 
 def _as_it_is(batch: Any, *_: object, **__: object) -> Any:

@@ -1,19 +1,23 @@
 """Run the trials of a sweep with copies of a module, and leave no trace of them."""
 
 import copy
+import importlib
 import logging
+import math
 import os
 import random
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_info
@@ -24,14 +28,18 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from lightning_recipes.callbacks.learning_rates import let_go, take_hold
-from lightning_recipes.callbacks.measuring import gradient_norm, index_of, loss_of_update, scaler_of
+from lightning_recipes.callbacks.measuring import (
+    gradient_norm,
+    index_of,
+    loss_of_update,
+    mean_over_ranks,
+    scaler_of,
+)
+from lightning_recipes.callbacks.tracking import parameters_of
 from lightning_recipes.core.clipping import total_norm
-from lightning_recipes.core.per_optimizer import PerOptimizer
-from lightning_recipes.core.schedules import LearningRates
-from lightning_recipes.core.trials import Outcome, Search, Trial, TrialRule, load_outcomes, save_outcomes
+from lightning_recipes.core.trials import Outcome, Readings, Search, Trial, TrialRule, load_outcomes, save_outcomes
 
-FOREVER = 10**12  # updates: schedulers are held throughout a trial
+FOREVER = 10**12  # batches: a trial is validated in the end
 
 
 def run_trials(
@@ -97,38 +105,48 @@ class LoopTrials:
 
     Args:
         make: Given a seed, makes the model anew and returns its optimizer and a function that computes the loss of the
-            next batch.
+            next batch; and, if there are validation data, one that computes the loss on them.
     """
 
-    def __init__(self, make: Callable[[int], tuple[Optimizer, Callable[[], Tensor]]]) -> None:
+    def __init__(self, make: Callable[[int], tuple[Any, ...]]) -> None:
         self.make = make
         with isolate_rng():
-            optimizer, _ = self._start(0)
+            optimizer, *_ = self._start(0)
         self.learning_rate = peak_rate(optimizer.param_groups[0])
 
-    def _start(self, seed: int) -> tuple[Optimizer, Callable[[], Tensor]]:
+    def _start(self, seed: int) -> tuple[Any, ...]:
         seed_all(seed)
         return self.make(seed)
 
     def __call__(self, trial: Trial) -> Outcome:
+        readings, val_loss = Readings(TrialRule(trial.steps)), math.nan
         with isolate_rng():
-            optimizer, next_loss = self._start(trial.seed)
-            rule, groups = TrialRule(trial.steps), optimizer.param_groups
-            scale = trial.learning_rate / self.learning_rate
-            rates = [peak_rate(group) * scale for group in groups]
-            parameters = [parameter for group in groups for parameter in group["params"]]
-            for step in range(trial.steps):
-                factor = trial.factor(step)
-                for group, rate in zip(groups, rates, strict=True):
-                    group["lr"] = rate * factor
-                optimizer.zero_grad()
-                loss = next_loss()
-                torch.autograd.backward(loss)
-                norm = total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-                if rule.update(float(loss.detach()), float(norm), rates[0] * factor):
-                    break
-                optimizer.step()
-        return rule.outcome()
+            optimizer, next_loss, *validate = self._start(trial.seed)
+            try:
+                self._train(trial, optimizer, next_loss, readings)
+            except Exception:
+                if not readings.read():
+                    raise
+            if trial.validates and validate and not readings.read():
+                with torch.no_grad():
+                    val_loss = float(validate[0]())
+        readings.read()
+        return readings.rule.outcome(val_loss)
+
+    def _train(self, trial: Trial, optimizer: Optimizer, next_loss: Callable[[], Tensor], readings: Readings) -> None:
+        scale = trial.learning_rate / self.learning_rate
+        rates = [peak_rate(group) * scale for group in optimizer.param_groups]
+        parameters = parameters_of(optimizer)
+        for step in range(trial.steps):
+            factor = trial.factor(step)
+            set_rates(optimizer, rates, factor)
+            optimizer.zero_grad()
+            loss = next_loss()
+            torch.autograd.backward(loss)
+            norm = total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+            if readings.add(loss, norm, rates[0] * factor) and readings.read():
+                return
+            optimizer.step()
 
 
 class ModuleTrials:
@@ -136,7 +154,8 @@ class ModuleTrials:
 
     Seed 0 are the random numbers as they are: the order of the data and the noise that the run itself would have. The
     module, the loaders (generators, positions, workers), all random states, the environment and the run's folder are
-    left as they are. Schedulers of the module do not move in a trial, and callbacks of the run are not in it.
+    left as they are. Schedulers of the module do not move in a trial. Of callbacks only those in ``settings`` are in
+    it, as copies.
 
     Args:
         make: Gives the module to train for a seed; a copy of it is trained.
@@ -144,6 +163,8 @@ class ModuleTrials:
         datamodule: Likewise.
         settings: Of the Trainers; of a function what it returns.
         learning_rate: Of the first parameter group; None to find out.
+        val_dataloaders: As for ``Trainer.fit``.
+        monitor: The validation loss, as it is logged; None for no validation.
     """
 
     def __init__(
@@ -153,9 +174,12 @@ class ModuleTrials:
         datamodule: pl.LightningDataModule | None = None,
         settings: Mapping[str, Any] | None = None,
         learning_rate: float | None = None,
+        val_dataloaders: Any = None,
+        monitor: str | None = None,
     ) -> None:
         self.make, self.train_dataloaders, self.datamodule = make, train_dataloaders, datamodule
         self.settings = dict(settings or {})
+        self.val_dataloaders, self.monitor = val_dataloaders, monitor
         self._own = learning_rate
 
     @property
@@ -167,39 +191,32 @@ class ModuleTrials:
         return self._own
 
     def __call__(self, trial: Trial) -> Outcome:
-        watch = _Run(trial, self)
-        self._fit(watch)
-        return watch.outcome()
+        run = _Run(trial, self)
+        try:
+            self._fit(run)
+        except Exception:
+            if not run.is_broken:
+                raise
+        return run.outcome()
 
-    def _fit(self, watch: "_Run") -> None:
-        seed = watch.trial.seed
-        with ExitStack() as put_back:
-            put_back.enter_context(isolate_rng())
-            put_back.enter_context(quiet())
-            put_back.enter_context(same_environment())
-            put_back.enter_context(same_loaders(seed, self.train_dataloaders, self.datamodule))
-            folder = put_back.enter_context(tempfile.TemporaryDirectory())
+    def _fit(self, run: "_Run") -> None:
+        seed, settings = run.trial.seed, self.settings
+        loaders = self.train_dataloaders, self.val_dataloaders if run.validates else None
+        if run.validates:  # once, when the trial is over
+            settings = {
+                "limit_val_batches": 1.0,
+                **settings,
+                "check_val_every_n_epoch": None,
+                "val_check_interval": FOREVER,
+            }
+        with isolate_rng(), same_loaders(seed, loaders, self.datamodule):
             if seed:
                 seed_all(seed)
             module = copy.deepcopy(self.make(seed))
-            settings = {name: value() if callable(value) else value for name, value in self.settings.items()}
-            trainer = pl.Trainer(
-                **{
-                    "max_epochs": -1,
-                    "limit_val_batches": 0,
-                    "num_sanity_val_steps": 0,
-                    "logger": DummyLogger(),
-                    "log_every_n_steps": 0,
-                    "enable_checkpointing": False,
-                    "enable_progress_bar": False,
-                    "enable_model_summary": False,
-                    "default_root_dir": folder,
-                    **settings,
-                    "callbacks": [watch],
-                }
+            train, val = tree_map(of_its_own, loaders)
+            fit_quietly(
+                module, {**settings, "callbacks": [run, *given_callbacks(settings)]}, train, val, self.datamodule
             )
-            loaders = tree_map(of_its_own, self.train_dataloaders)
-            trainer.fit(module, loaders, datamodule=copy.copy(self.datamodule))
 
 
 class _Run(pl.Callback):
@@ -212,14 +229,23 @@ class _Run(pl.Callback):
 
     def __init__(self, trial: Trial, trials: ModuleTrials) -> None:
         self.trial, self.trials = trial, trials
-        self.rules: dict[int, TrialRule] = {}
-        self.rates: PerOptimizer[LearningRates] = PerOptimizer(LearningRates)
+        self.validates = trial.validates and trials.monitor is not None
+        self.readings: list[Readings] = []  # of each optimizer
+        self._rates: list[list[float]] = []
+        self._steps: list[int] = []
         self._losses: list[Tensor] = []
+        self._val_loss = math.nan
+        self._alone = True
 
     def outcome(self) -> Outcome:
         """Of the first optimizer whose training is not stable, or else of the first."""
-        outcomes = [rule.outcome() for rule in self.rules.values()]
+        outcomes = [readings.rule.outcome(self._val_loss) for readings in self.readings]
         return next((outcome for outcome in outcomes if not outcome.stable), outcomes[0])
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the training was unstable when it raised."""
+        return self._alone and any(readings.read() for readings in self.readings)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -229,14 +255,14 @@ class _Run(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        take_hold("a sweep", trainer, self.rates)
-        for index, optimizer in enumerate(trainer.optimizers):
-            self.rules[index] = TrialRule(self.trial.steps)
-            scale = self.trial.learning_rate / self.trials.learning_rate
-            rates = self.rates[index]
-            rates.base = [peak_rate(group) * scale for group in optimizer.param_groups]
-            rates.lay(self.trial.factor, added_steps=FOREVER)
-            rates.start(optimizer)
+        self._alone = trainer.world_size == 1
+        scale = self.trial.learning_rate / self.trials.learning_rate
+        for optimizer in trainer.optimizers:
+            self.readings.append(Readings(TrialRule(self.trial.steps)))
+            self._rates.append([peak_rate(group) * scale for group in optimizer.param_groups])
+            self._steps.append(0)
+        for config in trainer.lr_scheduler_configs:  # those of the copy
+            config.scheduler.step, config.strict = _nothing, False  # type: ignore[method-assign]
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -248,22 +274,98 @@ class _Run(pl.Callback):
     ) -> None:
         losses, self._losses = self._losses, []
         index = index_of(trainer, optimizer)
-        rule = self.rules[index]
+        rates, factor = self._rates[index], self.trial.factor(self._steps[index])
+        set_rates(optimizer, rates, factor)
+        self._steps[index] += 1
         norm = gradient_norm(trainer, optimizer, self)
         if norm is None or not losses or trainer.should_stop:
             return
-        loss = loss_of_update(trainer, losses)
-        if trainer.world_size > 1:
-            both = torch.stack([loss.float(), norm.float()]).to(trainer.strategy.root_device)
-            loss, norm = trainer.strategy.reduce(both, reduce_op="mean")  # alike on all ranks
-        rate = optimizer.param_groups[0]["lr"]
-        scaled = scaler_of(trainer) is not None
-        if rule.update(float(loss), float(norm), rate if isinstance(rate, float) else 0.0, scaled):
+        readings, scaled = self.readings[index], scaler_of(trainer) is not None
+        if readings.add(loss_of_update(trainer, losses), norm, rates[0] * factor, scaled):
+            self._read(trainer, readings)
+
+    def _read(self, trainer: pl.Trainer, *readings: Readings) -> None:
+        """Judge, alike on all ranks, and end the trial if it is not stable."""
+        mean = None if self._alone else partial(mean_over_ranks, trainer)
+        if any(each.read(mean) for each in readings):
             trainer.should_stop = True
+            trainer.limit_val_batches = 0
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.validates and trainer.global_step >= trainer.max_steps:
+            self._read(trainer, *self.readings)
+            trainer.should_stop = True  # by which it is validated now
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        metrics, monitor = trainer.callback_metrics, self.trials.monitor
+        if monitor not in metrics:
+            raise MisconfigurationException(
+                f"the validation logs no {monitor!r}, but {', '.join(metrics) or 'nothing'}"
+            )
+        self._val_loss = float(metrics[monitor])
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        let_go(trainer)
+        self._read(trainer, *self.readings)
+
+
+def set_rates(optimizer: Optimizer, rates: list[float], factor: float) -> None:
+    """Give each parameter group its learning rate, times a factor."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=False):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate * factor)
+        else:
+            group["lr"] = rate * factor
+
+
+def _nothing(*_: object, **__: object) -> None:
+    """In the place of a step of a scheduler."""
+
+
+def fit_quietly(
+    module: pl.LightningModule,
+    settings: Mapping[str, Any],
+    train_dataloaders: Any = None,
+    val_dataloaders: Any = None,
+    datamodule: pl.LightningDataModule | None = None,
+) -> None:
+    """Train by a Trainer of its own that shows, logs and keeps nothing; the environment is left as it is.
+
+    Args:
+        module: A copy: it is trained.
+        settings: Of the Trainer; of a function what it returns.
+        train_dataloaders: As for ``Trainer.fit``.
+        val_dataloaders: Likewise; it validates only if ``settings`` say so.
+        datamodule: Likewise.
+    """
+    core = next(each.__module__ for each in type(module).__mro__ if each.__module__.endswith(".core.module"))
+    package = importlib.import_module(core.removesuffix(".core.module"))  # or pytorch_lightning, another class tree
+    with quiet(), same_environment(), tempfile.TemporaryDirectory() as folder:
+        trainer = package.Trainer(
+            **{
+                "max_epochs": -1,
+                "limit_val_batches": 0,
+                "num_sanity_val_steps": 0,
+                "logger": DummyLogger(),
+                "log_every_n_steps": 0,
+                "enable_checkpointing": False,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+                "default_root_dir": folder,
+                **{name: value() if callable(value) else value for name, value in settings.items()},
+            }
+        )
+        trainer.fit(module, train_dataloaders, val_dataloaders, datamodule=copy.copy(datamodule))
+
+
+def given_callbacks(settings: Mapping[str, Any]) -> list[pl.Callback]:
+    """Copies of the callbacks among the settings of a Trainer."""
+    given = settings.get("callbacks") or []
+    return copy.deepcopy(given if isinstance(given, list) else [given])
 
 
 def settings_of(trainer: pl.Trainer) -> dict[str, Any]:

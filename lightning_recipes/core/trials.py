@@ -4,11 +4,14 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
 
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.instability import InstabilityRule
@@ -26,6 +29,7 @@ SHORT = 10  # losses that a level is the median of
 STUCK = ("vanishing gradient", "no progress")  # from which a training does not come back
 SETTLED = 30  # updates before a gradient that falls to a fifth means anything
 POINTS = 300  # of a curve that are kept
+BLOCK = 10  # updates that are read back from the device, and judged, together
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,14 @@ class Trial:
         steps: Optimizer updates, the warmup included.
         warmup_steps: Updates in which the learning rate rises to it.
         seed: Of everything random; every trial with the same one starts alike and sees the same data.
+        validates: Whether the loss on validation data is wanted in the end.
     """
 
     learning_rate: float
     steps: int
     warmup_steps: int = 0
     seed: int = 0
+    validates: bool = False
 
     def factor(self, step: int) -> float:
         """Of the learning rate, at the update number ``step``."""
@@ -59,6 +65,7 @@ class Outcome:
         steps: Updates made: an unstable trial ends at the first certain sign.
         reason: Why it was not stable.
         losses: The training loss, thinned out to 300 values at most.
+        val_loss: On validation data in the end; NaN if there are none, or nobody has asked.
     """
 
     stable: bool
@@ -66,6 +73,7 @@ class Outcome:
     steps: int
     reason: str = ""
     losses: tuple[float, ...] = ()
+    val_loss: float = math.nan
 
 
 class Search(Protocol):
@@ -131,8 +139,8 @@ class TrialRule:
             self.best = min(self.best, statistics.median(self.losses[-SHORT:]))
         return bool(self.reason)
 
-    def outcome(self) -> Outcome:
-        """The verdict, after the last update."""
+    def outcome(self, val_loss: float = math.nan) -> Outcome:
+        """The verdict, after the last update; and what was validated then."""
         done, losses = len(self.losses), self.losses
         loss = math.nan
         if not self.reason and losses:
@@ -144,7 +152,42 @@ class TrialRule:
             elif loss > self.best + GIVEN_BACK * max(first - self.best, 0.0) + margin:
                 self.reason = f"the loss ended at {loss:.3g} after it had been down at {self.best:.3g}"
         every = math.ceil(done / POINTS) if done else 1
-        return Outcome(not self.reason, math.nan if self.reason else loss, done, self.reason, tuple(losses[::every]))
+        kept = tuple(losses[::every])
+        return Outcome(not self.reason, math.nan if self.reason else loss, done, self.reason, kept, val_loss)
+
+
+class Readings:
+    """Has a :class:`TrialRule` judge updates in blocks: in the same order, at a tenth of the waits for the device.
+
+    Args:
+        rule: Judges them.
+    """
+
+    def __init__(self, rule: TrialRule) -> None:
+        self.rule = rule
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._rates: list[tuple[float, bool]] = []
+
+    def add(self, loss: Tensor, norm: Tensor, rate: float = 0.0, scaled: bool = False) -> bool:
+        """Take in an update that is about to be made, as :meth:`TrialRule.update`; whether a block is full."""
+        self._waiting.append((loss.detach(), norm))
+        self._rates.append((rate, scaled))
+        return len(self._rates) == BLOCK
+
+    def read(self, mean: Callable[[Tensor], Tensor] | None = None) -> bool:
+        """Judge what is waiting, up to the first certain sign; whether there is one.
+
+        Args:
+            mean: Of values over the ranks, which have to read together; None for a single one.
+        """
+        if not self._waiting or self.rule.reason:
+            return bool(self.rule.reason)
+        device = self._waiting[0][0].device
+        values = torch.cat([each.to(device, torch.float32).view(1) for pair in self._waiting for each in pair])
+        losses, norms = (values if mean is None else mean(values)).view(-1, 2).T.tolist()
+        rates, scaled = zip(*self._rates, strict=True)
+        self._waiting, self._rates = [], []
+        return any(map(self.rule.update, losses, norms, rates, scaled))
 
 
 def _deviation(values: list[float]) -> float:
@@ -263,12 +306,13 @@ def load_outcomes(path: str | Path) -> dict[Trial, Outcome]:
 def outcome_as_data(outcome: Outcome) -> dict[str, Any]:
     """An outcome as plain values that JSON knows."""
     losses = [loss if math.isfinite(loss) else str(loss) for loss in outcome.losses]
-    return {**asdict(outcome), "loss": str(outcome.loss), "losses": losses}
+    return {**asdict(outcome), "loss": str(outcome.loss), "losses": losses, "val_loss": str(outcome.val_loss)}
 
 
 def outcome_from_data(data: Mapping[str, Any]) -> Outcome:
     """The outcome that :func:`outcome_as_data` took apart."""
-    return Outcome(**{**data, "loss": float(data["loss"]), "losses": tuple(map(float, data["losses"]))})
+    numbers = {name: float(data.get(name, "nan")) for name in ("loss", "val_loss")}
+    return Outcome(**{**data, **numbers, "losses": tuple(map(float, data["losses"]))})
 
 
 def sorted_by_trial(outcomes: Mapping[Trial, Outcome]) -> list[tuple[Trial, Outcome]]:
