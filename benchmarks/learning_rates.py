@@ -1,10 +1,12 @@
-"""Is the learning rate that a sweep of 100 steps suggests a good one to train at? Beside Lightning's ``lr_find``.
+"""Is the learning rate that a sweep suggests a good one to train at? Beside Lightning's ``lr_find``.
 
-    python benchmarks/learning_rates.py [--steps 700] [--seed 0]
+    python benchmarks/learning_rates.py [--steps 700] [--seed 0] [--starts 1] [network ...]
 
-Four networks, with SGD and AdamW each: a perceptron and a CNN on scikit-learn's digits with 10 % wrong labels, a GRU
-and a transformer on Python's own help texts. Each is trained at every rate of the grid, and at those that are
-suggested; printed is the loss in the end over the lowest one of the grid, on training and validation data.
+Four networks, with SGD and AdamW each: a perceptron and a CNN on scikit-learn's digits, 10 % of the labels wrong (and
+the perceptron with all labels right), a GRU and a transformer on Python's own help texts. A sweep judges by the
+validation loss after ``--steps``. Then each network is trained at every rate of the grid, and at those suggested, from
+other starts and in other orders; printed is the mean loss in the end over the lowest one of the grid, on validation
+and training data, and what the sweep has cost in lengths of a run.
 """
 
 import argparse
@@ -95,6 +97,10 @@ class Workload(pl.LightningModule):
         return self.loss(batch)
 
     @override
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val_loss", self.loss(batch), batch_size=len(batch[0]))
+
+    @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
         made: torch.optim.Optimizer = self.optimizer(self.parameters(), lr=self.lr, **self.settings)
         return made
@@ -105,13 +111,15 @@ def windows(start: int, stop: int) -> TensorDataset:
     return TensorDataset(ids[:-1].view(-1, CONTEXT), ids[1:].view(-1, CONTEXT))
 
 
-def ended(module: Workload, data: TensorDataset, val: TensorDataset, rate: float, steps: int) -> tuple[float, float]:
-    """Training and validation loss in the end; infinite once a loss is not finite."""
+def ended(
+    module: Workload, data: TensorDataset, val: TensorDataset, rate: float, steps: int, seed: int
+) -> tuple[float, float]:
+    """Validation and training loss in the end; infinite once a loss is not finite."""
     module.lr = rate
     optimizer = module.configure_optimizers()
     losses: list[float] = []
     while len(losses) < steps:
-        for batch in loader(data, len(losses)):
+        for batch in loader(data, seed + len(losses)):
             optimizer.zero_grad()
             loss = module.loss(batch)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -122,8 +130,8 @@ def ended(module: Workload, data: TensorDataset, val: TensorDataset, rate: float
             if len(losses) == steps:
                 break
     with torch.no_grad():
-        whole = [module.loss(batch).item() for batch in DataLoader(val, 64)]
-    return statistics.fmean(losses[-LAST:]), statistics.fmean(whole)
+        whole = [module.loss(batch).item() * len(batch[0]) for batch in DataLoader(val, 64)]
+    return sum(whole) / len(val), statistics.fmean(losses[-LAST:])
 
 
 def loader(data: TensorDataset, seed: int) -> DataLoader[Any]:
@@ -133,38 +141,64 @@ def loader(data: TensorDataset, seed: int) -> DataLoader[Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("networks", nargs="*", metavar="network", help=f"{', '.join(NETWORKS)}; all by default")
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--starts", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    images = digits(options.seed, 0.1)
-    pictures = TensorDataset(*images.train), TensorDataset(*images.val)
-    prose = windows(0, 120_000), windows(120_000, 139_200)
     quiet: dict[str, Any] = {"accelerator": "cpu", "devices": 1}
-    print("| | ours | loss over the best (training / validation) | lr_find | the same |\n|---|---|---|---|---|")
-    networks: list[tuple[Any, Any]] = [(perceptron, pictures), (cnn, pictures), (GRU, prose), (Transformer, prose)]
-    for make, (data, val) in networks:
+    print(
+        "| | ours | loss over the best (validation / training) | runs | lr_find | the same |\n|---|---|---|---|---|---|"
+    )
+    for name in options.networks or NETWORKS:
+        make, data, val = NETWORKS[name](options.seed)
         for optimizer, settings in ((SGD, {"momentum": 0.9}), (AdamW, {})):
 
-            def start(make: Any = make, optimizer: Any = optimizer, settings: Any = settings) -> Workload:
-                seed_all(options.seed)
+            def start(seed: int, make: Any = make, optimizer: Any = optimizer, settings: Any = settings) -> Workload:
+                seed_all(seed)
                 return Workload(make(), optimizer, settings)
 
             shown: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
             trainer = pl.Trainer(max_epochs=-1, enable_model_summary=False, **shown, **quiet)
-            peer = Tuner(trainer).lr_find(start(), loader(data, 0), num_training=100)
-            sweep = learning_rate_sweep(start(), train_dataloaders=loader(data, 0), show_progress=False, **quiet)
+            peer = Tuner(trainer).lr_find(start(options.seed), loader(data, options.seed), num_training=100)
+            asked: dict[str, Any] = {"max_steps": options.steps, "monitor": "val_loss", "show_progress": False, **quiet}
+            loaders: dict[str, Any] = {"train_dataloaders": loader(data, options.seed)}
+            sweep = learning_rate_sweep(start(options.seed), val_dataloaders=DataLoader(val, 64), **loaders, **asked)
             suggested = (sweep.best and sweep.best.learning_rate, peer and peer.suggestion())
-            rates = {*GRID, *(rate for rate in suggested if rate)}
-            ends = {rate: ended(start(), data, val, rate, options.steps) for rate in sorted(rates)}
+            ends = {}
+            for rate in sorted({*GRID, *(rate for rate in suggested if rate)}):
+                fresh = range(FRESH + options.seed, FRESH + options.seed + options.starts)
+                each = [ended(start(seed), data, val, rate, options.steps, 10_000 * seed) for seed in fresh]
+                ends[rate] = [statistics.fmean(losses) for losses in zip(*each, strict=True)]
             lowest = [min(ends[rate][which] for rate in GRID) for which in (0, 1)]
             row = []
-            for rate in suggested:
-                over = [end / low for end, low in zip(ends.get(rate or 0.0, (math.nan,) * 2), lowest, strict=True)]
-                row.append(f"{rate or 0:.2g} | {over[0]:.2f} / {over[1]:.2f}")
-            print(f"| {make.__name__}, {optimizer.__name__} | {' | '.join(row)} |", flush=True)
+            for picked in suggested:
+                end = ends.get(picked or 0.0, [math.nan] * 2)
+                row.append(f"{picked or 0:.2g} | {end[0] / lowest[0]:.2f} / {end[1] / lowest[1]:.2f}")
+            row.insert(1, f"{sweep.steps / options.steps:.1f}")
+            print(f"| {name}, {optimizer.__name__} | {' | '.join(row)} |", flush=True)
+
+
+def pictures(wrong_labels: float, seed: int) -> tuple[TensorDataset, TensorDataset]:
+    images = digits(seed, wrong_labels)
+    return TensorDataset(*images.train), TensorDataset(*images.val)
+
+
+def prose() -> tuple[TensorDataset, TensorDataset]:
+    return windows(0, 120_000), windows(120_000, 139_200)
+
+
+FRESH = 100  # the first of the seeds that no sweep has seen
+NETWORKS: dict[str, Any] = {
+    "perceptron": lambda seed: (perceptron, *pictures(0.1, seed)),
+    "clean": lambda seed: (perceptron, *pictures(0.0, seed)),
+    "cnn": lambda seed: (cnn, *pictures(0.1, seed)),
+    "gru": lambda _: (GRU, *prose()),
+    "transformer": lambda _: (Transformer, *prose()),
+}
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ class PercentileGradientClipping(pl.Callback):
 
     Attributes:
         rule: The thresholds, a :class:`~lightning_recipes.core.clipping.PercentileThreshold` for each optimizer.
+        in_trials: True: the trials of :class:`~lightning_recipes.WarmupSweep` have a copy of it.
 
     Args:
         percentile: Share of the norms at or below the threshold, in percent, above 0 and below 100.
@@ -83,6 +84,8 @@ class PercentileGradientClipping(pl.Callback):
         Godbole et al., Deep Learning Tuning Playbook, 2023, "Gradient clipping":
         https://github.com/google-research/tuning_playbook
     """
+
+    in_trials = True
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """Find the warmup that a training needs before it starts, and use it."""
 
+import copy
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,10 @@ class WarmupSweep(pl.Callback):
 
     The sweep is announced with the steps that it takes at most, and leaves ``warmup_sweep.json`` (after each trial) and
     a map of learning rates and warmups, ``warmup_sweep.png`` and in TensorBoard, in the run's folder. It is skipped on
-    resume, whose checkpoint has its result, and with ``fast_dev_run``. The trials have none of the Trainer's callbacks
-    and no validation, and the module's schedulers stand still in them. Costs a copy of the module while it runs.
+    resume, whose checkpoint has its result, and with ``fast_dev_run``. What a gradient goes through decides what is
+    stable: the trials have the Trainer's ``gradient_clip_val``, and copies of those of its callbacks that have an
+    attribute ``in_trials`` which is true, as :class:`~lightning_recipes.PercentileGradientClipping` has. They have no
+    others and no validation, and the module's schedulers stand still. Costs a copy of the module while it runs.
 
     Attributes:
         result: A :class:`~lightning_recipes.core.trials.SweepResult`, or None if nothing was swept.
@@ -102,6 +105,7 @@ class WarmupSweep(pl.Callback):
         self.warmup_steps = 0
         self.rule: PerOptimizer[LearningRates] = PerOptimizer(LearningRates)
         self._done = False
+        self._in_trials: list[pl.Callback] = []
 
     # ---------------------------------------------------------------------------------- fit: start and end
 
@@ -109,6 +113,8 @@ class WarmupSweep(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if trainer.state.fn == TrainerFn.FITTING and trainer.global_step == 0:
             self._forget()
+            run: Any = trainer  # connectors set some attributes
+            self._in_trials = copy.deepcopy([each for each in run.callbacks if getattr(each, "in_trials", False)])
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -145,7 +151,8 @@ class WarmupSweep(pl.Callback):
         own = peak_rate(trainer.optimizers[0].param_groups[0])
         search = WarmupSearch(own, int(steps), *self._asked)
         path, known = self._prepare(trainer)
-        train = ModuleTrials(lambda _: pl_module, trainer.train_dataloader, None, settings_of(trainer), own)
+        settings = {**settings_of(trainer), "callbacks": self._in_trials}
+        train = ModuleTrials(lambda _: pl_module, trainer.train_dataloader, None, settings, own)
         with progress("warmup sweep", search.most_steps, self.show_progress and trainer.is_global_zero) as told:
             outcomes = run_trials(search, train, path, told, known)
         self.result = search.result(outcomes)

@@ -1,20 +1,20 @@
-"""Which learning rate: short trainings over a grid of them, and what they say."""
+"""Which learning rate: short trainings over a grid of them, longer ones with the best, and what they say."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from lightning_recipes.core.arguments import check_count, check_real
 from lightning_recipes.core.findings import Finding
-from lightning_recipes.core.trials import Outcome, SweepResult, Trial, mean_loss
+from lightning_recipes.core.trials import Outcome, SweepResult, Trial
 
 PLAYBOOK = (
     "Deep Learning Tuning Playbook, identifying unstable workloads: https://github.com/google-research/tuning_playbook"
 )
 GRID = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
-LONGER = 2  # times the steps of the trials: for a run that is longer than that another rate is best,
-LOWER = 2.0  # times lower,
-SAFE = 4.0  # and so many times below the edge of stability: what is nearer may be unstable later
+MOST = 8  # learning rates that are trained with for long
+BELOW = 2  # of them are below the one that is best after the short trials, to begin with
 
 
 def learning_rate_sensitivity(losses: Mapping[float, float], initial: float) -> float:
@@ -40,17 +40,20 @@ def learning_rate_sensitivity(losses: Mapping[float, float], initial: float) -> 
 class LearningRateSearch:
     """Plans the trials of a learning-rate sweep; a :class:`~lightning_recipes.core.trials.Search`.
 
-    Each learning rate is trained with for some steps from the same start with the same data. lr* has the lowest mean
-    loss over the last tenth of the steps; an unstable one (not finite, or an uncharacteristically high loss) is not
-    feasible, and no number. A long run is best at a lower rate than a short trial: the one to train at is the rate of
-    the grid that is nearest to half of lr*, or to a quarter of the lowest unstable one, whichever is lower
-    (``benchmarks/LOG.md``); it is lr* itself for a run that is hardly longer than the trials.
+    First every learning rate is trained with for some steps, all from the same start with the same data. lr* has the
+    lowest mean loss over the last tenth of them; an unstable one (not finite, or an uncharacteristically high loss) is
+    not feasible, and no number. The longer a run, the lower the rate that it ends best at, so then lr* and the two
+    below it are trained with for ``max_steps``, and the neighbours of the best of those, until it has both: no more
+    than eight. They are judged by their validation loss, if it is known, and by each other: the one to train at has the
+    lowest mean of its own loss, which counts half, and those of its neighbours, a quarter each (an unstable one as the
+    worst there is). What was lucky once, or lies beside a cliff, is not chosen so.
 
     Args:
         learning_rates: Rising, at least two, above 0.
         steps: Updates of each, at least 20.
-        seeds: How many trials for each, at least 1.
-        max_steps: Length of the run that the rate is for, at least 1; None for a long one.
+        seeds: How many long trials for each, at least 1.
+        max_steps: Updates of the long ones, at least 20: the length of the run, if that can be afforded. Not above
+            ``steps``: there are only trials of that length, of every learning rate.
 
     Raises:
         TypeError: If an argument is not of its kind.
@@ -65,7 +68,7 @@ class LearningRateSearch:
     learning_rates: Sequence[float] = GRID
     steps: int = 100
     seeds: int = 1
-    max_steps: int | None = None
+    max_steps: int = 500
 
     def __post_init__(self) -> None:
         for rate in self.learning_rates:
@@ -74,71 +77,145 @@ class LearningRateSearch:
             raise ValueError(f"learning_rates must rise and be at least two, got {self.learning_rates!r}")
         check_count("steps", self.steps, 20)
         check_count("seeds", self.seeds, 1)
-        if self.max_steps is not None:
-            check_count("max_steps", self.max_steps, 1)
+        check_count("max_steps", self.max_steps, 20)
 
     @property
     def most_steps(self) -> int:
         """Updates that the sweep cannot exceed."""
-        return len(self.learning_rates) * self.seeds * self.steps
+        rates = len(self.learning_rates)
+        if not self._in_two:
+            return rates * self.seeds * self.max_steps
+        return rates * self.steps + min(rates, MOST) * self.seeds * self.max_steps
 
     def ask(self, outcomes: Mapping[Trial, Outcome]) -> list[Trial]:
         """The trials that are wanted next; see :class:`~lightning_recipes.core.trials.Search`."""
-        return [trial for seed in range(self.seeds) for trial in self._trials(seed) if trial not in outcomes]
+        short = [trial for trial in map(self._short, self.learning_rates) if trial not in outcomes]
+        if self._in_two and short:
+            return short
+        long = [trial for seed in range(self.seeds) for trial in self._long(self._chosen(outcomes), seed)]
+        return [trial for trial in long if trial not in outcomes]
 
-    def _trials(self, seed: int) -> list[Trial]:
-        return [Trial(rate, self.steps, 0, seed) for rate in self.learning_rates]
+    # ---------------------------------------------------------------------------------- the procedure
+
+    @property
+    def _in_two(self) -> bool:
+        """Whether there are short trials and long ones."""
+        return self.max_steps > self.steps
+
+    def _short(self, rate: float) -> Trial:
+        return Trial(rate, self.steps)
+
+    def _long(self, rates: Sequence[float], seed: int) -> list[Trial]:
+        return [Trial(rate, self.max_steps, 0, seed, validates=True) for rate in rates]
+
+    def _chosen(self, outcomes: Mapping[Trial, Outcome]) -> Sequence[float]:
+        """The learning rates to train with for long, rising, as far as that is known; each has its neighbours in it."""
+        rates = self.learning_rates
+        if not self._in_two:
+            return rates
+        found = {index: outcomes[self._short(rate)] for index, rate in enumerate(rates)}
+        feasible = [index for index in found if found[index].stable]
+        if not feasible:
+            return ()
+        start = min(feasible, key=lambda index: found[index].loss)
+        low, high = max(0, start - BELOW), start + 1
+        while high - low < MOST:
+            known = {rate: self._losses(outcomes, rate) for rate in rates[low:high]}
+            if not all(known.values()):
+                break  # to be trained first
+            losses = self._levels(outcomes, rates[low:high])
+            best = {losses.index(min(losses)), _smoothest(losses)}
+            down, up = low > 0 and 0 in best, high < len(rates) and len(losses) - 1 in best
+            if not (down or up):
+                break
+            low, high = low - down, high + up
+        return rates[low:high]
+
+    def _losses(self, outcomes: Mapping[Trial, Outcome], rate: float) -> list[float]:
+        """Of the long trials of a learning rate, NaN where it was unstable; nothing if one is missing."""
+        each = [outcomes.get(trial) for seed in range(self.seeds) for trial in self._long([rate], seed)]
+        return [_judged(outcome) for outcome in each if outcome is not None] if None not in each else []
+
+    def _levels(self, outcomes: Mapping[Trial, Outcome], rates: Sequence[float]) -> list[float]:
+        """Mean loss at each learning rate; of an unstable one the worst of all, that before training included."""
+        means = [fmean(self._losses(outcomes, rate)) for rate in rates]
+        worst = max([_initial(outcomes), *(mean for mean in means if not math.isnan(mean))])
+        return [worst if math.isnan(mean) else mean for mean in means]
+
+    # ---------------------------------------------------------------------------------- what it says
 
     def result(self, outcomes: Mapping[Trial, Outcome]) -> SweepResult:
         """What the outcomes say, when nothing more is asked."""
-        by_rate = {
-            rate: [outcomes[Trial(rate, self.steps, 0, seed)] for seed in range(self.seeds)]
-            for rate in self.learning_rates
-        }
-        stable = {rate: all(outcome.stable for outcome in each) for rate, each in by_rate.items()}
-        losses = {rate: mean_loss(each) if stable[rate] else math.nan for rate, each in by_rate.items()}
-        firsts = [outcome.losses[0] for each in by_rate.values() for outcome in each if outcome.losses]
-        initial = sum(firsts) / len(firsts)
-        feasible = {rate: loss for rate, loss in losses.items() if stable[rate]}
+        chosen, initial = self._chosen(outcomes), _initial(outcomes)
+        short = (
+            [self._short(rate) for rate in self.learning_rates] if self._in_two else self._long(self.learning_rates, 0)
+        )
+        losses = {trial.learning_rate: outcomes[trial].loss for trial in short}
+        unstable = {trial.learning_rate for trial, outcome in outcomes.items() if not outcome.stable}
+        feasible = [index for index, rate in enumerate(chosen) if rate not in unstable]
         steps = sum(outcome.steps for outcome in outcomes.values())
         summary = {"initial_loss": initial, "sensitivity": learning_rate_sensitivity(losses, initial)}
         if not feasible:
-            message = f"Every learning rate was unstable, {self.learning_rates[0]:.3g} the lowest."
+            tried = f"{self.learning_rates[0]:.3g} the lowest" if not chosen else f"not even {chosen[0]:.3g} for long"
+            message = f"Every learning rate was unstable, {tried}."
             advice = "Try lower ones; if they are no better, look at data, initialisation and loss."
             finding = Finding("no learning rate is stable", "warning", message, advice, steps, source=PLAYBOOK)
             return SweepResult(None, finding, dict(outcomes), summary)
-        lowest = min(feasible, key=feasible.__getitem__)
-        edge = min((rate for rate in self.learning_rates if not stable[rate] and rate > lowest), default=math.inf)
-        best = lowest
-        if self.max_steps is None or self.max_steps > LONGER * self.steps:
-            target = min(lowest / LOWER, edge / SAFE)
-            best = min(feasible, key=lambda rate: abs(math.log(rate / target)))
+        levels = self._levels(outcomes, chosen)
+        place, smooth = min(feasible, key=levels.__getitem__), _smoothed(levels)
+        lowest, best = chosen[place], min(feasible, key=smooth.__getitem__)
+        edge = min((rate for rate in unstable if rate > lowest), default=math.inf)
         at_edge = self._next(lowest) == edge < math.inf
+        trial = self._long([chosen[best]], 0)[0]
+        early = min((rate for rate in losses if not math.isnan(losses[rate])), key=losses.__getitem__, default=lowest)
+        evidence = {"learning_rate": trial.learning_rate, "loss": levels[best], "lowest": lowest, "edge": edge}
+        validated = not math.isnan(outcomes[trial].val_loss)
         return SweepResult(
-            Trial(best, self.steps),
-            self._finding(best, losses[best], lowest, edge, steps),
+            trial,
+            self._finding(evidence, "validation" if validated else "training", at_edge, steps),
             dict(outcomes),
-            {**summary, "lowest_loss_at": lowest, "edge": edge, "at_edge": float(at_edge)},
+            {**summary, "lowest_loss_at": lowest, "lowest_early_at": early, "edge": edge, "at_edge": float(at_edge)},
         )
 
     def _next(self, rate: float) -> float:
         above = [each for each in self.learning_rates if each > rate]
         return above[0] if above else math.inf
 
-    def _finding(self, best: float, loss: float, lowest: float, edge: float, steps: int) -> Finding:
+    def _finding(self, evidence: dict[str, float], kind: str, at_edge: bool, steps: int) -> Finding:
+        best, loss, lowest, edge = evidence.values()
         where = "" if edge == math.inf else f"; from {edge:.3g} on the training is unstable"
-        message = f"The training loss after {self.steps} steps is lowest at a learning rate of {lowest:.3g}{where}."
-        lower = "; a long run is best at a lower rate than a short trial" if best < lowest else ""
-        advice = f"Train at {best:.3g} (a loss of {loss:.4g}{lower})."
+        message = f"The {kind} loss after {self.max_steps:,} steps is lowest at a learning rate of {lowest:.3g}{where}."
+        beside = "" if best == lowest else ", whose neighbours are better"
+        advice = f"Train at {best:.3g} (a loss of {loss:.4g}{beside}); a much longer run may be best at a lower one."
         rule = "learning rate found"
         if lowest in (self.learning_rates[0], self.learning_rates[-1]):
             side = "higher" if lowest == self.learning_rates[-1] else "lower"
             advice, rule = f"It is the last one of the grid: try {side} ones.", "best at the end of the grid"
-        elif self._next(lowest) == edge:
+        elif at_edge:
             rule = "best at the edge of stability"
             advice += (
                 " The best lies at the edge: if higher rates make the loss rise after a while, not at once, fixing the"
                 " instability will help (WarmupSweep, then PercentileGradientClipping)."
             )
-        evidence: dict[str, float | str] = {"learning_rate": best, "loss": loss, "lowest": lowest, "edge": edge}
-        return Finding(rule, "info", message, advice, steps, evidence, PLAYBOOK)
+        return Finding(rule, "info", message, advice, steps, {**evidence}, PLAYBOOK)
+
+
+def _judged(outcome: Outcome) -> float:
+    """The validation loss, if it was asked for; NaN if the training was unstable or it is no number."""
+    return outcome.loss if not outcome.stable or math.isnan(outcome.val_loss) else outcome.val_loss
+
+
+def _initial(outcomes: Mapping[Trial, Outcome]) -> float:
+    """Mean loss before training."""
+    return fmean([outcome.losses[0] for outcome in outcomes.values() if outcome.losses])
+
+
+def _smoothed(losses: Sequence[float]) -> list[float]:
+    """Half of each, a quarter of each of its neighbours; at an end it is its own neighbour."""
+    left, right = [losses[0], *losses[:-1]], [*losses[1:], losses[-1]]
+    return [low / 4 + loss / 2 + high / 4 for low, loss, high in zip(left, losses, right, strict=True)]
+
+
+def _smoothest(losses: Sequence[float]) -> int:
+    smooth = _smoothed(losses)
+    return smooth.index(min(smooth))

@@ -218,31 +218,40 @@ class SweepResult:
         return sum(outcome.steps for outcome in self.outcomes.values())
 
     def table(self) -> list[dict[str, Any]]:
-        """A row for each learning rate and warmup: trials, how many of them were stable, mean loss of those."""
-        rows: dict[tuple[float, int], list[Outcome]] = {}
+        """A row for each learning rate and warmup, and length of trials without one.
+
+        Has their number, how many of them were stable, and the mean losses of those.
+        """
+        rows: dict[tuple[float, int, int], list[tuple[Trial, Outcome]]] = {}
         for trial, outcome in sorted(self.outcomes.items(), key=lambda item: (item[0].learning_rate, item[0].seed)):
-            rows.setdefault((trial.learning_rate, trial.warmup_steps), []).append(outcome)
+            rows.setdefault(_place(trial), []).append((trial, outcome))
         return [
             {
                 "learning_rate": rate,
                 "warmup_steps": warmup,
+                "steps": max(trial.steps for trial, _ in each),
                 "trials": len(each),
-                "stable": sum(outcome.stable for outcome in each),
-                "loss": mean_loss(each),
-                "reason": next((outcome.reason for outcome in each if not outcome.stable), ""),
+                "stable": sum(outcome.stable for _, outcome in each),
+                "loss": mean_loss([outcome for _, outcome in each]),
+                "val_loss": _mean([outcome.val_loss for _, outcome in each if outcome.stable]),
+                "reason": next((outcome.reason for _, outcome in each if not outcome.stable), ""),
+                "best": self.best is not None and _place(self.best) == (rate, warmup, steps),
             }
-            for (rate, warmup), each in sorted(rows.items())
+            for (rate, warmup, steps), each in sorted(rows.items())
         ]
 
     def to_markdown(self) -> str:
         """The table, with the finding below it."""
-        lines = ["| learning rate | warmup steps | stable | loss | |", "|---|---|---|---|---|"]
-        for row in self.table():
-            chosen = self.best is not None and _place(self.best) == (row["learning_rate"], row["warmup_steps"])
-            loss = "" if math.isnan(row["loss"]) else f"{row['loss']:.4g}"
+        rows = self.table()
+        names = [name for name in ("loss", "val_loss") if not all(math.isnan(row[name]) for row in rows)]
+        lines = [f"| learning rate | warmup steps | steps | stable | {' | '.join(names)} | |"]
+        lines.append("|" + (5 + len(names)) * "---|")
+        for row in rows:
+            losses = ["" if math.isnan(row[name]) else f"{row[name]:.4g}" for name in names]
             lines.append(
-                f"| {row['learning_rate']:.3g} | {row['warmup_steps']} | {row['stable']} of {row['trials']} | {loss} |"
-                f" {'**best**' if chosen else row['reason']} |"
+                f"| {row['learning_rate']:.3g} | {row['warmup_steps']} | {row['steps']} |"
+                f" {row['stable']} of {row['trials']} | {' | '.join(losses)} |"
+                f" {'**best**' if row['best'] else row['reason']} |"
             )
         return "\n".join([*lines, "", f"{self.finding.message} {self.finding.advice}"])
 
@@ -279,7 +288,10 @@ class SweepResult:
 
 def mean_loss(outcomes: list[Outcome]) -> float:
     """Of the stable ones; NaN if there is none."""
-    losses = [outcome.loss for outcome in outcomes if outcome.stable]
+    return _mean([outcome.loss for outcome in outcomes if outcome.stable])
+
+
+def _mean(losses: list[float]) -> float:
     return statistics.fmean(losses) if losses else math.nan
 
 
@@ -320,27 +332,41 @@ def sorted_by_trial(outcomes: Mapping[Trial, Outcome]) -> list[tuple[Trial, Outc
     return sorted(outcomes.items(), key=lambda item: (*_place(item[0]), item[0].seed, item[0].steps))
 
 
-def _place(trial: Trial) -> tuple[float, int]:
-    return trial.learning_rate, trial.warmup_steps
+def _place(trial: Trial) -> tuple[float, int, int]:
+    """Of the row in the table: a warmup is shown with trials of all lengths."""
+    return trial.learning_rate, trial.warmup_steps, 0 if trial.warmup_steps else trial.steps
 
 
 def _draw(result: SweepResult, ax: Any) -> Any:
     figure, ax = _axes(ax)
     rows = result.table()
+    if len({row["warmup_steps"] for row in rows}) == 1:
+        _draw_rates(result, rows, ax)
+    else:
+        _draw_map(rows, ax)
+    return figure, ax
+
+
+def _draw_rates(result: SweepResult, rows: list[dict[str, Any]], ax: Any) -> None:
+    stable = [row for row in rows if row["stable"] == row["trials"]]
+    for steps in sorted({row["steps"] for row in stable}):
+        for name, label in (("loss", "training"), ("val_loss", "validation")):
+            points = [(row["learning_rate"], row[name]) for row in stable if row["steps"] == steps]
+            if not all(math.isnan(loss) for _, loss in points):
+                ax.plot(*zip(*points, strict=True), marker="o", label=f"{label}, {steps:,} steps")
+    for row in rows:
+        if row["stable"] < row["trials"]:
+            ax.axvline(row["learning_rate"], color="C3", linewidth=0.8, linestyle=":")
+    if result.best is not None:
+        ax.axvline(result.best.learning_rate, color="black", linewidth=0.8, linestyle="--", label="best")
+        ax.legend()
+    ax.set(xscale="log", xlabel="learning rate (dotted: unstable)", ylabel="loss")
+    if all(row["loss"] > 0 for row in stable):
+        ax.set_yscale("log")
+
+
+def _draw_map(rows: list[dict[str, Any]], ax: Any) -> None:
     warmups = sorted({row["warmup_steps"] for row in rows})
-    if len(warmups) == 1:
-        stable = [row for row in rows if row["stable"] == row["trials"]]
-        ax.plot([row["learning_rate"] for row in stable], [row["loss"] for row in stable], marker="o")
-        for row in rows:
-            if row["stable"] < row["trials"]:
-                ax.axvline(row["learning_rate"], color="C3", linewidth=0.8, linestyle=":")
-        if result.best is not None:
-            ax.axvline(result.best.learning_rate, color="black", linewidth=0.8, linestyle="--", label="best")
-            ax.legend()
-        ax.set(xscale="log", xlabel="learning rate (dotted: unstable)", ylabel="training loss")
-        if all(row["loss"] > 0 for row in stable):
-            ax.set_yscale("log")
-        return figure, ax
     rates = sorted({row["learning_rate"] for row in rows})
     losses = [row["loss"] for row in rows if row["stable"] == row["trials"]]
     low, high = min(losses, default=0.0), max(losses, default=1.0)
@@ -353,20 +379,21 @@ def _draw(result: SweepResult, ax: Any) -> Any:
         else:
             ax.scatter(x, y, s=900, marker="s", color="0.9")
             ax.annotate(f"unstable\n{row['stable']}/{row['trials']}", (x, y), ha="center", va="center", fontsize=7)
-        if result.best is not None and _place(result.best) == (row["learning_rate"], row["warmup_steps"]):
+        if row["best"]:
             ax.scatter(x, y, s=1200, marker="s", facecolors="none", edgecolors="black", linewidths=2)
     ax.set_xticks(range(len(warmups)), [str(warmup) for warmup in warmups])
     ax.set_yticks(range(len(rates)), [f"{rate:.2g}" for rate in rates])
     ax.set(xlabel="warmup steps", ylabel="learning rate", title="training loss at the end of the trials")
     ax.margins(0.15)
-    return figure, ax
 
 
 def _draw_curves(result: SweepResult, ax: Any) -> Any:
     figure, ax = _axes(ax)
     at = 0.0 if result.best is None else result.best.learning_rate
+    shown = [trial for trial in result.outcomes if trial.learning_rate >= at and trial.seed == 0]
+    longest = {(trial.learning_rate, trial.warmup_steps): trial for trial in sorted(shown, key=lambda each: each.steps)}
     for trial, outcome in sorted_by_trial(result.outcomes):
-        if trial.learning_rate >= at and trial.seed == 0:
+        if trial in longest.values():
             every = max(1, math.ceil(outcome.steps / max(1, len(outcome.losses))))
             steps = [every * point for point in range(len(outcome.losses))]
             warmed = f", warmup {trial.warmup_steps}" if trial.warmup_steps else ""

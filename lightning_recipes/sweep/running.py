@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from lightning_recipes.callbacks.trials import LoopTrials, ModuleTrials, run_trials, seed_all
 from lightning_recipes.core.trials import Outcome, Search, Trial
 
-Make = Callable[[int], pl.LightningModule | tuple[Optimizer, Callable[[], Tensor]]]
+Loss = Callable[[], Tensor]
+Make = Callable[[int], pl.LightningModule | tuple[Optimizer, Loss] | tuple[Optimizer, Loss, Callable[[], Any]]]
 
 
 class Runner(Protocol):
@@ -42,19 +43,28 @@ class Runner(Protocol):
 in_this_process: Runner = run_trials
 
 
-def trials_of(make: Any, train_dataloaders: Any, datamodule: Any, settings: dict[str, Any]) -> Any:
+def trials_of(
+    make: Any,
+    train_dataloaders: Any,
+    datamodule: Any,
+    settings: dict[str, Any],
+    val_dataloaders: Any = None,
+    monitor: str | None = None,
+) -> Any:
     """What runs the trials of what a person wants trained."""
+    data = train_dataloaders, datamodule, settings, None, val_dataloaders, monitor
     if isinstance(make, pl.LightningModule):
-        return ModuleTrials(lambda _: make, train_dataloaders, datamodule, settings)
+        return ModuleTrials(lambda _: make, *data)
     if not callable(make):
         raise TypeError(f"make must be a LightningModule or a function of a seed, got {make!r}")
     with isolate_rng():
         seed_all(0)
         made = make(0)
     if isinstance(made, pl.LightningModule):
-        return ModuleTrials(make, train_dataloaders, datamodule, settings)
-    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], Optimizer) and callable(made[1])):
+        return ModuleTrials(make, *data)
+    functions = made[1:] if isinstance(made, tuple) else ()
+    if not (len(functions) in (1, 2) and isinstance(made[0], Optimizer) and all(map(callable, functions))):
         raise TypeError(f"make(seed) must return a LightningModule, or an optimizer and a function, got {made!r}")
-    if train_dataloaders is not None or datamodule is not None or settings:
-        raise TypeError("loaders, a datamodule and settings of a Trainer are for a LightningModule")
+    if settings or any(each is not None for each in (train_dataloaders, datamodule, val_dataloaders, monitor)):
+        raise TypeError("loaders, a datamodule, a monitor and settings of a Trainer are for a LightningModule")
     return LoopTrials(make)

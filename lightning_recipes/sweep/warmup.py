@@ -46,7 +46,8 @@ def warmup_sweep(
         path: A JSON file that has all outcomes after each trial: a sweep that was cut goes on with those.
         runner: Who runs the trials: see :mod:`lightning_recipes.sweep.running`.
         show_progress: Show a progress bar, where the output is a terminal.
-        trainer_settings: For a LightningModule, arguments of the Trainers: ``accelerator``, ``precision``...
+        trainer_settings: For a LightningModule, arguments of the Trainers: ``accelerator``, ``precision``,
+            ``gradient_clip_val``... Of ``callbacks`` each trial has copies: give those that the gradients go through.
 
     Raises:
         TypeError: If an argument is not of its kind.

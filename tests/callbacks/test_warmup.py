@@ -317,3 +317,28 @@ def test_fast_dev_run_sweeps_nothing(tmp_path: Path) -> None:
 def test_bad_arguments_are_refused(arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         WarmupSweep(**arguments)
+
+
+def test_what_the_gradients_go_through_is_in_the_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tamed(pl.Callback):
+        in_trials = True
+        updates = 0
+
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            torch.nn.utils.clip_grad_norm_(pl_module.parameters(), 1e-6)
+            self.updates += 1
+
+    class Looking(pl.Callback):
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise AssertionError("has no business in a trial")
+
+    clipping, tamed, sweep = PercentileGradientClipping(), Tamed(), WarmupSweep(3e-3, seeds=1)
+    fit(tmp_path, Watched(), sweep, Looking(), tamed, clipping, max_steps=100)
+    tame, neither = WarmupSweep(3e-3, seeds=1), WarmupSweep(3e-3, seeds=1)
+    fit(tmp_path, Watched(), tame, max_steps=100, gradient_clip_val=1e-6)
+    fit(tmp_path, Watched(), neither, max_steps=100)
+    assert tamed.updates == clipping.rule[0].count == 100
+    needs = [
+        each.result is not None and each.result.finding.rule != "no warmup needed" for each in (sweep, tame, neither)
+    ]
+    assert needs == [False, False, True]

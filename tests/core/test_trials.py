@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.trials import (
     Outcome,
+    Readings,
     SweepResult,
     Trial,
     TrialRule,
@@ -55,6 +57,24 @@ def test_the_first_certain_sign_ends_it() -> None:
     blown = judged([2.0, 2.5, 20.0, 30.0, 3000.0, 1.0])
     assert (blown.steps, blown.reason) == (5, "the loss rose from 2 to 3e+03 at step 4")
     assert math.isnan(blown.loss)
+
+
+@pytest.mark.parametrize("ends", [0, 3, 17, 29, 60])
+def test_blocks_are_judged_as_one_after_the_other(ends: int) -> None:
+    losses = [*falling(ends), *([math.nan] * 40 if ends < 60 else [])]
+    alone, readings = TrialRule(60), Readings(TrialRule(60))
+    over, done = False, 0
+    for loss in losses:
+        over = over or alone.update(loss, 1.0, 0.1)
+        done += 1
+        if readings.add(torch.tensor([loss], dtype=torch.float64), torch.tensor(1.0), 0.1) and readings.read():
+            break
+    assert readings.read() == over == (ends < 60)
+    assert readings.read() == over
+    assert done <= ends + 10
+    ours, theirs = readings.rule.outcome(), alone.outcome()
+    assert (ours.stable, ours.steps, ours.reason) == (theirs.stable, theirs.steps, theirs.reason)
+    assert ours.losses == pytest.approx(theirs.losses, nan_ok=True)
 
 
 def test_dead_units_end_it_too() -> None:
@@ -150,8 +170,8 @@ def test_a_result_says_everything_in_a_table() -> None:
         (1.0, 100, 1, 1),
     ]
     assert made.table()[0]["loss"] == pytest.approx(0.6)
-    assert "| 1 | 100 | 1 of 1 | 0.2 | **best** |" in made.to_markdown()
-    assert "| 1 | 10 | 0 of 1 |  | not finite at step 6 |" in made.to_markdown()
+    assert "| 1 | 100 | 300 | 1 of 1 | 0.2 | **best** |" in made.to_markdown()
+    assert "| 1 | 10 | 100 | 0 of 1 |  | not finite at step 6 |" in made.to_markdown()
     assert made.to_markdown().endswith("A warmup helps. Use it.")
     assert made._repr_html_().count("<tr>") == 4
     assert math.isnan(mean_loss([]))
