@@ -3,7 +3,6 @@
 import copy
 import importlib
 import logging
-import math
 import os
 import random
 import tempfile
@@ -119,7 +118,7 @@ class LoopTrials:
         return self.make(seed)
 
     def __call__(self, trial: Trial) -> Outcome:
-        readings, val_loss = Readings(TrialRule(trial.steps)), math.nan
+        readings, val_loss = Readings(TrialRule(trial.steps)), None
         with isolate_rng():
             optimizer, next_loss, *validate = self._start(trial.seed)
             try:
@@ -234,7 +233,7 @@ class _Run(pl.Callback):
         self._rates: list[list[float]] = []
         self._steps: list[int] = []
         self._losses: list[Tensor] = []
-        self._val_loss = math.nan
+        self._val_loss: float | None = None
         self._alone = True
 
     def outcome(self) -> Outcome:

@@ -152,7 +152,7 @@ class LearningRateSearch:
         )
         losses = {trial.learning_rate: outcomes[trial].loss for trial in short}
         unstable = {trial.learning_rate for trial, outcome in outcomes.items() if not outcome.stable}
-        feasible = [index for index, rate in enumerate(chosen) if rate not in unstable]
+        feasible = [place for place, rate in enumerate(chosen) if not math.isnan(fmean(self._losses(outcomes, rate)))]
         steps = sum(outcome.steps for outcome in outcomes.values())
         summary = {"initial_loss": initial, "sensitivity": learning_rate_sensitivity(losses, initial)}
         if not feasible:
@@ -169,7 +169,7 @@ class LearningRateSearch:
         trial = self._long([chosen[best]], 0)[0]
         early = min((rate for rate in losses if not math.isnan(losses[rate])), key=losses.__getitem__, default=lowest)
         evidence = {"learning_rate": trial.learning_rate, "loss": levels[best], "lowest": lowest, "edge": edge}
-        validated = not math.isnan(outcomes[trial].val_loss)
+        validated = outcomes[trial].val_loss is not None
         return SweepResult(
             trial,
             self._finding(evidence, "validation" if validated else "training", at_edge, steps),
@@ -201,8 +201,9 @@ class LearningRateSearch:
 
 
 def _judged(outcome: Outcome) -> float:
-    """The validation loss, if it was asked for; NaN if the training was unstable or it is no number."""
-    return outcome.loss if not outcome.stable or math.isnan(outcome.val_loss) else outcome.val_loss
+    """The validation loss, if it was asked for; NaN if the training was unstable."""
+    loss = outcome.loss if outcome.val_loss is None or not outcome.stable else outcome.val_loss
+    return loss if math.isfinite(loss) else math.nan
 
 
 def _initial(outcomes: Mapping[Trial, Outcome]) -> float:

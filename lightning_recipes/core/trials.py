@@ -65,7 +65,7 @@ class Outcome:
         steps: Updates made: an unstable trial ends at the first certain sign.
         reason: Why it was not stable.
         losses: The training loss, thinned out to 300 values at most.
-        val_loss: On validation data in the end; NaN if there are none, or nobody has asked.
+        val_loss: On validation data in the end; None if there are none, or nobody has asked.
     """
 
     stable: bool
@@ -73,7 +73,7 @@ class Outcome:
     steps: int
     reason: str = ""
     losses: tuple[float, ...] = ()
-    val_loss: float = math.nan
+    val_loss: float | None = None
 
 
 class Search(Protocol):
@@ -139,7 +139,7 @@ class TrialRule:
             self.best = min(self.best, statistics.median(self.losses[-SHORT:]))
         return bool(self.reason)
 
-    def outcome(self, val_loss: float = math.nan) -> Outcome:
+    def outcome(self, val_loss: float | None = None) -> Outcome:
         """The verdict, after the last update; and what was validated then."""
         done, losses = len(self.losses), self.losses
         loss = math.nan
@@ -233,7 +233,7 @@ class SweepResult:
                 "trials": len(each),
                 "stable": sum(outcome.stable for _, outcome in each),
                 "loss": mean_loss([outcome for _, outcome in each]),
-                "val_loss": _mean([outcome.val_loss for _, outcome in each if outcome.stable]),
+                "val_loss": _mean([o.val_loss for _, o in each if o.stable and o.val_loss is not None]),
                 "reason": next((outcome.reason for _, outcome in each if not outcome.stable), ""),
                 "best": self.best is not None and _place(self.best) == (rate, warmup, steps),
             }
@@ -318,13 +318,15 @@ def load_outcomes(path: str | Path) -> dict[Trial, Outcome]:
 def outcome_as_data(outcome: Outcome) -> dict[str, Any]:
     """An outcome as plain values that JSON knows."""
     losses = [loss if math.isfinite(loss) else str(loss) for loss in outcome.losses]
-    return {**asdict(outcome), "loss": str(outcome.loss), "losses": losses, "val_loss": str(outcome.val_loss)}
+    val_loss = None if outcome.val_loss is None else str(outcome.val_loss)
+    return {**asdict(outcome), "loss": str(outcome.loss), "losses": losses, "val_loss": val_loss}
 
 
 def outcome_from_data(data: Mapping[str, Any]) -> Outcome:
     """The outcome that :func:`outcome_as_data` took apart."""
-    numbers = {name: float(data.get(name, "nan")) for name in ("loss", "val_loss")}
-    return Outcome(**{**data, **numbers, "losses": tuple(map(float, data["losses"]))})
+    val_loss = None if data.get("val_loss") is None else float(data["val_loss"])
+    losses = tuple(map(float, data["losses"]))
+    return Outcome(**{**data, "loss": float(data["loss"]), "losses": losses, "val_loss": val_loss})
 
 
 def sorted_by_trial(outcomes: Mapping[Trial, Outcome]) -> list[tuple[Trial, Outcome]]:

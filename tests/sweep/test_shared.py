@@ -168,7 +168,7 @@ x = torch.randn(256, 8)
 loader = DataLoader(TensorDataset(x, x.argmax(1) % 3), 16)
 shared = {"runner": OptunaRunner(sys.argv[1])} if len(sys.argv) > 1 else {}
 ranks = {"accelerator": "cpu", "strategy": "ddp", "devices": 2}
-result = learning_rate_sweep(Classifier(), [0.01, 0.1, 1e4], 30, train_dataloaders=loader, **shared, **ranks)
+result = learning_rate_sweep(Classifier(), [0.01, 0.1, 1e4], max_steps=30, train_dataloaders=loader, **shared, **ranks)
 found = sorted((trial.learning_rate, outcome.loss) for trial, outcome in result.outcomes.items())
 os.write(1, f"found {found}\\n".encode())  # at once: the ranks share the pipe
 """
