@@ -1,31 +1,38 @@
 """What the warmup sweep finds, what it costs, and whether what it finds is true.
 
-    python benchmarks/sweeps.py [residual] [control] [prose] [--seeds 8]
+    python benchmarks/sweeps.py [residual] [control] [prose] [cost] [--seeds 8]
 
 residual: a residual perceptron without normalisation on scikit-learn's digits, with weights so large that it diverges
 at any useful learning rate. control: the same with LayerNorm in branches that start at 0, which needs no warmup. prose:
-a character model on Python's own help texts; the warmup found is tried with fresh seeds, and half of it, too.
+a character model on Python's own help texts; the warmup found is tried with fresh seeds, and half of it, too. cost:
+CPU time of a trial over that of the same steps without one.
 """
 
 import argparse
+import logging
 import math
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data import topics
+from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
+from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from _data import digits
+from _timing import interleave, table
 
-from lightning_recipes.callbacks.trials import LoopTrials, seed_all
+from lightning_recipes.callbacks.trials import LoopTrials, ModuleTrials, seed_all
 from lightning_recipes.core.trials import Outcome, SweepResult, Trial, TrialRule
 from lightning_recipes.core.warmup import LEAST, WarmupSearch
 from lightning_recipes.sweep import warmup_sweep
@@ -37,6 +44,7 @@ GAIN = 1.7  # of the transformer's weights, 1 keeps the variance
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 FRESH = range(100, 105)  # seeds that no sweep has seen
 DATA = digits()
+COST = 100  # steps of a trial that is timed
 
 Start = Callable[[int], tuple[nn.Module, Optimizer, Callable[[], Tensor]]]
 
@@ -266,12 +274,77 @@ def prose(seeds: int) -> None:
                     print(f"        {outcome.reason}")
 
 
-PARTS = {"residual": residual, "control": control, "prose": prose}
+class Plain(pl.LightningModule):
+    """A classifier of 32 numbers, or of pictures of 28 x 28."""
+
+    def __init__(self, pictures: bool) -> None:
+        super().__init__()
+        body = (
+            nn.Conv2d(1, 16, 3),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(16, 32, 3),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(4),
+        )
+        small = (nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10))
+        self.net = nn.Sequential(*((*body, nn.Flatten(), nn.Linear(512, 10)) if pictures else small))
+
+    @override
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    @override
+    def configure_optimizers(self) -> Optimizer:
+        return AdamW(self.parameters(), 1e-4)
+
+
+def cost_of(name: str, *shape: int) -> None:
+    data = TensorDataset(torch.randn(32 * COST, *shape), torch.randint(0, 10, (32 * COST,)))
+    loader: DataLoader[Any] = DataLoader(data, 32)
+    pictures, quiet = len(shape) > 1, {"accelerator": "cpu", "devices": 1}
+    silent = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    settings: dict[str, Any] = {"max_steps": COST, "max_epochs": -1, **dict.fromkeys(silent, False), **quiet}
+
+    def made(_: int) -> tuple[Optimizer, Callable[[], Tensor]]:
+        module, batches = Plain(pictures), iter(loader)
+        return AdamW(module.parameters(), 1e-4), lambda: module.training_step(next(batches), 0)
+
+    def bare() -> list[float]:
+        optimizer, next_loss = made(0)
+        losses = []
+        for _ in range(COST):
+            optimizer.zero_grad()
+            loss = next_loss()
+            torch.autograd.backward(loss)
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    trial = Trial(1e-4, COST)
+    in_a_loop, by_a_trainer = LoopTrials(made), ModuleTrials(lambda _: Plain(pictures), loader, None, quiet)
+    calls: dict[str, Callable[[], object]] = {
+        "bare loop": bare,
+        "trial in a loop": lambda: in_a_loop(trial),
+        "fit": lambda: pl.Trainer(**settings).fit(Plain(pictures), loader),
+        "trial by a Trainer": lambda: by_a_trainer(trial),
+    }
+    table(f"{name}, {COST} steps", interleave(calls, 60.0), "bare loop", "fit")
+
+
+def cost(_: int) -> None:
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    cost_of("perceptron", 32)
+    cost_of("CNN", 1, 28, 28)
+
+
+PARTS = {"residual": residual, "control": control, "prose": prose, "cost": cost}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="part", help="residual, control, prose; all by default")
+    parser.add_argument("parts", nargs="*", metavar="part", help="residual, control, prose, cost; all by default")
     parser.add_argument("--seeds", type=int, default=8, help="of a sweep")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
