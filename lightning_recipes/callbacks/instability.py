@@ -36,7 +36,7 @@ from lightning_recipes.core.per_optimizer import PerOptimizer
 
 PLAYBOOK = "Deep Learning Tuning Playbook, optimization failures: https://github.com/google-research/tuning_playbook"
 UNREAD = 1000  # updates at most until they are judged
-AGAIN = 100  # updates until an instability of one kind is told again
+AGAIN = 100  # updates without it until an instability of a kind is told again
 KEPT = 2  # good states to go back to
 JUMPS = ("not finite", "spike", "burst", "exploding gradient")  # of one update, which can be cancelled
 ORDER = "in this order: warmup, gradient clipping, another optimizer, x + f(Norm(x)) instead of Norm(x + f(x)) with f"
@@ -81,11 +81,11 @@ class InstabilityDetector(pl.Callback):
     unclipped gradient, which ``PercentileGradientClipping`` and this callback measure once for both.
 
     Each instability is a finding, with the cure in the playbook's order, and a line of ``findings.jsonl``: step, epoch,
-    batch index, signal, value, expected range and what was decided. One kind is told again after 100 updates at the
-    earliest. Where it can be read at once (``action`` other than ``"warn"`` and ``"stop"``, or on a CPU), it also says
-    where a value is not finite: in which tensor of the batch, parameter, gradient or optimizer state, or else, by one
-    more ``training_step`` that leaves no trace, in which module of the forward pass; and of an exploding gradient which
-    parameters have most of it.
+    batch index, signal, value, expected range and what was decided. One kind is told again when there was none for 100
+    updates; of updates cancelled in a row the first has a line. Where it can be read at once (``action`` other than
+    ``"warn"`` and ``"stop"``, or on a CPU), it also says where a value is not finite: in which tensor of the batch,
+    parameter, gradient or optimizer state, or else, by one more ``training_step`` that leaves no trace, in which module
+    of the forward pass; and of an exploding gradient which parameters have most of it.
 
     The actions:
 
@@ -146,7 +146,7 @@ class InstabilityDetector(pl.Callback):
         """Start anew: what was seen of another training says nothing about this one."""
         self.rule.rules = {}
         self.rewinds = self._updates = self._kept_at = 0
-        self._told: dict[str, int] = {}  # the step at which each kind was told last
+        self._seen: dict[str, int] = {}  # the step at which each kind was seen last
         self._losses: list[Tensor] = []  # of the backward passes since the last update
         self._examples = 0  # likewise
         self._unread: list[_Update] = []
@@ -255,10 +255,11 @@ class InstabilityDetector(pl.Callback):
         decision = self._decide(found)
         where = self._locate(pl_module, optimizer, update, found) if optimizer is not None else ""
         finding = _finding(update, found, decision, where)
-        if update.step - self._told.get(found.kind, -AGAIN) >= AGAIN or decision not in ("told", "cancelled"):
-            self._told[found.kind] = update.step
+        since = update.step - self._seen.get(found.kind, -AGAIN)
+        self._seen[found.kind] = update.step
+        if since >= AGAIN or decision not in ("told", "cancelled"):
             tell(trainer, finding)
-        elif decision == "cancelled":
+        elif decision == "cancelled" and since > len(trainer.optimizers):  # else it goes on
             note(trainer, finding)
         if decision == "raised":
             raise TrainingInstability(finding.text)

@@ -219,6 +219,7 @@ class _Drive(pl.Callback):
         self._steps: dict[int, int] = {}
         self._used: dict[int, _Used] = {}
         self._without: dict[str, nn.Parameter] = {}
+        self._unowned: dict[str, nn.Parameter] = {}
         self._dependence: Dependence | None = None
         self._last: list[Criterion] = []
 
@@ -288,7 +289,8 @@ class _Drive(pl.Callback):
             if parameter.requires_grad and id(parameter) in owned:
                 self._without[name] = parameter
             elif parameter.requires_grad:
-                self.seen.unowned.append(name)
+                self.seen.unowned[name] = False
+                self._unowned[name] = parameter
         self._dependence = self._look(trainer, pl_module)
         self.rule = FitRule(self._dependence.least_loss)
 
@@ -347,6 +349,8 @@ class _Drive(pl.Callback):
                 self.seen.carried |= before.times > 1
             times = before.times if before is not None else 0
             self._used[index] = _Used(first, times)
+        for name, parameter in self._unowned.items():
+            self.seen.unowned[name] |= parameter.grad is not None
         for name, parameter in list(self._without.items()):
             if parameter.grad is not None and bool(parameter.grad.any()):
                 del self._without[name]

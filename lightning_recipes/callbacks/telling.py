@@ -1,4 +1,4 @@
-"""Tell the person: scalars and figures to the loggers, findings to everyone who may look.
+"""Tell the person: scalars and figures to the loggers, findings to everyone who may look, the same one once a fit.
 
 Nothing here is a collective: what one rank has to say must not wait for the others. Rank zero speaks.
 """
@@ -7,14 +7,16 @@ import importlib.util
 import json
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_recipes.core.findings import Finding
 
@@ -22,7 +24,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-_without_figures: WeakSet[pl.Trainer] = WeakSet()  # that were told why
+NO_FIGURES = Finding(
+    rule="no figures",
+    severity="info",
+    message="Figures are not drawn: matplotlib is not installed.",
+    advice="pip install 'lightning-recipes[plots]'",
+    step=0,
+)
+_told: WeakKeyDictionary[Optimizer, set[str]] = WeakKeyDictionary()  # in a fit, which has optimizers of its own
 
 
 def logger_step(trainer: pl.Trainer) -> int:
@@ -51,13 +60,30 @@ def log_scalars(trainer: pl.Trainer, scalars: Mapping[str, float | Tensor]) -> N
 
 
 def tell(trainer: pl.Trainer, finding: Finding) -> None:
-    """Warn of a finding (or just say it), append it to ``findings.jsonl`` in the run's folder, log it as text."""
-    (rank_zero_info if finding.severity == "info" else rank_zero_warn)(finding.text)
-    note(trainer, finding)
+    """Warn of a finding (or just say it), append it to ``findings.jsonl`` in the run's folder, log it as text.
+
+    Not if the same but for the step was told in this fit before, by whatever callback.
+    """
+    if _is_new(trainer, finding):
+        (rank_zero_info if finding.severity == "info" else rank_zero_warn)(finding.text)
+        _write(trainer, finding)
 
 
 def note(trainer: pl.Trainer, finding: Finding) -> None:
-    """Append a finding to ``findings.jsonl`` and log it as text, without a warning."""
+    """Append a finding to ``findings.jsonl`` and log it as text, without a warning; likewise."""
+    if _is_new(trainer, finding):
+        _write(trainer, finding)
+
+
+def _is_new(trainer: pl.Trainer, finding: Finding) -> bool:
+    told = _told.setdefault(trainer.optimizers[0], set()) if trainer.optimizers else set()
+    said = repr(replace(finding, step=0))
+    is_new = said not in told
+    told.add(said)
+    return is_new
+
+
+def _write(trainer: pl.Trainer, finding: Finding) -> None:
     folder = run_folder(trainer)
     if folder is None:
         return
@@ -70,31 +96,19 @@ def note(trainer: pl.Trainer, finding: Finding) -> None:
 def show(trainer: pl.Trainer, name: str, draw: "Callable[[], Figure]") -> None:
     """Draw a figure for the loggers that show figures; if none does, write ``<name>.png`` beside the logs.
 
-    Where matplotlib is not installed, that is told once of a Trainer.
+    Where matplotlib is not installed, that is told.
     """
     folder = run_folder(trainer)
     if folder is None or not trainer.loggers:
         return
     if importlib.util.find_spec("matplotlib") is None:
-        if trainer not in _without_figures:
-            _without_figures.add(trainer)
-            tell(trainer, _no_figures(name))
+        tell(trainer, NO_FIGURES)
         return
     figure, experiments = draw(), _experiments(trainer, "add_figure")
     for experiment in experiments:
         experiment.add_figure(name, figure, logger_step(trainer))
     if not experiments:
         figure.savefig(folder / f"{name.replace('/', '_')}.png", dpi=120)
-
-
-def _no_figures(name: str) -> Finding:
-    return Finding(
-        rule="no figures",
-        severity="info",
-        message=f"The figure {name} was not drawn: matplotlib is not installed.",
-        advice="pip install 'lightning-recipes[plots]'",
-        step=0,
-    )
 
 
 def log_histogram(trainer: pl.Trainer, name: str, bins: Sequence[tuple[float, float, int]]) -> None:

@@ -23,14 +23,23 @@ from lightning_recipes.core.arguments import check_choice, check_count, check_fl
 from lightning_recipes.core.clipping import total_norm
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.per_optimizer import PerOptimizer
-from lightning_recipes.core.updates import CERTAIN, ENOUGH, HEALTHY, NOTES, UpdateMeter, UpdateRatioRule
+from lightning_recipes.core.updates import (
+    CERTAIN,
+    ENOUGH,
+    HEALTHY,
+    NOTES,
+    UpdateMeter,
+    UpdateRatioRule,
+    listing,
+    not_optimized,
+    update_ratios,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 UNREAD = 20  # measured updates at most until they are read
 WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_forward_module.")
-NAMED = 5  # layers at most in a message
 BARS = 12  # layers at either end of a figure
 
 
@@ -53,19 +62,22 @@ class _Layout:
             for parameter, layer in zip(self.parameters, self.layers, strict=True)
             if self.names[layer] in names
         ]
-        return _Layout([each for each, _ in taken], [layer for _, layer in taken], names, self.matrices)
+        matrices = [name for name in names if name in self.matrices]
+        return _Layout([each for each, _ in taken], [layer for _, layer in taken], names, matrices)
 
 
 @dataclass(slots=True)
 class _Measured:
-    """A measured update that is not read yet: the ratios of its layers, and its loss."""
+    """A measured update that is not read yet: the norms of its weights and of their changes, and its loss."""
 
     optimizer: int
     step: int
     rate: float
     names: list[str]
     matrices: list[str]
-    values: Any
+    layers: list[int]
+    norms: Any
+    loss: Any
 
 
 class UpdateRatioMonitor(pl.Callback):
@@ -146,7 +158,7 @@ class UpdateRatioMonitor(pl.Callback):
             handle.remove()
         self._handles = []
         self._layouts: dict[int, _Layout] = {}
-        self._meters: dict[int, UpdateMeter] = {}
+        self._meters: dict[int, tuple[_Layout, UpdateMeter]] = {}
         self._waiting: set[int] = set()  # optimizers in a step whose gradient is still to be computed
         self._raw: set[int] = set()  # optimizers that step with a closure, but past Lightning
         self._wants_losses = True  # whether an optimizer's next update is to be measured
@@ -166,6 +178,7 @@ class UpdateRatioMonitor(pl.Callback):
             )
         self._let_go()
         for index, optimizer in enumerate(trainer.optimizers):
+            self._updates.setdefault(index, 0)
             if hasattr(optimizer, "register_step_post_hook"):
                 before = partial(self._before_step, trainer, index)
                 after = partial(self._after_step, trainer, index)
@@ -173,9 +186,6 @@ class UpdateRatioMonitor(pl.Callback):
                 self._handles.append(optimizer.register_step_post_hook(after))
 
     # ---------------------------------------------------------------------------------- measure
-
-    def _is_due(self, index: int) -> bool:
-        return self._updates.get(index, 0) % self.every_n_steps == 0
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -186,7 +196,8 @@ class UpdateRatioMonitor(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        self._losses_of_update, self._losses = self._losses, []
+        if self._wants_losses:
+            self._losses_of_update, self._losses = self._losses, []
         if self._waiting:
             index = index_of(trainer, optimizer)
             if index in self._waiting:
@@ -194,7 +205,7 @@ class UpdateRatioMonitor(pl.Callback):
                 self._begin(trainer, index, optimizer)
 
     def _before_step(self, trainer: pl.Trainer, index: int, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._is_due(index):
+        if self._updates[index] % self.every_n_steps:
             return
         closure = kwargs.get("closure") or next(iter(args[1:]), None)
         if closure is None or index in self._raw:
@@ -207,10 +218,10 @@ class UpdateRatioMonitor(pl.Callback):
         wanted = [parameter for parameter in parameters_of(optimizer) if parameter.requires_grad]
         if layout is None or list(map(id, layout.parameters)) != list(map(id, wanted)):
             layout = self._layouts[index] = self._lay_out(trainer.lightning_module, optimizer)
-        part = layout.turn(self._updates.get(index, 0) // self.every_n_steps, self.turns)
+        part = layout.turn(self._updates[index] // self.every_n_steps, self.turns)
         group = shard_group(trainer)
         whole = None if group is None else partial(_summed, group)
-        self._meters[index] = UpdateMeter(part.parameters, part.layers, whole)
+        self._meters[index] = part, UpdateMeter(part.parameters, whole)
 
     def _lay_out(self, pl_module: pl.LightningModule, optimizer: Optimizer) -> _Layout:
         names = {id(parameter): _plain(name) for name, parameter in pl_module.named_parameters()}
@@ -236,16 +247,14 @@ class UpdateRatioMonitor(pl.Callback):
         if self._wants_losses:
             losses = self._losses_of_update or self._losses
             self._losses_of_update, self._losses = [], []
-            if self._is_due(index):
-                meter = self._meters.pop(index, None)
-                if meter is None:
-                    self._raw.add(index)
-                    self._waiting.discard(index)
-                else:
-                    self._measure(trainer, index, optimizer, meter, losses)
-        self._updates[index] = self._updates.get(index, 0) + 1
-        self._wants_losses = any(map(self._is_due, range(len(trainer.optimizers))))
-        if len(self._unread) >= UNREAD or (self._unread and time_to_log(trainer)):
+            if index in self._meters:
+                self._measure(trainer, index, optimizer, losses)
+            elif self._updates[index] % self.every_n_steps == 0:
+                self._raw.add(index)
+                self._waiting.discard(index)
+        self._updates[index] += 1
+        self._wants_losses = self._is_any_due()
+        if self._unread and (len(self._unread) >= UNREAD or time_to_log(trainer)):
             self._read()
             if not self._looked_for_strays and not is_sharded(trainer):
                 self._tell_of_strays(trainer, trainer.lightning_module)
@@ -256,34 +265,30 @@ class UpdateRatioMonitor(pl.Callback):
             if time_to_log(trainer):
                 self._log(trainer)
 
+    def _is_any_due(self) -> bool:
+        return any(updates % self.every_n_steps == 0 for updates in self._updates.values())
+
     @torch.no_grad()
-    def _measure(
-        self, trainer: pl.Trainer, index: int, optimizer: Optimizer, meter: UpdateMeter, losses: list[Tensor]
-    ) -> None:
-        ratios = meter.ratios()
+    def _measure(self, trainer: pl.Trainer, index: int, optimizer: Optimizer, losses: list[Tensor]) -> None:
+        layout, meter = self._meters.pop(index)
+        norms = meter.norms()
         skipped = getattr(optimizer, "found_inf", None)  # a GradScaler has set it for a fused optimizer
         if skipped is not None:
-            ratios = torch.where(skipped.to(ratios.device) > 0, torch.nan, ratios)
-        loss = torch.tensor(math.nan)
-        if losses:
-            loss = mean_over_ranks(trainer, loss_of_update(trainer, losses))
-        loss = loss.reshape(1).to(ratios.device, ratios.dtype)
-        step, layout = self._updates.get(index, 0), self._layouts[index]
-        names = layout.turn(step // self.every_n_steps, self.turns).names
+            norms = torch.where(skipped.to(norms.device) > 0, torch.nan, norms)
+        loss = mean_over_ranks(trainer, loss_of_update(trainer, losses)) if losses else math.nan
         rates = [group["lr"] for group in optimizer.param_groups if isinstance(group.get("lr"), float)]
-        values = torch.cat([ratios, loss])
-        self._unread.append(_Measured(index, step, max(rates, default=0.0), names, layout.matrices, values))
+        of_layers = (layout.names, layout.matrices, layout.layers)
+        rate = max(rates, default=0.0)
+        self._unread.append(_Measured(index, self._updates[index], rate, *of_layers, norms, loss))
 
     # ---------------------------------------------------------------------------------- ask, tell
 
     def _read(self) -> None:
         unread, self._unread = self._unread, []
         for each in unread:
-            *ratios, loss = each.values.tolist() if isinstance(each.values, Tensor) else each.values
-            matrices = [name for name in each.names if name in each.matrices]
-            self.rule[each.optimizer].update(
-                each.step, dict(zip(each.names, ratios, strict=True)), loss, each.rate, matrices
-            )
+            ratios = update_ratios(_plain_values(each.norms), each.layers)
+            named = dict(zip(each.names, ratios, strict=True))
+            self.rule[each.optimizer].update(each.step, named, float(each.loss), each.rate, each.matrices)
 
     def _log(self, trainer: pl.Trainer) -> None:
         scalars: dict[str, float] = {}
@@ -331,12 +336,12 @@ class UpdateRatioMonitor(pl.Callback):
         for has_gradient in (True, False):
             names = [name for name, each in strays.items() if (each.grad is not None) is has_gradient]
             if names:
-                tell(trainer, _not_optimized(names, has_gradient))
+                tell(trainer, not_optimized(names, has_gradient))
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._judged = {index: _doublings(self.rule[index].seen) for index in self.rule}
-        self._looked_for_strays = bool(self._updates)
+        self._looked_for_strays = any(self._updates.values())
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -360,23 +365,19 @@ class UpdateRatioMonitor(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        unread = [
-            [each.optimizer, each.step, each.rate, each.names, each.matrices, _listed(each.values)]
-            for each in self._unread
-        ]
+        unread = [{name: _plain_values(getattr(each, name)) for name in each.__slots__} for each in self._unread]
         return {"rule": self.rule.state_dict(), "updates": dict(self._updates), "unread": unread}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rule.load_state_dict(state_dict["rule"])
-        self._updates = dict(state_dict["updates"])
-        self._wants_losses = any(map(self._is_due, self._updates))
-        self._unread = [_Measured(*each) for each in state_dict["unread"]]
+        self._updates.update(state_dict["updates"])
+        self._wants_losses = self._is_any_due()
+        self._unread = [_Measured(**each) for each in state_dict["unread"]]
 
 
-def _listed(values: Any) -> list[float]:
-    listed: list[float] = values.tolist() if isinstance(values, Tensor) else list(values)
-    return listed
+def _plain_values(values: Any) -> Any:
+    return values.tolist() if isinstance(values, Tensor) else values
 
 
 def _summed(group: Any, squares: Tensor) -> Tensor:
@@ -398,11 +399,6 @@ def _suffix(trainer: pl.Trainer, index: int) -> str:
 
 def _doublings(measured: int) -> int:
     return (measured // CERTAIN).bit_length()
-
-
-def _listing(names: list[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
 
 
 def _reason(parameters: list[Tensor]) -> str:
@@ -434,24 +430,10 @@ def _never_changes(names: list[str], reason: str, rule: UpdateRatioRule) -> Find
     return Finding(
         rule="layer never changes",
         severity="warning",
-        message=f"None of {rule.measured} measured updates changed {_listing(names)}{why}.",
+        message=f"None of {rule.measured} measured updates changed {listing(names)}{why}.",
         advice=advice,
         step=rule.step + 1,
         evidence={"layers": ", ".join(names), "reason": reason, "measured_updates": rule.measured},
-        source=NOTES,
-    )
-
-
-def _not_optimized(names: list[str], has_gradient: bool) -> Finding:
-    gradient = "though they get a gradient" if has_gradient else "nor do they get a gradient"
-    return Finding(
-        rule="not in any optimizer",
-        severity="warning" if has_gradient else "info",
-        message=f"No optimizer has {_listing(names)}, {gradient}.",
-        advice="Give them to an optimizer in configure_optimizers; or freeze them with requires_grad_(False), which"
-        " saves the time and memory of their gradients.",
-        step=0,
-        evidence={"parameters": ", ".join(names), "count": len(names)},
         source=NOTES,
     )
 

@@ -440,8 +440,10 @@ def reading(curve: Curve, monitor: str, mode: str = "min", stopped: bool = False
     """What the curves of a finished run say, if the noise lets them say anything.
 
     In this order: the training loss rises; the best check lies in the first tenth of the run; the metric has got worse
-    while the training loss was still falling; the best check lies in the last quarter. Two levels (medians of
-    several checks) differ if they do by more than two standard deviations of the noise.
+    while the training loss was still falling (and, if it is a loss by its name, is above it: where dropout or
+    augmentation keep the training loss above the validation, a gap below zero is no overfitting); the best check lies
+    in the last quarter. Two levels (medians of several checks) differ if they do by more than two standard deviations
+    of the noise.
 
     Args:
         curve: Of all checks.
@@ -471,9 +473,11 @@ def reading(curve: Curve, monitor: str, mode: str = "min", stopped: bool = False
         return rises
     fall = _level(curve.train, best) - _level(curve.train, last) if has_train else 0.0
     meanwhile = f"while the training loss fell from {_level(curve.train, best):.3g} to {_level(curve.train, last):.3g}"
-    overfits = got_worse and fall > SIGNIFICANT * train_noise and fall > 0
+    gap = statistics.median(curve.values[since]) - statistics.median(curve.train[since])
+    has_gap = has_train and mode == "min" and "loss" in monitor.lower()  # else the two are not measured alike
+    overfits = got_worse and fall > SIGNIFICANT * train_noise and fall > 0 and (gap > 0 or not has_gap)
     if overfits:
-        evidence |= {"got_worse_by": worse, "train_fell_by": fall}
+        evidence |= {"got_worse_by": worse, "train_fell_by": fall} | ({"gap": gap} if has_gap else {})
     if got_worse and curve.steps[best] <= 0.1 * curve.steps[last]:
         return found(
             "best at the start",
@@ -483,13 +487,11 @@ def reading(curve: Curve, monitor: str, mode: str = "min", stopped: bool = False
             "Train far shorter, and tune again: the learning rate may be too high for so many steps.",
         )
     if overfits:
-        gap = statistics.median(curve.values[since]) - statistics.median(curve.train[since])
-        evidence |= {"gap": gap} if mode == "min" else {}
         return found(
             "overfitting",
             "warning",
             f"{when} and has got worse by {worse:.3g} since, {meanwhile}"
-            + (f": a gap of {gap:.3g}." if mode == "min" else "."),
+            + (f": a gap of {gap:.3g}." if has_gap else "."),
             "Regularise (weight decay, dropout, augmentation), get more data, or keep the weights of that step.",
         )
     before = [_level(curve.values, check) for check in range(checks) if curve.steps[check] < 0.75 * curve.steps[last]]

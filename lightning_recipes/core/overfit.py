@@ -14,6 +14,7 @@ from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.fits import LEARNT, STUCK, Fit, flipped, helps
 from lightning_recipes.core.initial_loss import APPLIED_TWICE, SQUASHED
 from lightning_recipes.core.repeats import Repeats
+from lightning_recipes.core.updates import not_optimized
 
 RECIPE = "Karpathy, A recipe for training neural networks, 2019: http://karpathy.github.io/2019/04/25/recipe/"
 SHOT_UP = 10.0  # excess after which a sample that is learnt in the end is worth a word
@@ -33,7 +34,7 @@ class Symptoms:
         optimizers: How many.
         trainable: Parameters that require a gradient, in numbers.
         frozen: Those that do not.
-        unowned: Names of trainable parameters that no optimizer has.
+        unowned: Trainable parameters that no optimizer has, by name, and whether they get a gradient.
         without_gradient: Of those that an optimizer has, and that never had a gradient other than 0.
         zeros: Of these, matrices that start at 0.
         unmoved: Of those that had one, and stayed what they were.
@@ -59,7 +60,7 @@ class Symptoms:
     optimizers: int = 1
     trainable: int = 0
     frozen: int = 0
-    unowned: list[str] = field(default_factory=list)
+    unowned: dict[str, bool] = field(default_factory=dict)
     without_gradient: list[str] = field(default_factory=list)
     zeros: list[str] = field(default_factory=list)
     unmoved: list[str] = field(default_factory=list)
@@ -82,7 +83,15 @@ class Symptoms:
         found = self.dependence
         if not self.known or self.optimizers > 1 or not found.targets_given:
             return True
-        causes = (self.unowned, self.carried, self.activation, self.one_label, self.far, not found.used, found.alike)
+        causes = (
+            any(self.unowned.values()),
+            self.carried,
+            self.activation,
+            self.one_label,
+            self.far,
+            not found.used,
+            found.alike,
+        )
         return any(map(bool, causes))
 
 
@@ -141,13 +150,10 @@ class _Judge:
     def structure(self) -> None:
         """What is wrong whether the sample is learnt or not."""
         seen, found = self.seen, self.seen.dependence
-        if seen.unowned:
-            self.say(
-                "not in any optimizer",
-                "warning",
-                f"{_names(seen.unowned)} require a gradient, but no optimizer has them: they stay as they are.",
-                "Give them to the optimizer, or set requires_grad=False.",
-            )
+        for has_gradient in (True, False):
+            names = [name for name, has in seen.unowned.items() if has is has_gradient]
+            if names:
+                self.findings.append(not_optimized(names, has_gradient))
         if seen.carried:
             self.say(
                 "gradients not set to zero",
@@ -397,7 +403,7 @@ class _Judge:
                 f"{not_learnt}; with {times} the learning rate they {how}.",
                 f"Use {times} the learning rate, and sweep around it.",
             )
-        elif self.seen.carried or self.seen.unowned:
+        elif self.seen.carried or any(self.seen.unowned.values()):
             self.say("small sample not learnt", "info", f"{not_learnt}.", "See the other findings.")
         elif expected:
             self.say("small sample not learnt", "info", f"{not_learnt}; {expected}.", "Good, if that is the reason.")

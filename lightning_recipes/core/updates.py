@@ -33,56 +33,70 @@ CERTAIN = 100  # likewise while it goes on
 SETTLED = 200  # updates before a ratio is called too high or too low: the first ones are large in any training
 APART = 50.0  # times as large or small as the others' a layer's ratio is far from them
 POINTS = 512  # of the history
+NAMED = 5  # layers at most in a message
 
 
 class UpdateMeter:
     """Measures one update: made right before it, asked right after it.
 
-    ``ratio = ||w_after - w_before|| / ||w_before||`` over all weights of a layer together, whatever the optimizer is.
-
     Args:
         parameters: The weights, which are copied (of DTensors this rank's shards).
-        layers: The layer of each, counted from 0.
         whole: Makes squared norms of shards those of the whole, where shards are plain tensors; those of DTensors are
             summed anyway, a collective.
 
     Example:
         >>> weights = [torch.tensor([3.0]), torch.tensor([4.0])]
-        >>> meter = UpdateMeter(weights, layers=[0, 0])
+        >>> meter = UpdateMeter(weights)
         >>> weights[0] -= 0.5
-        >>> meter.ratios()
-        tensor([0.1000])
+        >>> meter.norms()
+        tensor([[3.0000, 4.0000],
+                [0.5000, 0.0000]])
     """
 
-    def __init__(
-        self, parameters: Sequence[Tensor], layers: Sequence[int], whole: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
-        self.parameters, self.layers, self.whole = list(parameters), list(layers), whole
+    def __init__(self, parameters: Sequence[Tensor], whole: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.parameters, self.whole = list(parameters), whole
         self.before = [_local(parameter).clone() for parameter in self.parameters]
 
     @torch.no_grad()
-    def ratios(self) -> Tensor:
-        """The ratio of each layer, shape ``(layers,)``, not read back; the copies are used up.
+    def norms(self) -> Tensor:
+        """The L2 norm of each weight before the update, and of its change, shape ``(2, parameters)``.
 
-        A layer whose weights were all zero before the update has none: NaN or infinite. One that did not change has 0.
+        Not read back; the copies are used up.
         """
         if not self.before:
-            return torch.zeros(0)
+            return torch.zeros(2, 0)
         runs = list(zip(_alike(self.before), _alike([_local(parameter) for parameter in self.parameters]), strict=True))
-        norms = [norm for copies, _ in runs for norm in _norms(copies)]
+        each = [norm for copies, _ in runs for norm in _norms(copies)]
         for copies, weights in runs:
             torch._foreach_sub_(copies, weights)
-        norms += [norm for copies, _ in runs for norm in _norms(copies)]
-        device, dtype = norms[0].device, torch.float32
+        each += [norm for copies, _ in runs for norm in _norms(copies)]
         if len(runs) > 1:
-            dtype = max((norm.dtype for norm in norms), key=lambda each: each.itemsize)
-            norms = [norm.to(device, dtype) for norm in norms]
-        squares = _summed_shards(torch.stack(norms).square_().view(2, -1), self.parameters)
+            dtype = max((norm.dtype for norm in each), key=lambda dtype: dtype.itemsize)
+            each = [norm.to(each[0].device, dtype) for norm in each]
+        norms = torch.stack(each).view(2, -1)
         if self.whole is not None:
-            squares = self.whole(squares)
-        index = torch.tensor(self.layers, device=device)
-        changed = squares.new_zeros(2, max(self.layers) + 1).index_add_(1, index, squares)
-        return changed[1].div_(changed[0]).sqrt_()
+            norms = self.whole(norms.square()).sqrt()
+        return _of_whole(norms, self.parameters)
+
+
+def update_ratios(norms: Sequence[Sequence[float]], layers: Sequence[int]) -> list[float]:
+    """``||w_after - w_before|| / ||w_before||`` over all weights of a layer together, for each layer.
+
+    A layer whose weights were all zero before the update has none: NaN. One that did not change has 0.
+
+    Args:
+        norms: Of each weight before the update, and of its change, as :meth:`UpdateMeter.norms` gives them.
+        layers: The layer of each weight, counted from 0, none left out.
+
+    Example:
+        >>> update_ratios([[3.0, 4.0, 2.0], [0.5, 0.0, 1.0]], layers=[0, 0, 1])
+        [0.1, 0.5]
+    """
+    sizes, changes = ([0.0] * (max(layers, default=-1) + 1) for _ in range(2))
+    for layer, size, change in zip(layers, *norms, strict=True):
+        sizes[layer] += size * size
+        changes[layer] += change * change
+    return [math.sqrt(change / size) if size else math.nan for size, change in zip(sizes, changes, strict=True)]
 
 
 def _norms(tensors: list[Tensor]) -> Sequence[Tensor]:
@@ -109,21 +123,22 @@ def _local(tensor: Tensor) -> Tensor:
     return local
 
 
-def _summed_shards(squares: Tensor, parameters: list[Tensor]) -> Tensor:
-    """Squared norms, the last dimension, of whole DTensors from those of their shards; every rank has to call."""
+def _of_whole(norms: Tensor, parameters: list[Tensor]) -> Tensor:
+    """The norms, the last dimension, of whole DTensors from those of their shards; every rank has to call."""
     layouts: dict[Any, list[int]] = {}
     for place, parameter in enumerate(parameters):
         each: Any = parameter
         if hasattr(each, "to_local"):
             layouts.setdefault((each.device_mesh, each.placements), []).append(place)
     if not layouts:
-        return squares
+        return norms
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     for (mesh, placements), places in layouts.items():
         sums = [Partial() if placement.is_shard() else Replicate() for placement in placements]
-        squares[..., places] = DTensor.from_local(squares[..., places], mesh, sums).full_tensor()
-    return squares
+        squares = DTensor.from_local(norms[..., places].square(), mesh, sums)
+        norms[..., places] = squares.full_tensor().sqrt()
+    return norms
 
 
 class UpdateRatioRule:
@@ -361,3 +376,29 @@ class UpdateRatioRule:
         self.points = [list(point) for point in state_dict["points"]]
         self.layers = {name: list(layer) for name, layer in state_dict["layers"].items()}
         self.matrices, self.newest = set(state_dict["matrices"]), dict(state_dict["newest"])
+
+
+def not_optimized(names: Sequence[str], has_gradient: bool) -> Finding:
+    """Of trainable parameters that no optimizer has.
+
+    Args:
+        names: Of the parameters.
+        has_gradient: Whether they get one: if not they may only be meant to predict, as the target of a critic.
+    """
+    gradient = "though they get a gradient" if has_gradient else "nor do they get a gradient"
+    return Finding(
+        rule="not in any optimizer",
+        severity="warning" if has_gradient else "info",
+        message=f"No optimizer has {listing(names)}, {gradient}.",
+        advice="Give them to an optimizer in configure_optimizers; or freeze them with requires_grad_(False), which"
+        " saves the time and memory of their gradients.",
+        step=0,
+        evidence={"parameters": ", ".join(names), "count": len(names)},
+        source=NOTES,
+    )
+
+
+def listing(names: Sequence[str]) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

@@ -257,6 +257,17 @@ def test_overfitting_is_told_with_the_gap_and_since_when() -> None:
     assert finding.evidence["train_fell_by"] > 0
 
 
+@pytest.mark.parametrize("stop", [45, 200])
+def test_a_validation_below_the_training_loss_is_not_called_overfitting(stop: int) -> None:
+    run = RECORDED["digits"][0]
+    dropout = [loss + 2.0 for loss in run["train"]]
+    curve = Curve(run["validation"][:stop], dropout[:stop], list(range(1, stop + 1)), list(range(1, stop + 1)))
+    assert "overfitting" in str(reading(curve, "val_error"))  # is not measured alike
+    for name in ("val_loss", "val_error"):
+        assert "gap" not in str(reading(curve, name))
+    assert "overfitting" not in str(reading(curve, "val_loss"))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
