@@ -120,7 +120,9 @@ def _finding(
         ),
         "neither learns": (
             f"Neither network gets below what a constant gives: {losses}.",
-            "Look for a bug in the data or the loss: OverfitCheck tells more.",
+            "Lower the learning rate: the trainings blow up."
+            if math.isinf(model + baseline)
+            else "Look for a bug in the data or the loss: OverfitCheck tells more.",
         ),
     }[verdict]
     evidence: dict[str, float | str] = {

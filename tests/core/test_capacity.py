@@ -26,6 +26,13 @@ def test_the_verdict(model: list[float], baseline: list[float], constant: float,
     assert compared.finding.severity == ("warning" if verdict in ("optimization", "neither learns") else "info")
 
 
+@pytest.mark.parametrize(("losses", "advice"), [([math.inf] * 2, "Lower the learning rate"), ([2.3] * 2, "a bug")])
+def test_where_neither_learns_it_says_why(losses: list[float], advice: str) -> None:
+    finding = compare(losses, losses, 2.3).finding
+    assert finding.evidence["verdict"] == "neither learns"
+    assert advice in finding.advice
+
+
 def test_the_difference_is_paired_by_seed() -> None:
     compared = compare([1.1, 2.1, 3.12], [1.0, 2.0, 3.0])
     assert compared.difference == pytest.approx(0.32 / 3)
