@@ -102,8 +102,8 @@ class UpdateRatioMonitor(pl.Callback):
     others'.
 
     Costs at a measured update a copy of the weights, made after the backward pass, when the memory of the activations
-    is free again, and about four passes over them; at the others less than a microsecond. Nothing is read back but at
-    the steps that log or every 20 measured updates. With several ranks the loss is averaged, and shards are summed, once
+    is free again, and about four passes over them; at the others about a microsecond. Nothing is read back but at
+    the steps that log or every 20 measured updates. With several ranks the loss is averaged, and shards are summed, at
     a measured update.
 
     Attributes:

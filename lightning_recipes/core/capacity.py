@@ -11,7 +11,7 @@ from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.selection import paired, quantile
 
 HE = "He et al. 2016, https://arxiv.org/abs/1512.03385: a deeper network must not have the higher training error"
-MATTERS = 0.02  # of the loss of the smaller network: a smaller difference is none
+MATTERS = 0.01  # of the loss of the best constant output: a smaller difference is none
 LEARNS = 0.95  # of the loss of the best constant output
 
 
@@ -49,8 +49,10 @@ def compare(
 ) -> CapacityComparison:
     """Compare training losses seed by seed.
 
-    A difference counts where it is above zero at 95 % (Student's t over the seeds) and above 2 % of the baseline's
-    loss. A loss that is not finite is worse than any other.
+    A difference counts where it is above zero at 95 % (Student's t over the seeds) and above 1 % of the loss of the
+    best constant output (of the baseline's where that is not known): of two networks that have learnt nearly all, one
+    may have a multiple of the other's loss, and neither is in trouble. A loss that is not finite is worse than any
+    other.
 
     Args:
         model: Training loss at the end, one a seed.
@@ -75,7 +77,8 @@ def compare(
     if len(both) == seeds:
         differences = torch.tensor([one - other for one, other in both], dtype=torch.float64)
         difference, error = paired(differences, torch.ones(seeds, dtype=torch.float64))
-    bound = max(quantile(seeds) * error, MATTERS * abs(mean_baseline))
+    matters = MATTERS * abs(mean_baseline if math.isnan(constant) else constant)
+    bound = max(quantile(seeds) * error, matters)
     verdict: Literal["optimization", "capacity", "alike", "neither learns"] = "alike"
     if failed[0] > failed[1] or difference > bound:
         verdict = "optimization"
@@ -115,8 +118,8 @@ def _finding(
             "If that is still too high, a larger network or more updates may help.",
         ),
         "alike": (
-            f"The training losses do not differ beyond noise: {losses}.",
-            "Take more seeds or updates to tell; if it stays so, the smaller network will do.",
+            f"The training losses do not differ beyond noise, or hardly: {losses}.",
+            "Take more seeds or updates to tell, if that is too high; if it stays so, the smaller network will do.",
         ),
         "neither learns": (
             f"Neither network gets below what a constant gives: {losses}.",

@@ -12,6 +12,8 @@ from lightning_recipes.core.capacity import compare
         ([0.4, 0.5, 0.5], [0.9, 0.8, 1.0], 2.3, "capacity"),
         ([0.4, 0.9, 0.5], [0.5, 0.6, 0.7], 2.3, "alike"),
         ([0.500, 0.501, 0.502], [0.499, 0.500, 0.501], 2.3, "alike"),  # certain, and of no importance
+        ([0.011, 0.012, 0.011], [0.001, 0.002, 0.001], 2.3, "alike"),  # both have learnt it
+        ([0.011, 0.012, 0.011], [0.001, 0.002, 0.001], math.nan, "optimization"),
         ([math.inf, 0.5, 0.5], [0.5, 0.6, 0.7], 2.3, "optimization"),
         ([0.5, 0.6, 0.7], [math.nan, 0.5, 0.5], 2.3, "capacity"),
         ([2.3, 2.3, 2.3], [2.29, 2.31, 2.3], 2.3, "neither learns"),
