@@ -1,6 +1,7 @@
 """Whether a high training loss comes from too small a network, or from an optimization that does not get there."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -84,8 +85,8 @@ def compare(
         verdict = "optimization"
     elif failed[1] > failed[0] or -difference > bound:
         verdict = "capacity"
-    lowest = min((loss for loss in (*model, *baseline) if math.isfinite(loss)), default=math.inf)
-    if not math.isnan(constant) and lowest > LEARNS * constant:
+    usual = (statistics.median(x if math.isfinite(x) else math.inf for x in each) for each in (model, baseline))
+    if not math.isnan(constant) and min(usual) > LEARNS * constant:
         verdict = "neither learns"
     values = (mean_model, mean_baseline, constant, difference, error, steps, seeds)
     return CapacityComparison(*values, verdict, _finding(verdict, *values))

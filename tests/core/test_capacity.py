@@ -17,6 +17,7 @@ from lightning_recipes.core.capacity import compare
         ([math.inf, 0.5, 0.5], [0.5, 0.6, 0.7], 2.3, "optimization"),
         ([0.5, 0.6, 0.7], [math.nan, 0.5, 0.5], 2.3, "capacity"),
         ([2.3, 2.3, 2.3], [2.29, 2.31, 2.3], 2.3, "neither learns"),
+        ([1.06, 0.9, 1.2], [1.05, 0.91, 1.1], 0.97, "neither learns"),  # noise of a small sample
         ([2.3, 2.3, 2.3], [0.5, 0.6, 0.4], 2.3, "optimization"),
         ([0.9, 0.8, 1.0], [0.4, 0.5, 0.5], math.nan, "optimization"),
     ],
