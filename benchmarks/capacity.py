@@ -17,10 +17,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from _zoo import Letters, Recurrent, cnn, letters, mlp
 from torch import Tensor, nn
 from torch.nn import functional
 from updates import Block, Pair, batches, of_cells, of_diabetes, of_digits, of_fashion
-from zoo import Letters, Recurrent, cnn, letters, mlp
 
 from lightning_recipes.sweep import compare_capacity
 

@@ -33,10 +33,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from _timing import Times, interleave, table
+from _zoo import Attention, Letters, Recurrent, letters, mlp, on_diabetes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
-from zoo import Attention, Letters, Recurrent, letters, mlp, on_diabetes
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from _data import digits, fashion

@@ -42,13 +42,13 @@ def run_on_ranks(function: Callable[..., Any], *args: Any, ranks: int = 2) -> li
             try:
                 outcomes.append(torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False))
             except EOFError:
-                raise RuntimeError(f"rank {rank} died without a word") from None
+                outcomes.append((False, "without a word"))
     finally:
         for process in processes:
             process.kill() if len(outcomes) < ranks else process.join(TIMEOUT)
-    for rank, (succeeded, outcome) in enumerate(outcomes):
-        if not succeeded:
-            raise RuntimeError(f"rank {rank} failed:\n{outcome}")
+    failed = [f"rank {rank} died: {outcome}" for rank, (succeeded, outcome) in enumerate(outcomes) if not succeeded]
+    if failed:
+        raise RuntimeError("\n".join(failed))
     return [outcome for _, outcome in outcomes]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_recipes.callbacks.measuring import index_of, mean_over_ranks
+from lightning_recipes.callbacks.measuring import index_of, mean_over_ranks, saved_by_all
 from lightning_recipes.callbacks.telling import show, tell
 from lightning_recipes.core.curves import CS231N, CurvesRule
 from lightning_recipes.core.early_stopping import EarlyStoppingRule, reading
@@ -134,11 +134,16 @@ class LearningCurves(pl.Callback):
         """Read all losses at once, their means over the ranks."""
         if not self._unread:
             return
-        unread, self._unread = self._unread, []
+        unread, self._unread = self._means(trainer), []
+        for loss, rate, step, place in unread:
+            self.rule.update(float(loss), rate, step, place)
+
+    def _means(self, trainer: pl.Trainer) -> list[tuple[Tensor, float, int, float]]:
+        """What is not read yet, with the means over the ranks, read at once."""
         device = trainer.strategy.root_device
-        losses = mean_over_ranks(trainer, torch.stack([loss.to(device).float().mean() for loss, *_ in unread]))
-        for loss, (_, rate, step, place) in zip(losses.tolist(), unread, strict=True):
-            self.rule.update(loss, rate, step, place)
+        losses = torch.stack([loss.to(device).float().mean() for loss, *_ in self._unread])
+        means = mean_over_ranks(trainer, losses).cpu()
+        return [(mean, *where) for mean, (_, *where) in zip(means, self._unread, strict=True)]
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -205,6 +210,14 @@ class LearningCurves(pl.Callback):
             show(trainer, FIGURE, self.draw)
 
     # ---------------------------------------------------------------------------------- checkpoints
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._unread and saved_by_all(trainer):
+            self._unread = self._means(trainer)
+            checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     @override
     def state_dict(self) -> dict[str, Any]:

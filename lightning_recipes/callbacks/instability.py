@@ -24,6 +24,7 @@ from lightning_recipes.callbacks.measuring import (
     gradient_norm,
     index_of,
     loss_of_update,
+    saved_by_all,
     scaler_of,
 )
 from lightning_recipes.callbacks.replay import first_broken_module
@@ -254,6 +255,8 @@ class InstabilityDetector(pl.Callback):
     ) -> None:
         decision = self._decide(found)
         where = self._locate(pl_module, optimizer, update, found) if optimizer is not None else ""
+        if optimizer is not None and found.kind == "not finite" and trainer.world_size > 1:
+            where = _first_of_all(trainer, where)
         finding = _finding(update, found, decision, where)
         since = update.step - self._seen.get(found.kind, -AGAIN)
         self._seen[found.kind] = update.step
@@ -309,8 +312,9 @@ class InstabilityDetector(pl.Callback):
         if found.signal == "loss":
             again = pl_module.automatic_optimization  # a manual step would update
             module = first_broken_module(pl_module, self._batch, update.batch_idx) if again else ""
-            elsewhere = " or on another rank" if pl_module.trainer.world_size > 1 else ""
-            return f"first in the forward pass, in {module}" if module else f"first in the loss{elsewhere}"
+            if math.isfinite(float(update.loss)):
+                return ""  # of this rank
+            return f"first in the forward pass, in {module}" if module else "first in the loss"
         broken = next((name for name, gradient in gradients.items() if not bool(gradient.isfinite().all())), "")
         return f"first in the gradient of {broken}" if broken else ""
 
@@ -401,6 +405,10 @@ class InstabilityDetector(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        if self._unread and saved_by_all(trainer):
+            for update, (loss, norm, examples) in zip(self._unread, self._read(trainer, self._unread), strict=True):
+                update.loss, update.norm, update.examples = loss, norm, examples
+            checkpoint["callbacks"][self.state_key] = self.state_dict()
         # A run resumed from here has this as its newest good state: so does this one, once no average is in its place.
         self._keeps_next = self.action in ("rewind", "stop") and self._back is None
 
@@ -426,6 +434,14 @@ def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     elif isinstance(value, list | tuple):
         for index, each in enumerate(value):
             yield from _tensors(f"{name}[{index}]", each)
+
+
+def _first_of_all(trainer: pl.Trainer, where: str) -> str:
+    """What the first rank that knows says of where trouble began, and its number; all ranks have to ask."""
+    said: list[str] = [""] * trainer.world_size
+    torch.distributed.all_gather_object(said, where)
+    rank, where = next(((rank, each) for rank, each in enumerate(said) if each), (0, ""))
+    return f"first on rank {rank}, {where.removeprefix('first ')}" if len(set(said)) > 1 else where
 
 
 def _finding(update: _Update, found: Instability, decision: str, where: str) -> Finding:

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import inspect
 import logging
 import os
 import random
@@ -386,6 +387,8 @@ def settings_of(trainer: pl.Trainer) -> dict[str, Any]:
 def _like(strategy: Any) -> Any:
     """A strategy on the same devices, and processes, with a model of its own."""
     own = copy.copy(strategy)
+    for name in [name for name in vars(own) if inspect.isfunction(getattr(type(own), name, None))]:
+        delattr(own, name)  # the run's own, that somebody has put in a method's place
     own._precision_plugin = copy.deepcopy(strategy._precision_plugin)
     own._model = own._lightning_module = own._launcher = own._accelerator = None
     own._optimizers, own._lightning_optimizers, own.lr_scheduler_configs = [], [], []

@@ -270,7 +270,8 @@ class InstabilityRule:
         hot_drifted = hot and self.hot_drift > HOT_DRIFTED and self.hot_norm_drift > HOT_DRIFTED
         if not (drifted or hot_drifted or worse > allowed):
             return None
-        return "early instability" if self.seen <= EARLY else "divergence", self.level, self.best + allowed
+        bound = allowed if worse > allowed else DRIFTED_BY * gain if drifted else 0.0
+        return "early instability" if self.seen <= EARLY else "divergence", self.level, self.best + bound
 
     def _rose(self) -> tuple[Kind, float, float] | None:
         """Within the first updates, where no statistic tells normal from not, the loss has risen fivefold."""

@@ -1,0 +1,267 @@
+"""Every recipe, alone and all together, in every pair of circumstances: what it promises holds in each run.
+
+A run is stopped in every way there is and resumed, and ends where the uninterrupted one ends, bit for bit; all ranks
+agree; and a recipe that only watches leaves the training as it would be without. ``make test`` takes every
+:data:`SAMPLE`-th cell of the table, ``make test-all`` all of them.
+"""
+
+import os
+import signal
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
+from matrix import ALL, CHANGE_TRAINING, MODULES, RECIPES, REFUSE_SHARDS, SHARDED, Cell, cells, make, strategy_of, whole
+from models import Regression, Resumable, SeedEachStep, fp16, quiet_trainer, regression_data
+from ranks import run_on_ranks
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # toys, and torch.distributed warns of much that is not ours
+SAMPLE = 15
+BATCHES, EPOCHS = 11, 3
+VALIDATE_EVERY = 4
+FIRST_STOP, SECOND_STOP = 16, 26  # batches
+TIMEOUT = timedelta(seconds=60)
+
+
+class Loader(Resumable):
+    """Told its epoch by the Trainer, as the samplers of torch are: not all checkpoints have the state of a loader."""
+
+    @property
+    def sampler(self) -> "Loader":
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Any:
+        if self.position >= len(self.batches):
+            self.position = 0
+        order = torch.randperm(len(self.batches), generator=torch.Generator().manual_seed(self.seed + self.epoch))
+        while self.position < len(self.batches):
+            self.position += 1
+            yield self.batches[order[self.position - 1]]
+
+
+class SaveOften(pl.Callback):
+    """Save where Lightning alone resumes exactly: in the middle of an epoch, not where it validates."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.saved_at, self.step = path, 0, 0
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step:
+            return  # the gradients that are accumulated would be lost
+        last = batch_idx + 1 == trainer.num_training_batches
+        validates = (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % VALIDATE_EVERY == 0  # not made up for on resume
+        if trainer.global_step >= self.saved_at + 2 and not last and not validates:
+            self.saved_at = trainer.global_step
+            trainer.save_checkpoint(self.path)
+
+
+class Stop(pl.Callback):
+    """End the run in the middle of an update."""
+
+    def __init__(self, kind: str, batch: int) -> None:
+        self.kind, self.batch = kind, batch
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx < self.batch:
+            return
+        if self.kind == "exception":
+            raise RuntimeError("on purpose")
+        if self.kind == "Ctrl-C":
+            raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGTERM if self.kind == "SIGTERM" else signal.SIGKILL)
+
+
+def validation_of(cell: Cell) -> dict[str, Any]:
+    return {
+        "in the epoch": {"val_check_interval": VALIDATE_EVERY, "check_val_every_n_epoch": None},
+        "at its end": {},
+        "none": {"limit_val_batches": 0},
+        "empty": {},
+    }[cell.validation]
+
+
+def train(cell: Cell, folder: Path, recipes: list[str], stop_at: int | None, resume: bool) -> dict[str, Any]:
+    """Train; return all that the run ends with."""
+    attached = {name: make(name) for name in recipes}
+    path = folder / "last.ckpt"
+    save: pl.Callback = SaveOften(path)
+    if cell.stop == "at an epoch's end":
+        save = ModelCheckpoint(folder, "last", enable_version_counter=False, save_on_train_epoch_end=True)
+    stop = [] if stop_at is None else [Stop(cell.stop, stop_at)]
+    trainer = quiet_trainer(
+        folder,
+        max_epochs=EPOCHS,
+        callbacks=[SeedEachStep(), *attached.values(), save, *stop],
+        plugins=[fp16(2.0**20)] if cell.precision == "fp16" else None,
+        accumulate_grad_batches=cell.accumulate,
+        strategy=strategy_of(cell, TIMEOUT),
+        devices=1 if cell.ranks == "alone" else 2,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=7,
+        **validation_of(cell),
+        **({} if cell.precision == "fp16" else {"precision": cell.precision}),
+    )
+    torch.manual_seed(7)
+    module = (SHARDED if cell.ranks == "shards" else MODULES)[cell.module]()
+    validation = regression_data(2) if cell.validation != "empty" else []
+    loader = Loader(regression_data(batches=BATCHES), seed=100 * trainer.global_rank)
+    trainer.fit(module, loader, validation, ckpt_path=path if resume else None)
+    average = attached.get("EMAWeights")
+    ended = {"final": whole(module.state_dict())}
+    if average is None:
+        ended["raw"] = ended["final"]
+    else:
+        with average.raw_weights(module):
+            ended["raw"] = whole(module.state_dict())
+    for optimizer in trainer.optimizers:
+        assert not optimizer._optimizer_step_post_hooks
+        assert not optimizer._optimizer_step_pre_hooks
+    return {
+        **ended,
+        "optimizers": str([_plain(optimizer.state_dict()) for optimizer in trainer.optimizers]),
+        "states": {
+            name: str(_lasting(recipe.state_dict()))
+            for name, recipe in attached.items()
+            if name not in ("InitialLossCheck", "TrainingReport")  # which speak for rank zero
+            or (trainer.is_global_zero and cell.recipe != ALL)  # and draw what the others say of other batches
+        },
+        "step": trainer.global_step,
+    }
+
+
+def _plain(state: Any) -> Any:
+    """With every tensor in full, and lists for tuples, which a checkpoint of shards makes of them."""
+    if isinstance(state, torch.Tensor):
+        return state.full_tensor() if hasattr(state, "full_tensor") else state
+    if isinstance(state, dict):
+        return {key: _plain(value) for key, value in state.items()}
+    return [_plain(each) for each in state] if isinstance(state, (list, tuple)) else state
+
+
+def _lasting(state: Any) -> Any:
+    """Without what is a run's own: how long it took, that it was resumed, and which batches it looked at again."""
+    own = ("seconds", "resumed", "findings", "told", "spent")
+    if isinstance(state, dict):
+        return {key: _lasting(value) for key, value in state.items() if key not in own}
+    return state
+
+
+def run(cell: Cell, folder: Path, recipes: list[str], stop_at: int | None = None, resume: bool = False) -> list[Any]:
+    folder.mkdir(exist_ok=True)
+    ranks = 1 if cell.ranks == "alone" else 2
+    return run_on_ranks(train, cell, folder, recipes, stop_at, resume, ranks=ranks)
+
+
+def same(first: Any, second: Any) -> bool:
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first.nan_to_num(), second.nan_to_num())
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    return bool(first == second)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        pytest.param(cell, id=str(cell), marks=[] if number % SAMPLE == 0 else [pytest.mark.everything])
+        for number, cell in enumerate(cells())
+    ],
+)
+def test_what_a_recipe_promises(cell: Cell, tmp_path: Path) -> None:
+    uninterrupted = run(cell, tmp_path / "whole", cell.recipes)
+    for rank in uninterrupted:
+        assert all(value.isfinite().all() for value in rank["final"].values())
+        assert (
+            same(rank["raw"], uninterrupted[0]["raw"]) or cell.module == "batch norm and dropout"
+        )  # buffers of a rank
+    if not CHANGE_TRAINING & set(cell.recipes):
+        for watched, bare in zip(uninterrupted, run(cell, tmp_path / "bare", []), strict=True):
+            assert same(watched["raw"], bare["raw"])
+            assert watched["optimizers"] == bare["optimizers"]
+    for number, stop_at in enumerate([FIRST_STOP, SECOND_STOP] if cell.stop == "twice" else [FIRST_STOP]):
+        with pytest.raises(RuntimeError, match="without a word|on purpose|SystemExit|SIGTERM|KeyboardInterrupt"):
+            run(cell, tmp_path / "cut", cell.recipes, stop_at, resume=number > 0)
+    for rank, expected in zip(run(cell, tmp_path / "cut", cell.recipes, resume=True), uninterrupted, strict=True):
+        for key, value in expected.items():
+            assert same(rank[key], value), key
+
+
+# ------------------------------------------------------------------------------ trouble on one of two ranks
+
+
+class Trouble(pl.Callback):
+    """Of one rank, in the middle of the run."""
+
+    def __init__(self, kind: str, rank: int) -> None:
+        self.kind, self.rank = kind, rank
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_rank != self.rank or trainer.fit_loop.epoch_loop.total_batch_idx != FIRST_STOP:
+            return
+        if self.kind == "exception":
+            raise RuntimeError(f"on purpose on rank {self.rank}")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Poisoned(Regression):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        here = self.trainer.global_rank == 1 and self.trainer.fit_loop.epoch_loop.total_batch_idx == FIRST_STOP
+        return loss * torch.nan if here else loss
+
+
+def suffer(folder: Path, recipes: list[str], kind: str, rank: int) -> list[Any]:
+    attached = [make(name) for name in recipes]
+    trainer = quiet_trainer(
+        folder,
+        max_epochs=EPOCHS,
+        callbacks=[*attached, *([] if kind == "NaN" else [Trouble(kind, rank)])],
+        strategy=DDPStrategy(process_group_backend="gloo", timeout=TIMEOUT),
+        devices=2,
+        log_every_n_steps=7,
+    )
+    module = Poisoned() if kind == "NaN" else Regression()
+    trainer.fit(module, regression_data(2 * BATCHES), regression_data(2))
+    return [trainer.global_step, str(whole(module.state_dict()))]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("kind", "said"), [("exception", "on purpose on rank {}"), ("SIGKILL", "rank {} died: without a word")]
+)
+def test_nobody_hangs_when_a_rank_fails_and_the_error_names_it(kind: str, said: str, rank: int, tmp_path: Path) -> None:
+    recipes = [name for name in RECIPES if name not in ("OverfitCheck", "WarmupSweep")]
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match=said.format(rank)):
+        run_on_ranks(suffer, tmp_path, recipes, kind, rank)
+    assert time.monotonic() - started < TIMEOUT.seconds
+
+
+@pytest.mark.parametrize("name", [*RECIPES, ALL])
+def test_a_nan_on_one_rank_is_everybodys(name: str, tmp_path: Path) -> None:
+    first, second = run_on_ranks(suffer, tmp_path, RECIPES if name == ALL else [name], "NaN", 1)
+    assert first == second
+
+
+@pytest.mark.parametrize("name", sorted(REFUSE_SHARDS))
+def test_what_needs_whole_weights_says_so_of_shards(name: str, tmp_path: Path) -> None:
+    cell = next(each for each in cells([ALL]) if each.ranks == "shards")
+    with pytest.raises(RuntimeError, match=f"{name} .*(shards|of ModelParallelStrategy)|restore_best_weights=False"):
+        run(cell, tmp_path / name, [name])
+
+
+def test_the_table_has_every_recipe() -> None:
+    assert {cell.recipe for cell in cells()} == {*RECIPES, ALL}
