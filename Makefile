@@ -8,7 +8,7 @@ OLDEST_LIGHTNING = 2.6.0
 RUN = .venv/bin/python -m
 TEST = $(RUN) pytest -n 2 --dist worksteal
 
-.PHONY: demo test check oldest format clean
+.PHONY: demo test test-all check oldest format clean
 
 # Train on handwritten digits with and without the recipes, and show the result.
 demo: .venv/installed
@@ -27,6 +27,10 @@ check: .venv/installed
 # The callbacks once more, with the oldest Lightning beside the newest torch.
 oldest: .oldest/lightning
 	PYTHONPATH=.oldest $(TEST) tests/callbacks tests/test_contract.py tests/test_distributed.py
+
+# Every cell of the matrix of tests/matrix.py, and whatever else is too much for every change.
+test-all: check oldest
+	$(TEST) -m everything
 
 format: .venv/installed
 	$(RUN) ruff format

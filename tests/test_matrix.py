@@ -1,8 +1,8 @@
 """Every recipe, alone and all together, in every pair of circumstances: what it promises holds in each run.
 
 A run is stopped in every way there is and resumed, and ends where the uninterrupted one ends, bit for bit; all ranks
-agree; and a recipe that only watches leaves the training as it would be without. ``make test`` takes every
-:data:`SAMPLE`-th cell of the table, ``make test-all`` all of them.
+agree; and a recipe that only watches leaves the training as it would be without. ``make test`` takes a sample of the
+table, ``make test-all`` all of it.
 """
 
 import os
@@ -17,12 +17,27 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
-from matrix import ALL, CHANGE_TRAINING, MODULES, RECIPES, REFUSE_SHARDS, SHARDED, Cell, cells, make, strategy_of, whole
+from matrix import (
+    ALL,
+    ARGUMENTS,
+    CHANGE_TRAINING,
+    MODULES,
+    RECIPES,
+    REFUSE_SHARDS,
+    SHARDED,
+    Cell,
+    cells,
+    make,
+    strategy_of,
+    whole,
+)
 from models import Regression, Resumable, SeedEachStep, fp16, quiet_trainer, regression_data
 from ranks import run_on_ranks
 
+from lightning_recipes import EMAWeights, LearningCurves
+
 pytestmark = pytest.mark.filterwarnings("ignore")  # toys, and torch.distributed warns of much that is not ours
-SAMPLE = 15
+SAMPLE = 15, 5  # the second where all are together
 BATCHES, EPOCHS = 11, 3
 VALIDATE_EVERY = 4
 FIRST_STOP, SECOND_STOP = 16, 26  # batches
@@ -176,27 +191,83 @@ def same(first: Any, second: Any) -> bool:
 @pytest.mark.parametrize(
     "cell",
     [
-        pytest.param(cell, id=str(cell), marks=[] if number % SAMPLE == 0 else [pytest.mark.everything])
+        pytest.param(
+            cell, id=str(cell), marks=[] if number % SAMPLE[cell.recipe == ALL] == 0 else [pytest.mark.everything]
+        )
         for number, cell in enumerate(cells())
     ],
 )
 def test_what_a_recipe_promises(cell: Cell, tmp_path: Path) -> None:
-    uninterrupted = run(cell, tmp_path / "whole", cell.recipes)
+    check(cell, tmp_path)
+
+
+def check(cell: Cell, folder: Path) -> None:
+    uninterrupted = run(cell, folder / "whole", cell.recipes)
     for rank in uninterrupted:
         assert all(value.isfinite().all() for value in rank["final"].values())
-        assert (
-            same(rank["raw"], uninterrupted[0]["raw"]) or cell.module == "batch norm and dropout"
-        )  # buffers of a rank
+        own_buffers = cell.module == "batch norm and dropout"
+        assert own_buffers or same(rank["raw"], uninterrupted[0]["raw"]), "the ranks differ"
     if not CHANGE_TRAINING & set(cell.recipes):
-        for watched, bare in zip(uninterrupted, run(cell, tmp_path / "bare", []), strict=True):
-            assert same(watched["raw"], bare["raw"])
+        for watched, bare in zip(uninterrupted, run(cell, folder / "bare", []), strict=True):
+            assert same(watched["raw"], bare["raw"]), "the training is another one"
             assert watched["optimizers"] == bare["optimizers"]
     for number, stop_at in enumerate([FIRST_STOP, SECOND_STOP] if cell.stop == "twice" else [FIRST_STOP]):
         with pytest.raises(RuntimeError, match="without a word|on purpose|SystemExit|SIGTERM|KeyboardInterrupt"):
-            run(cell, tmp_path / "cut", cell.recipes, stop_at, resume=number > 0)
-    for rank, expected in zip(run(cell, tmp_path / "cut", cell.recipes, resume=True), uninterrupted, strict=True):
+            run(cell, folder / "cut", cell.recipes, stop_at, resume=number > 0)
+    for rank, expected in zip(run(cell, folder / "cut", cell.recipes, resume=True), uninterrupted, strict=True):
         for key, value in expected.items():
-            assert same(rank[key], value), key
+            assert same(rank[key], value), f"resumed, {key}"
+
+
+# ------------------------------------------------------------------------------ the check can fail
+
+
+class Forgets(LearningCurves):
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+
+class StartsAnew(EMAWeights):
+    def on_load_checkpoint(self, *_: Any) -> None:
+        pass
+
+
+class StaysSwapped(EMAWeights):
+    def on_validation_end(self, *_: Any) -> None:
+        pass
+
+
+class Draws(LearningCurves):
+    def on_train_batch_start(self, *args: Any) -> None:
+        torch.rand(())
+        super().on_train_batch_start(*args)
+
+
+class DecidesAlone(LearningCurves):
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == 5:
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("broken", "name", "said"),
+    [
+        (Forgets, "LearningCurves", "resumed, states"),
+        (StartsAnew, "EMAWeights", "resumed, final"),
+        (StaysSwapped, "EMAWeights", "the training is another one"),
+        (Draws, "LearningCurves", "the training is another one"),
+        (DecidesAlone, "LearningCurves", "the ranks differ"),
+    ],
+)
+def test_a_recipe_that_breaks_a_promise_is_found_out(
+    broken: type[pl.Callback], name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks, module = ("ddp", "plain") if broken is DecidesAlone else ("alone", "batch norm and dropout")
+    cell = Cell(name, module, "32-true", 1, ranks, "in the epoch", "SIGKILL")
+    check(cell, tmp_path / "sound")
+    monkeypatch.setitem(globals(), "make", lambda _: broken(**ARGUMENTS.get(name, {})))
+    with pytest.raises(AssertionError, match=said):
+        check(cell, tmp_path / "broken")
 
 
 # ------------------------------------------------------------------------------ trouble on one of two ranks

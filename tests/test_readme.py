@@ -51,6 +51,6 @@ def test_what_it_names_exists() -> None:
     root = Path(__file__).parents[1]
     for name in re.findall(r"(?:examples|benchmarks|lightning_recipes)/[\w./]*\w", README):
         assert (root / name).exists(), name
-    assert {"demo", "test"} == set(re.findall(r"^    make (\w+)", README, re.MULTILINE))
+    assert {"demo", "test", "test-all"} == set(re.findall(r"^    make ([\w-]+)", README, re.MULTILINE))
     targets = (root / "Makefile").read_text(encoding="utf-8")
-    assert all(re.search(rf"^{target}:", targets, re.MULTILINE) for target in ("demo", "test"))
+    assert all(re.search(rf"^{target}:", targets, re.MULTILINE) for target in ("demo", "test", "test-all"))
