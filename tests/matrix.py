@@ -22,7 +22,6 @@ REFUSE_SHARDS = {  # with a clear error when fit starts: they need the whole mod
     "InitialLossCheck",
     "OverfitCheck",
     "SnapshotEnsemble",
-    "WarmupSweep",
 }
 CHANGE_TRAINING = {"EarlyStopping", "LearningRateSchedule", "PercentileGradientClipping", "SnapshotEnsemble"}
 

@@ -381,33 +381,57 @@ def test_ranks_with_data_of_their_own_see_the_same_losses(action: str, tmp_path:
     assert "'step': 12" in first
 
 
-def sweep_on_ranks(folder: Path, path: str | None) -> Any:
-    module, sweep = Fragile(), WarmupSweep(seeds=2, path=path)
+class ShardedFragile(Fragile):
+    def configure_model(self) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        assert self.device_mesh is not None
+        for layer in (self.first, self.last, *self.blocks):
+            fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+
+def sweep_on_ranks(folder: Path, name: str, sweep: WarmupSweep | None, steps: int) -> Any:
+    module = Fragile() if name == "ddp" else ShardedFragile()
     used: list[float] = []
 
     class Looks(pl.Callback):
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
             used.append(optimizer.param_groups[0]["lr"])
 
+    callbacks = [Looks()] if sweep is None else [sweep, Looks()]
     trainer = quiet_trainer(
-        folder, max_steps=1000, max_epochs=-1, callbacks=[sweep, Looks()], strategy=make_strategy("ddp"), devices=2
+        folder, max_steps=steps, max_epochs=-1, callbacks=callbacks, strategy=make_strategy(name), devices=2
     )
     torch.manual_seed(5)
     trainer.fit(module, regression_data(40, 16, shuffle=True))
+    trained = str(whole(dict(module.state_dict()))), str(torch.get_rng_state()), os.environ.get("WORLD_SIZE")
+    if sweep is None:
+        return used, trained
     assert sweep.result is not None
     trials = sorted((str(trial), outcome.stable, outcome.steps) for trial, outcome in sweep.result.outcomes.items())
-    return trials, sweep.result.best, used, weights_of(module), os.environ.get("WORLD_SIZE")
+    return used, trained, trials, sweep.result.best
 
 
-def test_all_ranks_run_the_same_trials_and_take_the_same_warmup(tmp_path: Path) -> None:
-    path = str(tmp_path / "kept.json")
-    first, second = run_on_ranks(sweep_on_ranks, tmp_path, path)
-    assert first[:3] == second[:3]
-    assert str(first[3]) == str(second[3])
-    assert first[1].warmup_steps in (30, 100)
-    assert len(first[2]) == 1000 + first[1].warmup_steps
-    again, _ = run_on_ranks(sweep_on_ranks, tmp_path, path)  # goes on from the file, which rank zero alone has
-    assert str(again) == str(first)
+@pytest.mark.parametrize("name", ["ddp", pytest.param("one file", marks=pytest.mark.everything)])
+def test_all_ranks_run_the_same_trials_and_take_the_same_warmup(name: str, tmp_path: Path) -> None:
+    sweep = WarmupSweep(unstable_base_learning_rate=2e-4, seeds=1, path=str(tmp_path / "kept.json"))
+    first, second = run_on_ranks(sweep_on_ranks, tmp_path, name, sweep, 300)
+    assert first == second
+    used, _, trials, best = first
+    assert 3 <= best.warmup_steps <= 30
+    assert len(used) == 300 + best.warmup_steps
+    assert any(not stable for _, stable, _ in trials)
+    again, _ = run_on_ranks(sweep_on_ranks, tmp_path, name, sweep, 300)  # goes on from the file, which rank zero alone has
+    assert again == first
+
+
+@pytest.mark.parametrize("name", ["ddp", "one file"])
+def test_a_sweep_that_finds_no_warmup_leaves_the_training_of_both_ranks_as_it_was(name: str, tmp_path: Path) -> None:
+    sweep = WarmupSweep(base_learning_rate=1e-4, seeds=1)
+    swept = run_on_ranks(sweep_on_ranks, tmp_path, name, sweep, 100)
+    bare = run_on_ranks(sweep_on_ranks, tmp_path, name, None, 100)
+    assert swept[0][3].warmup_steps == 0
+    assert [rank[:2] for rank in swept] == [rank[:2] for rank in bare]
 
 
 def plateau_on_ranks(folder: Path) -> Any:
@@ -427,7 +451,6 @@ def test_a_plateau_is_everybodys(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("callback", "message"),
     [
-        (WarmupSweep(), "WarmupSweep cannot train copies of a model in shards"),
         (SnapshotEnsemble(), "SnapshotEnsemble cannot keep a model in shards"),
     ],
 )

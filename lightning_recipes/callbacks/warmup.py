@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
@@ -48,7 +48,8 @@ class WarmupSweep(pl.Callback):
     resume, whose checkpoint has its result, and with ``fast_dev_run``. What a gradient goes through decides what is
     stable: the trials have the Trainer's ``gradient_clip_val``, and copies of those of its callbacks that have an
     attribute ``in_trials`` which is true, as :class:`~lightning_recipes.PercentileGradientClipping` has. They have no
-    others and no validation, and the module's schedulers stand still. Costs a copy of the module while it runs.
+    others and no validation, and the module's schedulers stand still. Costs a copy of the module while it runs, and of
+    one that ``ModelParallelStrategy`` puts into shards another, whole on each rank, from ``setup`` until then.
 
     Attributes:
         result: A :class:`~lightning_recipes.core.trials.SweepResult`, or None if nothing was swept.
@@ -70,7 +71,7 @@ class WarmupSweep(pl.Callback):
     Raises:
         TypeError: If an argument is not of its kind.
         ValueError: If it is out of its range, or two contradict each other.
-        MisconfigurationException: When fit starts, of a model in shards or under DeepSpeed, beside another prepended
+        MisconfigurationException: When fit starts, of a model under FSDP or DeepSpeed, beside another prepended
             warmup, or if nobody knows how long the run is. (One of less than 100 updates is not swept.)
 
     Example:
@@ -106,6 +107,7 @@ class WarmupSweep(pl.Callback):
         self.rule: PerOptimizer[LearningRates] = PerOptimizer(LearningRates)
         self._done = False
         self._in_trials: list[pl.Callback] = []
+        self._whole: pl.LightningModule | None = None  # a model that will be in shards, before it is
 
     # ---------------------------------------------------------------------------------- fit: start and end
 
@@ -115,13 +117,15 @@ class WarmupSweep(pl.Callback):
             self._forget()
             run: Any = trainer  # connectors set some attributes
             self._in_trials = copy.deepcopy([each for each in run.callbacks if getattr(each, "in_trials", False)])
+            self._whole = copy.deepcopy(pl_module) if is_sharded(trainer) else None
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if is_sharded(trainer) or isinstance(trainer.strategy, DeepSpeedStrategy):
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
             raise MisconfigurationException(
-                f"{type(self).__name__} cannot train copies of a model in shards ({type(trainer.strategy).__name__}):"
-                " call lightning_recipes.sweep.warmup_sweep with a function that makes the model"
+                f"{type(self).__name__} cannot train copies of a model in the shards of"
+                f" {type(trainer.strategy).__name__}: use ModelParallelStrategy, or call"
+                " lightning_recipes.sweep.warmup_sweep with a function that makes the model"
             )
         leave_end_open(trainer)
 
@@ -130,7 +134,7 @@ class WarmupSweep(pl.Callback):
         run: Any = trainer  # connectors set some attributes
         if not (self._done or trainer.ckpt_path or trainer.global_step or run.fast_dev_run):
             self._sweep(trainer, pl_module)
-        self._done = True
+        self._done, self._whole = True, None
         lengthen(trainer, self.warmup_steps)
         if not self.warmup_steps:
             return
@@ -152,7 +156,8 @@ class WarmupSweep(pl.Callback):
         search = WarmupSearch(own, int(steps), *self._asked)
         path, known = self._prepare(trainer)
         settings = {**settings_of(trainer), "callbacks": self._in_trials}
-        train = ModuleTrials(lambda _: pl_module, trainer.train_dataloader, None, settings, own)
+        module = self._whole or pl_module
+        train = ModuleTrials(lambda _: module, trainer.train_dataloader, None, settings, own)
         with progress("warmup sweep", search.most_steps, self.show_progress and trainer.is_global_zero) as told:
             outcomes = run_trials(search, train, path, told, known)
         self.result = search.result(outcomes)
