@@ -421,7 +421,7 @@ def test_all_ranks_run_the_same_trials_and_take_the_same_warmup(name: str, tmp_p
     assert 3 <= best.warmup_steps <= 30
     assert len(used) == 300 + best.warmup_steps
     assert any(not stable for _, stable, _ in trials)
-    again, _ = run_on_ranks(sweep_on_ranks, tmp_path, name, sweep, 300)  # goes on from the file, which rank zero alone has
+    again, _ = run_on_ranks(sweep_on_ranks, tmp_path, name, sweep, 300)  # from rank zero's file
     assert again == first
 
 

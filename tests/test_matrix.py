@@ -175,7 +175,7 @@ def _lasting(state: Any) -> Any:
 
 
 def run(cell: Cell, folder: Path, recipes: list[str], stop_at: int | None = None, resume: bool = False) -> list[Any]:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     ranks = 1 if cell.ranks == "alone" else 2
     return run_on_ranks(train, cell, folder, recipes, stop_at, resume, ranks=ranks)
 

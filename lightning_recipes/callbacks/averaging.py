@@ -23,7 +23,7 @@ from lightning_recipes.callbacks.batch_norm import recompute_, statistics
 from lightning_recipes.callbacks.learning_rates import length_of
 from lightning_recipes.callbacks.sharding import copied, is_sharded, load_beside, reshard_, save_beside
 from lightning_recipes.callbacks.substitute import substitute, substituted
-from lightning_recipes.callbacks.tracking import Tracked, same_tensors, track
+from lightning_recipes.callbacks.tracking import Tracked, same_tensors, share_, track
 from lightning_recipes.core.arguments import check_choice, check_flag
 from lightning_recipes.core.averaging import ExponentialMovingAverage, decay_from_half_life, local
 from lightning_recipes.core.durations import parse_duration
@@ -306,10 +306,9 @@ class EMAWeights(pl.Callback):
     def _hold_together(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the average into the module on all ranks, with the buffers of rank zero, which a checkpoint has."""
         self._hold(pl_module, average=True)
-        if self._exchanged and torch.distributed.is_initialized() and not is_sharded(trainer):
-            averaged = [buffer for tracked in self._tracked for *_, buffer in tracked.buffers]
-            for buffer in statistics(pl_module).values() if self.buffers == "recompute" else averaged:
-                torch.distributed.broadcast(buffer, 0)
+        if self._exchanged and not is_sharded(trainer):
+            averaged = (buffer for tracked in self._tracked for *_, buffer in tracked.buffers)
+            share_(statistics(pl_module).values() if self.buffers == "recompute" else averaged)
 
     @contextmanager
     def _holding(self, pl_module: pl.LightningModule, average: bool) -> Iterator[None]:

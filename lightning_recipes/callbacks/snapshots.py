@@ -34,6 +34,7 @@ from lightning_recipes.callbacks.replay import without_trace
 from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.substitute import substitute
 from lightning_recipes.callbacks.telling import log_scalars, run_folder, tell
+from lightning_recipes.callbacks.tracking import share_
 from lightning_recipes.core.arguments import check_choice, check_count, check_flag
 from lightning_recipes.core.ensembles import Combination, Ensemble
 from lightning_recipes.core.evidence import Evidence
@@ -242,7 +243,11 @@ class SnapshotEnsemble(pl.Callback):
     def _keep(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         averaging = _averaging(trainer) if self.weights == "average" else None
         with nullcontext() if averaging is None else averaging.average_weights(pl_module):
-            state = self._submodule(pl_module).state_dict()
+            module = self._submodule(pl_module)
+            state = module.state_dict()
+            buffers = {name: state[name].clone() for name, _ in module.named_buffers() if name in state}
+            share_(buffers.values())
+            state.update(buffers)
             if self.dtype != "same":
                 self._exact = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
             self.rule.keep(state, self._folder or None, trainer.is_global_zero)

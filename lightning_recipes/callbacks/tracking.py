@@ -1,6 +1,6 @@
 """Which tensors of a module an optimizer's updates change."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +79,16 @@ def same_tensors(module: nn.Module) -> dict[str, str]:
     ]:
         names[name] = first.setdefault(id(tensor), name)
     return names
+
+
+def share_(buffers: Iterable[Tensor]) -> None:
+    """Give all ranks the buffers of rank zero, which a checkpoint has; all have to call.
+
+    DDP does likewise before the next forward pass in training.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for buffer in buffers:
+            torch.distributed.broadcast(buffer, 0)
 
 
 def _group_sizes(optimizer: Optimizer) -> list[int]:

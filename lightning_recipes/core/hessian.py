@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
-NEGATIVE = 1e-4  # of the largest curvature: what a negative one has to exceed
+NEGATIVE = 1e-3  # of the largest curvature: what a negative one has to exceed, or it is next to nothing
 ROOM = 2**29  # bytes of what is kept to be quicker: vectors of a spectrum, graphs of the first derivatives
 SURE = 0.05  # risk that the bound below the smallest eigenvalue does not hold
 

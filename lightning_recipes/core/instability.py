@@ -322,7 +322,12 @@ class InstabilityRule:
 
 
 def _fell_alone(before: tuple[float, float], log_norm: float, loss: float, least: float) -> bool:
-    """Whether the log norm has fallen that far since ``before``, and that much further than the loss has."""
+    """Whether the log norm has fallen that far since ``before``, and that much further than the loss has.
+
+    Not where the loss is 0: there is nothing left to learn.
+    """
+    if loss == 0:
+        return False
     log_norm_then, loss_then = before
     fell = log_norm_then - log_norm
     if loss > 0 and loss_then > 0:

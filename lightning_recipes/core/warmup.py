@@ -42,8 +42,8 @@ class WarmupSearch:
 
     Example:
         >>> search = WarmupSearch(0.1, max_steps=1000, base_learning_rate=1.0, seeds=1)
-        >>> search.ask({})
-        [Trial(learning_rate=1.0, steps=100, warmup_steps=0, seed=0)]
+        >>> [(trial.learning_rate, trial.steps, trial.warmup_steps) for trial in search.ask({})]
+        [(1.0, 100, 0)]
 
     References:
         Godbole et al., Deep Learning Tuning Playbook, 2023: https://github.com/google-research/tuning_playbook

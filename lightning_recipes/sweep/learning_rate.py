@@ -68,7 +68,7 @@ def learning_rate_sweep(
         ...     weight = torch.nn.Parameter(torch.ones(1))
         ...     return torch.optim.SGD([weight], lr=0.5), lambda: (weight**2).sum()
         >>> learning_rate_sweep(make, [0.001, 0.01, 0.1, 1.0, 10.0]).best.learning_rate
-        0.1
+        0.01
 
     References:
         Godbole et al., Deep Learning Tuning Playbook, 2023: https://github.com/google-research/tuning_playbook

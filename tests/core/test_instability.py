@@ -223,3 +223,7 @@ def test_a_burst_that_does_not_end_is_a_divergence_once_and_the_rest_is_normal()
     assert kinds.count("divergence") == 1
     assert kinds[-1] == "divergence"
     assert found[-1].step <= 240
+
+
+def test_a_loss_that_reaches_zero_has_not_lost_its_gradient() -> None:
+    assert judged([(max(0.0, 1 - step / 50) ** 2, max(0.0, 1 - step / 50)) for step in range(150)]) == []
