@@ -36,11 +36,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "SnapshotEnsemble": {"cycles": 2},
     "UpdateRatioMonitor": {"every_n_steps": 2},
 }
-RECIPES = [
-    name
-    for name in lightning_recipes.__all__
-    if isinstance(getattr(lightning_recipes, name), type) and issubclass(getattr(lightning_recipes, name), pl.Callback)
-]
+RECIPES = [name for name in lightning_recipes.__all__ if issubclass(getattr(lightning_recipes, name), pl.Callback)]
 
 
 def make(name: str) -> Any:

@@ -15,12 +15,12 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
+from matrix import RECIPES
 from models import Adversaries, Regression, fp16, quiet_trainer, regression_data, same, weights_of
 
 import lightning_recipes
 
 NAMES = lightning_recipes.__all__
-RECIPES = [name for name in NAMES if issubclass(getattr(lightning_recipes, name), pl.Callback)]
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "EarlyStopping": {"monitor": "val_loss", "strict": False},  # cannot do without
     "OverfitCheck": {"max_steps": 10},  # the default takes its time, and these runs are many

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from matrix import Sharded, whole
 from models import Fragile, Regression, Resumable, SeedEachStep, quiet_trainer, regression_data, weights_of
 from ranks import run_on_ranks
 from torch import Tensor, nn
@@ -32,17 +33,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # torch.distributed warns of 
 TIMEOUT = timedelta(seconds=60)
 
 
-class Sharded(Regression):
-    def configure_model(self) -> None:
-        from torch.distributed.fsdp import fully_shard
-
-        assert self.device_mesh is not None
-        mesh = self.device_mesh["data_parallel"]
-        for layer in (self.net[0], self.net[-1]):
-            fully_shard(layer, mesh=mesh)
-        fully_shard(self.net, mesh=mesh)
-
-
 class CPUFSDPStrategy(FSDPStrategy):
     """FSDP on the CPU, which Lightning and torch refuse by default; for single steps and sharded checkpoints."""
 
@@ -64,14 +54,6 @@ def make_strategy(name: str) -> Strategy | str:
         timeout=TIMEOUT,
         save_distributed_checkpoint=name == "sharded",
     )
-
-
-def whole(tensors: dict[str, Any]) -> dict[str, Tensor]:
-    """Every tensor in full, on the CPU and detached."""
-    full = {
-        name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in tensors.items()
-    }
-    return {name: tensor.detach().clone() for name, tensor in full.items()}
 
 
 class Note(pl.Callback):
@@ -358,6 +340,8 @@ def test_an_instability_on_one_rank_is_everybodys(action: str, steps: int, rewin
     assert first[2][0] == 45
     assert str(first[3]) == str(second[3])
     assert action == "warn" or all(value.isfinite().all() for value in first[3].values())
+    if action in ("skip", "rewind"):  # which look at once
+        assert "; first on rank 1, in the loss." in (tmp_path / "findings.jsonl").read_text()
 
 
 def watch_halves(folder: Path, action: Any) -> str:
@@ -467,7 +451,7 @@ def train_in_shards(folder: Path, callback: pl.Callback) -> None:
 
 
 def test_both_ranks_raise(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="TrainingInstability: not finite at step 45"):
+    with pytest.raises(RuntimeError, match="TrainingInstability: not finite at step 45.*first on rank 1, in the loss"):
         run_on_ranks(poison_one_rank, tmp_path, "raise", 10)
 
 
