@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[""], help="parts of names")
     parser.add_argument("--every", type=int, default=1, help="take one in so many, for a quick look")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--all", action="store_true", help="show every finding in full")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -129,7 +130,7 @@ def main() -> None:
         for case in cases[:: options.every]:
             if not any(name in case.name for name in options.only):
                 continue
-            for seed in range(options.seeds):
+            for seed in range(options.first_seed, options.first_seed + options.seeds):
                 findings = said(case, seed)
                 severe = [finding["rule"] for finding in findings if finding["severity"] != "info"]
                 rules = [finding["rule"] for finding in findings if finding["rule"] not in ALL_IS_WELL]
