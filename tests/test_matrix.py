@@ -67,7 +67,7 @@ class SaveOften(pl.Callback):
     """Save where Lightning alone resumes exactly: in the middle of an epoch, not where it validates."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.saved_at, self.step = path, 0, 0
+        self.path, self.step = path, 0
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self.step = trainer.global_step
@@ -77,8 +77,7 @@ class SaveOften(pl.Callback):
             return  # the gradients that are accumulated would be lost
         last = batch_idx + 1 == trainer.num_training_batches
         validates = (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % VALIDATE_EVERY == 0  # not made up for on resume
-        if trainer.global_step >= self.saved_at + 2 and not last and not validates:
-            self.saved_at = trainer.global_step
+        if trainer.global_step % 2 == 0 and not last and not validates:  # of a resumed run, too: ranks share then
             trainer.save_checkpoint(self.path)
 
 
