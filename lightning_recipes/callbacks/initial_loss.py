@@ -112,7 +112,7 @@ class InitialLossCheck(pl.Callback):
                     return output
                 return loss.detach().requires_grad_()  # nothing is trained, which is another check's to say
 
-            module.training_step = watched  # type: ignore[method-assign]
+            module.training_step = watched  # type: ignore[method-assign]  # and back again
 
         rehearse(trainer, pl_module, batches, 1, watch, look)
         self.results = self.rule.results()

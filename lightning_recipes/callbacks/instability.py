@@ -24,8 +24,8 @@ from lightning_recipes.callbacks.measuring import (
     gradient_norm,
     index_of,
     loss_of_update,
-    saved_by_all,
     scaler_of,
+    share_before_save,
 )
 from lightning_recipes.callbacks.replay import first_broken_module
 from lightning_recipes.callbacks.sharding import is_sharded
@@ -255,7 +255,7 @@ class InstabilityDetector(pl.Callback):
     ) -> None:
         decision = self._decide(found)
         where = self._locate(pl_module, optimizer, update, found) if optimizer is not None else ""
-        if optimizer is not None and found.kind == "not finite" and trainer.world_size > 1:
+        if optimizer is not None and found.kind == "not finite":
             where = _first_of_all(trainer, where)
         finding = _finding(update, found, decision, where)
         since = update.step - self._seen.get(found.kind, -AGAIN)
@@ -401,14 +401,16 @@ class InstabilityDetector(pl.Callback):
         self._good.clear()
         self._batch, self._losses, self._unread = None, [], []
 
+    def _share(self, trainer: pl.Trainer) -> None:
+        measured = self._read(trainer, self._unread) if self._unread else []
+        for update, (loss, norm, examples) in zip(self._unread, measured, strict=True):
+            update.loss, update.norm, update.examples = loss, norm, examples
+
     @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if self._unread and saved_by_all(trainer):
-            for update, (loss, norm, examples) in zip(self._unread, self._read(trainer, self._unread), strict=True):
-                update.loss, update.norm, update.examples = loss, norm, examples
-            checkpoint["callbacks"][self.state_key] = self.state_dict()
+        share_before_save(trainer, self, checkpoint, self._share)
         # A run resumed from here has this as its newest good state: so does this one, once no average is in its place.
         self._keeps_next = self.action in ("rewind", "stop") and self._back is None
 
@@ -438,6 +440,8 @@ def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 
 def _first_of_all(trainer: pl.Trainer, where: str) -> str:
     """What the first rank that knows says of where trouble began, and its number; all ranks have to ask."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return where
     said: list[str] = [""] * trainer.world_size
     torch.distributed.all_gather_object(said, where)
     rank, where = next(((rank, each) for rank, each in enumerate(said) if each), (0, ""))

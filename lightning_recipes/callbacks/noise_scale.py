@@ -167,7 +167,7 @@ class GradientNoiseScale(pl.Callback):
 
         def see(gradient: Tensor) -> None:
             squares.append(total_norm([gradient.detach()]).to(trainer.strategy.root_device) ** 2)
-            self._small = squares[0] if len(squares) == 1 else self._small + squares[-1]  # type: ignore[operator]
+            self._small = squares[0] if len(squares) == 1 else self._small + squares[-1]  # type: ignore[operator]  # it is a tensor from the first on
 
         for each in parameters_of(trainer.optimizers[0]):
             parameter: Any = each  # register_hook has no types

@@ -244,7 +244,7 @@ class _Drive(pl.Callback):
             self._criteria += seen.part_of(loss)
             return output
 
-        module.training_step = watched  # type: ignore[method-assign]
+        module.training_step = watched  # type: ignore[method-assign]  # and back again
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

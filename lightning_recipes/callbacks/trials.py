@@ -262,7 +262,7 @@ class _Run(pl.Callback):
             self._rates.append([peak_rate(group) * scale for group in optimizer.param_groups])
             self._steps.append(0)
         for config in trainer.lr_scheduler_configs:  # those of the copy
-            config.scheduler.step, config.strict = _nothing, False  # type: ignore[method-assign]
+            config.scheduler.step, config.strict = _nothing, False  # type: ignore[method-assign]  # of a copy
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:

@@ -21,7 +21,7 @@ from lightning_recipes.callbacks.telling import log_scalars, show, tell, time_to
 from lightning_recipes.callbacks.tracking import parameters_of
 from lightning_recipes.core.arguments import check_choice, check_count, check_flag
 from lightning_recipes.core.clipping import total_norm
-from lightning_recipes.core.findings import Finding
+from lightning_recipes.core.findings import Finding, listing
 from lightning_recipes.core.per_optimizer import PerOptimizer
 from lightning_recipes.core.updates import (
     CERTAIN,
@@ -30,7 +30,6 @@ from lightning_recipes.core.updates import (
     NOTES,
     UpdateMeter,
     UpdateRatioRule,
-    listing,
     not_optimized,
     update_ratios,
 )
