@@ -28,8 +28,13 @@ def examples_in(batch: Any) -> int:
     """First dimension of the first tensor in a batch that has more than one; 1 if there is none."""
     if isinstance(batch, Tensor):
         return len(batch) if batch.ndim else 1
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
-    return next((size for size in map(examples_in, parts) if size > 1), 1)
+    if not isinstance(batch, (list, tuple)):  # asked first: it is what most batches are
+        batch = batch.values() if isinstance(batch, Mapping) else ()
+    for part in batch:
+        size = examples_in(part)
+        if size > 1:
+            return size
+    return 1
 
 
 def scaler_of(trainer: pl.Trainer) -> Any:

@@ -233,3 +233,19 @@ def test_a_loss_that_reaches_zero_has_not_lost_its_gradient() -> None:
         weight *= 0.8
     assert run[-1][0] == 0 < run[-1][1]
     assert judged(run) == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_not_finite_or_explodes_is_striking_and_little_else(seed: int) -> None:
+    chance, rule, struck, exploded = random.Random(seed), InstabilityRule(), 0, 0
+    for step, (loss, norm) in enumerate(healthy(400, seed)):
+        event = chance.random() if step > 40 else 1.0
+        loss, norm = (loss * 3, norm * 40) if event < 0.01 else (loss, math.nan) if event < 0.02 else (loss, norm)
+        striking = rule.is_striking(loss, norm)
+        found = rule.update(loss, norm, 0.1)
+        struck += striking
+        if found is not None and found.kind in ("not finite", "exploding gradient"):
+            assert striking
+            exploded += 1
+    assert exploded > 0
+    assert struck < exploded + 45
