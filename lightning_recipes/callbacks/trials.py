@@ -36,6 +36,7 @@ from lightning_recipes.callbacks.measuring import (
     scaler_of,
 )
 from lightning_recipes.callbacks.tracking import parameters_of
+from lightning_recipes.callbacks.unused import pass_over_unused_hooks
 from lightning_recipes.core.clipping import total_norm
 from lightning_recipes.core.trials import Outcome, Readings, Search, Trial, TrialRule, load_outcomes, save_outcomes
 
@@ -249,6 +250,7 @@ class _Run(pl.Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pass_over_unused_hooks(trainer, self)
         trainer.fit_loop.epoch_loop.max_steps = self.trial.steps * len(trainer.optimizers)
         if self.trials._own is None:
             self.trials._own = peak_rate(trainer.optimizers[0].param_groups[0])

@@ -9,7 +9,6 @@ from models import Regression, quiet_trainer, regression_data
 from lightning_recipes import LearningCurves
 from lightning_recipes.callbacks.unused import OF_EVERY_BATCH
 
-
 pytestmark = pytest.mark.filterwarnings("ignore")  # toys
 
 
