@@ -33,7 +33,7 @@ from lightning_recipes.callbacks.measuring import scaler_of
 from lightning_recipes.callbacks.replay import without_trace
 from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.substitute import substitute
-from lightning_recipes.callbacks.telling import log_scalars, run_folder, tell
+from lightning_recipes.callbacks.telling import log_scalars, log_text, run_folder, tell
 from lightning_recipes.callbacks.tracking import share_
 from lightning_recipes.core.arguments import check_choice, check_count, check_flag
 from lightning_recipes.core.ensembles import Combination, Ensemble
@@ -360,9 +360,7 @@ class SnapshotEnsemble(pl.Callback):
         }
         log_scalars(trainer, {name: value for name, value in scalars.items() if not math.isnan(value)})
         yield made.finding
-        folder = run_folder(trainer)
-        if folder is not None:
-            (folder / "ensemble.md").write_text(made.to_markdown() + "\n", encoding="utf-8")
+        log_text(trainer, "ensemble", made.to_markdown())
         if len(members) > 1:
             yield can_average(module, states, self.ensemble, data, step)
         if self._exact:
