@@ -6,6 +6,7 @@ Nothing here is a collective: what one rank has to say must not wait for the oth
 import importlib.util
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -66,8 +67,14 @@ def tell(trainer: pl.Trainer, finding: Finding) -> None:
     Not if the same but for the step was told in this fit before, by whatever callback.
     """
     if _is_new(trainer, finding):
-        (rank_zero_info if finding.severity == "info" else rank_zero_warn)(finding.text)
+        (rank_zero_info if finding.severity == "info" else _warn)(finding.text)
         _write(trainer, finding)
+
+
+@rank_zero_only
+def _warn(text: str) -> None:
+    """Warn each time: what was warned of in one fit Python would not show in the next one of a notebook."""
+    warnings.warn_explicit(text, UserWarning, "lightning_recipes", 1, module=__name__, registry={})
 
 
 def note(trainer: pl.Trainer, finding: Finding) -> None:
