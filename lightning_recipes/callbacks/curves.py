@@ -14,6 +14,7 @@ from typing_extensions import override
 from lightning_recipes.callbacks.measuring import index_of, mean_over_ranks, share_before_save
 from lightning_recipes.callbacks.telling import show, tell
 from lightning_recipes.callbacks.unused import pass_over_unused_hooks
+from lightning_recipes.core.arguments import check_name
 from lightning_recipes.core.curves import CS231N, CurvesRule
 from lightning_recipes.core.early_stopping import EarlyStoppingRule, reading
 from lightning_recipes.core.findings import Finding, listing
@@ -74,8 +75,8 @@ class LearningCurves(pl.Callback):
     """
 
     def __init__(self, monitor: str | None = None, target_loss: float | None = None) -> None:
-        if monitor is not None and not isinstance(monitor, str):
-            raise TypeError(f"monitor must be the name of a metric or None, got {monitor!r}")
+        if monitor is not None:
+            check_name("monitor", monitor, "a metric, or None")
         CurvesRule(target_loss)  # refuses bad arguments
         self.monitor, self.target_loss = monitor, target_loss
         self._forget()

@@ -42,7 +42,7 @@ class InitialLossCheck(pl.Callback):
     Args:
         expected_loss: What the training step should return: a number, or a function of module and batch; None for what
             follows from its criteria.
-        batches: How many, at least 2, for the confidence interval.
+        batches: How many batches, at least 2, for the confidence interval.
 
     Raises:
         TypeError: If an argument is not of its kind.

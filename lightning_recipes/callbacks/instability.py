@@ -107,7 +107,8 @@ class InstabilityDetector(pl.Callback):
         rewinds: How often the training went back.
 
     Args:
-        action: ``"warn"``, ``"skip"``, ``"rewind"``, ``"stop"`` or ``"raise"``.
+        action: What to do about an instability: only ``"warn"``, ``"skip"`` the update, ``"rewind"`` to a good state,
+            ``"stop"`` the training or ``"raise"`` an error.
         max_rewinds: How often to go back before stopping instead, at least 0.
         keep_every: Updates from one good state that is kept to the next, at least 1.
         lr_factor: Multiplies the learning rate at each rewind, above 0 and at most 1.
@@ -136,7 +137,9 @@ class InstabilityDetector(pl.Callback):
         self.action = check_choice("action", action, ("warn", "skip", "rewind", "stop", "raise"))
         self.max_rewinds = check_count("max_rewinds", max_rewinds, 0)
         self.keep_every = check_count("keep_every", keep_every, 1)
-        self.lr_factor = lr_factor if lr_factor == 1 else check_real("lr_factor", lr_factor, 0, 1)
+        self.lr_factor = check_real("lr_factor", lr_factor, 0, float("inf"))
+        if self.lr_factor > 1:
+            raise ValueError(f"lr_factor must be a number above 0 and at most 1, got {lr_factor!r}")
         self.rule: PerOptimizer[InstabilityRule] = PerOptimizer(
             partial(InstabilityRule, cancels=self.action in ("skip", "rewind"))
         )

@@ -76,9 +76,9 @@ class OverfitCheck(pl.Callback):
         symptoms: The :class:`~lightning_recipes.core.overfit.Symptoms`.
 
     Args:
-        examples: In the sample, at least 2; the first ones of training. Where it is not clear how to take them from a
-            batch it is the whole batch.
-        max_steps: Updates that should do, at least 10.
+        examples: How many to learn by heart, at least 2; the first ones of training. Where it is not clear how to take
+            them from a batch it is the whole batch.
+        max_steps: Updates in which they should be learnt, at least 10.
 
     Raises:
         TypeError: If an argument is not of its kind.
