@@ -6,7 +6,8 @@ Nothing here is a collective: what one rank has to say must not wait for the oth
 import importlib.util
 import json
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_recipes.core.files import append_line, replaced
 from lightning_recipes.core.findings import Finding
 
 if TYPE_CHECKING:
@@ -64,20 +66,41 @@ def tell(trainer: pl.Trainer, finding: Finding) -> None:
 
     Not if the same but for the step was told in this fit before, by whatever callback.
     """
-    if _is_new(trainer, finding):
+    if _is_new(trainer, _said(finding)):
         (rank_zero_info if finding.severity == "info" else rank_zero_warn)(finding.text)
         _write(trainer, finding)
 
 
 def note(trainer: pl.Trainer, finding: Finding) -> None:
     """Append a finding to ``findings.jsonl`` and log it as text, without a warning; likewise."""
-    if _is_new(trainer, finding):
+    if _is_new(trainer, _said(finding)):
         _write(trainer, finding)
 
 
-def _is_new(trainer: pl.Trainer, finding: Finding) -> bool:
+@contextmanager
+def spared(trainer: pl.Trainer, path: Path, instead: str = "the training goes on without it") -> Iterator[None]:
+    """Within the context a file that cannot be written, on a full or read-only disk, costs the training no more than
+    the file; that is told, once a fit.
+
+    Args:
+        trainer: Of the training.
+        path: Of the file.
+        instead: What happens without it.
+    """
+    try:
+        yield
+    except OSError as error:
+        said = f"{path} could not be written ({error.strerror or error}): {instead}."
+        if _is_new(trainer, said):
+            rank_zero_warn(said)
+
+
+def _said(finding: Finding) -> str:
+    return repr(replace(finding, step=0))
+
+
+def _is_new(trainer: pl.Trainer, said: str) -> bool:
     told = _told.setdefault(trainer.optimizers[0], set()) if trainer.optimizers else set()
-    said = repr(replace(finding, step=0))
     is_new = said not in told
     told.add(said)
     return is_new
@@ -87,8 +110,9 @@ def _write(trainer: pl.Trainer, finding: Finding) -> None:
     folder = run_folder(trainer)
     if folder is None:
         return
-    with (folder / "findings.jsonl").open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(finding.as_dict(), allow_nan=False) + "\n")
+    path = folder / "findings.jsonl"
+    with spared(trainer, path, "findings are told, and not kept"):
+        append_line(path, json.dumps(finding.as_dict(), allow_nan=False))
     for experiment in _experiments(trainer, "add_text"):
         experiment.add_text(f"findings/{finding.rule}", f"{finding.message} **{finding.advice}**", finding.step)
 
@@ -104,11 +128,19 @@ def show(trainer: pl.Trainer, name: str, draw: "Callable[[], Figure]") -> None:
     if importlib.util.find_spec("matplotlib") is None:
         tell(trainer, NO_FIGURES)
         return
-    figure, experiments = draw(), _experiments(trainer, "add_figure")
-    for experiment in experiments:
-        experiment.add_figure(name, figure, logger_step(trainer))
-    if not experiments:
-        figure.savefig(folder / f"{name.replace('/', '_')}.png", dpi=120)
+    experiments, path = _experiments(trainer, "add_figure"), folder / f"{name.replace('/', '_')}.png"
+    with spared(trainer, path):  # matplotlib itself wants to write when it is first used
+        figure = draw()
+        for experiment in experiments:
+            experiment.add_figure(name, figure, logger_step(trainer))
+        if not experiments:
+            save_figure(figure, path)
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a figure as PNG, all at once."""
+    with replaced(path) as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 def log_histogram(trainer: pl.Trainer, name: str, bins: Sequence[tuple[float, float, int]]) -> None:
@@ -132,7 +164,8 @@ def log_histogram(trainer: pl.Trainer, name: str, bins: Sequence[tuple[float, fl
 
 
 def run_folder(trainer: pl.Trainer) -> Path | None:
-    """The folder of the run, made if need be, on rank zero; None where it is remote or nothing is to be left behind.
+    """The folder of the run, which need not be there yet, on rank zero; None where it is remote or nothing is to be
+    left behind.
 
     That of ``Trainer.log_dir``, which asks all ranks.
     """
@@ -141,7 +174,6 @@ def run_folder(trainer: pl.Trainer) -> Path | None:
     folder: str = getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None) or run.default_root_dir
     if not trainer.is_global_zero or run.fast_dev_run or run.barebones or "://" in folder:
         return None
-    Path(folder).mkdir(parents=True, exist_ok=True)
     return Path(folder)
 
 

@@ -21,7 +21,7 @@ from lightning_recipes.callbacks.learning_rates import (
     take_hold,
 )
 from lightning_recipes.callbacks.sharding import is_sharded
-from lightning_recipes.callbacks.telling import run_folder, show, tell
+from lightning_recipes.callbacks.telling import run_folder, save_figure, show, spared, tell
 from lightning_recipes.callbacks.trials import ModuleTrials, peak_rate, progress, run_trials, settings_of
 from lightning_recipes.core.arguments import check_count
 from lightning_recipes.core.findings import Finding
@@ -181,9 +181,11 @@ class WarmupSweep(pl.Callback):
         tell(trainer, result.finding)
         folder = run_folder(trainer)
         if folder is not None and importlib.util.find_spec("matplotlib") is not None:
-            figure, _ = result.plot()
-            figure.savefig(folder / "warmup_sweep.png", dpi=120)
-            show(trainer, "warmup_sweep", lambda: figure)
+            path = folder / "warmup_sweep.png"
+            with spared(trainer, path):
+                figure, _ = result.plot()
+                save_figure(figure, path)
+                show(trainer, "warmup_sweep", lambda: figure)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
