@@ -182,7 +182,7 @@ class Recurrent(nn.GRU):
     """Gives its outputs alone."""
 
     @override
-    def forward(self, inputs: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, inputs: Tensor) -> Tensor:  # type: ignore[override]  # a Module takes anything
         outputs: Tensor = super().forward(inputs)[0]
         return outputs
 
@@ -201,7 +201,7 @@ class Attention(nn.TransformerEncoder):
         self.causal = causal
 
     @override
-    def forward(self, inputs: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, inputs: Tensor) -> Tensor:  # type: ignore[override]  # a Module takes anything
         mask = torch.full((CONTEXT, CONTEXT), -math.inf).triu(1) if self.causal else None
         outputs: Tensor = super().forward(inputs, mask=mask)
         return outputs

@@ -85,7 +85,7 @@ class LongShort(nn.LSTM):
     """Gives its outputs alone."""
 
     @override
-    def forward(self, inputs: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, inputs: Tensor) -> Tensor:  # type: ignore[override]  # a Module takes anything
         outputs: Tensor = super().forward(inputs)[0]
         return outputs
 

@@ -75,7 +75,7 @@ def polish(model: nn.Module, batch: Batch, steps: int) -> None:
         torch.autograd.backward(loss)
         return loss.item()
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    optimizer.step(closure)  # type: ignore[no-untyped-call]  # has no types in torch
 
 
 def surface_of(model: nn.Module, batches: list[Batch]) -> LossSurface:
@@ -95,7 +95,7 @@ def zero_saddle(data: Batch, seed: int, kind: str) -> nn.Module:
         for parameter in model.parameters():
             parameter.zero_()
         share = torch.bincount(data[1], minlength=10).to(data[0]) / len(data[1])
-        last: nn.Linear = model[-1]  # type: ignore[index]
+        last: nn.Linear = model[-1]  # type: ignore[index]  # a Sequential
         last.bias.copy_((share * (1 - SMOOTHING) + SMOOTHING / 10).log())
         for parameter in model.parameters():
             parameter.add_(1e-4 * torch.randn_like(parameter))

@@ -122,7 +122,7 @@ def ended(
         for batch in loader(data, seed + len(losses)):
             optimizer.zero_grad()
             loss = module.loss(batch)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]  # has no types in torch
             optimizer.step()
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):

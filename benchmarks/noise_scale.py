@@ -54,7 +54,7 @@ def trained(data: Data, updates: int, seed: int) -> nn.Module:
         batch = torch.randint(len(data.train[0]), (32,))
         loss = nn.functional.cross_entropy(net(data.train[0][batch]), data.train[1][batch])
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # has no types in torch
         optimizer.step()
     return net
 

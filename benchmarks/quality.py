@@ -153,7 +153,7 @@ def clipping(seeds: int, load: Callable[..., Data], net: Callable[[], nn.Module]
                 callbacks: list[pl.Callback] = [PercentileGradientClipping()] if clips else []
                 errors[clips].append(score(train(data, net, seed, callbacks, **settings), data)[0])
                 if clips:
-                    shares.append(callbacks[0].rule[0].clipped_fraction())  # type: ignore[attr-defined]
+                    shares.append(callbacks[0].rule[0].clipped_fraction())  # type: ignore[attr-defined]  # the clipping
         cells = [f"{spread(errors[clips])} ({sum(error > 50 for error in errors[clips])})" for clips in (False, True)]
         print(f"{name:28}{cells[0]:>24}{cells[1]:>24}{statistics.fmean(shares):>28.1%}", flush=True)
 

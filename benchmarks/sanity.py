@@ -187,7 +187,7 @@ class ManualNeverZeroes(Task):
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.manual_backward(super().training_step(batch, batch_idx))
-        self.optimizers().step()  # type: ignore[union-attr]
+        self.optimizers().step()  # type: ignore[union-attr]  # one optimizer
 
 
 class Manual(Task):
@@ -252,10 +252,10 @@ class Autoencoder(Task):
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        mean, log_variance = self.net[0](batch[0]).chunk(2, 1)  # type: ignore[index]
+        mean, log_variance = self.net[0](batch[0]).chunk(2, 1)  # type: ignore[index]  # a Sequential
         code = mean + torch.randn_like(mean) * (log_variance / 2).exp()
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean()
-        error: Tensor = functional.mse_loss(self.net[1](code), batch[0], reduction="sum") / len(mean)  # type: ignore[index]
+        error: Tensor = functional.mse_loss(self.net[1](code), batch[0], reduction="sum") / len(mean)  # type: ignore[index]  # a Sequential
         loss: Tensor = error + divergence
         return loss
 
@@ -286,7 +286,7 @@ class WithPenalty(Task):
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         penalty = 1e-3 * torch.stack([weight.square().sum() for weight in self.net.parameters()]).sum()
-        return super().training_step(batch, batch_idx) + penalty  # type: ignore[no-any-return]
+        return super().training_step(batch, batch_idx) + penalty  # type: ignore[no-any-return]  # a tensor
 
 
 class NextToken(Task):
@@ -516,7 +516,7 @@ def loader_of(data: Any) -> DataLoader[Any]:
     if data == "dicts":
         x, y = digits()
         rows = [{"image": image, "label": {"class": label}} for image, label in zip(x, y, strict=True)]
-        return DataLoader(rows, 32, shuffle=True)  # type: ignore[arg-type]
+        return DataLoader(rows, 32, shuffle=True)  # type: ignore[arg-type]  # a list is a dataset
     return DataLoader(TensorDataset(*data), 32, shuffle=True)
 
 

@@ -10,19 +10,16 @@ import importlib
 import logging
 import random
 import statistics
-import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from _steps import measure_steps
 from _timing import Times, interleave, table
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-import lightning_recipes
 from lightning_recipes.core.averaging import ExponentialMovingAverage
 from lightning_recipes.core.clipping import PercentileThreshold, clipping_factor, scale_, total_norm
 
@@ -198,118 +195,6 @@ def measure_threshold(seconds: float) -> Times:
     return times
 
 
-# ------------------------------------------------------------------------------ a whole step of Lightning
-
-
-class Batches(torch.utils.data.Dataset[Any]):
-    """Whole batches, so that collating does not hide the cost of the loop."""
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.items = [
-            (torch.rand(32, 64, generator=generator), torch.randint(10, (32,), generator=generator)) for _ in range(56)
-        ]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.items[index]
-
-
-class Perceptron(pl.LightningModule):
-    """2,400 parameters: nearly nothing but the loop's own cost."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-        self.stamps: list[float] = []
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.stamps.append(time.process_time())
-        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-4)
-
-
-ARGUMENTS: dict[str, dict[str, Any]] = {
-    "EarlyStopping": {"monitor": "val_loss", "strict": False},
-    "SnapshotEnsemble": {"cycles": 2},
-}
-BEFORE = {"InitialLossCheck", "OverfitCheck", "WarmupSweep"}  # training starts: nothing in a step, and long trials
-SIX = (
-    "PercentileGradientClipping",
-    "EMAWeights",
-    "InstabilityDetector",
-    "EarlyStopping",
-    "LearningRateSchedule",
-    "SnapshotEnsemble",
-)
-
-
-def recipes(*names: str) -> Callable[[], dict[str, Any]]:
-    """Settings of a Trainer with these recipes."""
-    return lambda: {"callbacks": [getattr(lightning_recipes, name)(**ARGUMENTS.get(name, {})) for name in names]}
-
-
-def measure_loop(seconds: float) -> None:
-    """Microseconds that a callback adds to a step, paired within a round.
-
-    The least disturbed tenth of the steps of a fit; and the mean of all but the slowest twentieth, in which what is
-    done at every so many steps is seen, and whatever else the machine does.
-    """
-    every = [
-        name
-        for name in lightning_recipes.__all__
-        if issubclass(getattr(lightning_recipes, name), pl.Callback) and name not in BEFORE
-    ]
-    kinds: dict[str, Callable[[], dict[str, Any]]] = {
-        "no callback": dict,
-        "empty callback": lambda: {"callbacks": [pl.Callback()]},
-        **{name: recipes(name) for name in every},
-        "InstabilityDetector and clipping": recipes("InstabilityDetector", "PercentileGradientClipping"),
-        f"the {len(SIX)} that change a training": recipes(*SIX),
-        f"all {len(every)} of the library": recipes(*every),
-        f"{len(every)} empty callbacks": lambda: {"callbacks": [pl.Callback() for _ in every]},
-        "Lightning: gradient_clip_val": lambda: {"gradient_clip_val": 1.0},
-        "Lightning: EMAWeightAveraging": lambda: {"callbacks": [pl.callbacks.EMAWeightAveraging()]},
-    }
-    torch.set_num_threads(1)
-    fast: dict[str, list[float]] = {kind: [] for kind in kinds}
-    mean: dict[str, list[float]] = {kind: [] for kind in kinds}
-    names, order, end = list(kinds), random.Random(0), time.perf_counter() + seconds
-    while time.perf_counter() < end or len(fast["no callback"]) < 5:
-        order.shuffle(names)
-        for name in names:
-            module = Perceptron()
-            trainer = pl.Trainer(
-                accelerator="cpu",
-                max_steps=400,
-                max_epochs=-1,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                default_root_dir=tempfile.gettempdir(),
-                **kinds[name](),
-            )
-            trainer.fit(module, DataLoader(Batches(), batch_size=None))
-            steps = sorted(after - before for before, after in zip(module.stamps[5:], module.stamps[6:], strict=False))
-            fast[name].append(steps[len(steps) // 10])
-            mean[name].append(statistics.fmean(steps[: 19 * len(steps) // 20]))
-    print(f"\nA step of Lightning on a network of 2,400 parameters, {len(fast['no callback'])} fits of each")
-    print(f"{'':36}{'microseconds':>13}{'share':>8}{'beside an empty one':>21}{'mean of 95 %':>14}")
-    for name in kinds:
-        added, over_empty, of_all = (
-            1e6 * statistics.median(one - other for one, other in zip(values[name], values[base], strict=True))
-            for values, base in ((fast, "no callback"), (fast, "empty callback"), (mean, "no callback"))
-        )
-        share = statistics.median(one / other - 1 for one, other in zip(fast[name], fast["no callback"], strict=True))
-        print(f"{name:36}{added:>13.0f}{share:>8.1%}{over_empty:>21.0f}{of_all:>14.0f}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     questions = ["average", "clip", "threshold", "loop"]
@@ -330,7 +215,7 @@ def main() -> None:
         times = measure_threshold(options.seconds)
         table("The threshold of one step, window 1,000", times, "numpy", "after 1,000 steps")
     if "loop" in options.questions:
-        measure_loop(4 * options.seconds)
+        measure_steps(options.seconds)
 
 
 if __name__ == "__main__":

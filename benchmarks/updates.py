@@ -139,7 +139,7 @@ def train(of: Setting, rate: float, seed: int, steps: int) -> tuple[UpdateRatioR
             group["lr"] = now
         loss = of.loss(net(inputs), targets)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # has no types in torch
         meter = UpdateMeter(parameters) if step % EVERY == 0 else None
         optimizer.step()
         if meter is not None:
@@ -154,7 +154,7 @@ def constant_loss(targets: Tensor) -> float:
     """What the best output has that does not look at the input."""
     if targets.is_floating_point():
         return float(targets.var(0, correction=0).mean())
-    return float(torch.distributions.Categorical(targets.flatten().bincount().float()).entropy())  # type: ignore[no-untyped-call]
+    return float(torch.distributions.Categorical(targets.flatten().bincount().float()).entropy())  # type: ignore[no-untyped-call]  # has no types in torch
 
 
 def tuned() -> dict[str, Setting]:
@@ -219,14 +219,14 @@ def pretrained() -> nn.Module:
     optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
     for _, (images, labels) in zip(range(1500), batches(*of_fashion(99, range(5))[0], 32, 0), strict=False):
         optimizer.zero_grad()
-        nn.functional.cross_entropy(net(images), labels).backward()  # type: ignore[no-untyped-call]
+        nn.functional.cross_entropy(net(images), labels).backward()  # type: ignore[no-untyped-call]  # has no types in torch
         optimizer.step()
     return net
 
 
 def trained_on() -> nn.Module:
     net = copy.deepcopy(pretrained())
-    net[-1].reset_parameters()  # type: ignore[index]
+    net[-1].reset_parameters()  # type: ignore[index]  # a Sequential
     return net
 
 
@@ -356,7 +356,7 @@ def measure_update(seconds: float) -> None:
 
         def step(images: Tensor = images, labels: Tensor = labels, net: nn.Module = net, by: Any = optimizer) -> None:
             by.zero_grad()
-            nn.functional.cross_entropy(net(images), labels).backward()  # type: ignore[no-untyped-call]
+            nn.functional.cross_entropy(net(images), labels).backward()  # type: ignore[no-untyped-call]  # has no types in torch
             by.step()
 
         def measure(parameters: list[Tensor] = parameters, owners: list[int] = owners) -> None:

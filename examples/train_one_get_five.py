@@ -27,7 +27,7 @@ def trained(data: Data, seed: int, steps: int, learning_rate: float, recipe: pl.
     images, labels = data.train
     train, val, test = TensorDataset(images[:300], labels[:300]), TensorDataset(*data.val), TensorDataset(*data.test)
     model = DigitClassifier(learning_rate, glitches=0.0)
-    model.test_step = model.validation_step  # type: ignore[method-assign]
+    model.test_step = model.validation_step  # type: ignore[method-assign]  # of this one
     with TemporaryDirectory() as folder:
         trainer = pl.Trainer(
             accelerator="cpu",

@@ -42,7 +42,7 @@ def train(stopper: type[pl.callbacks.EarlyStopping] | None, seed: int, epochs: i
     """Epochs trained, and the test loss of the model that is left."""
     pl.seed_everything(seed, verbose=False)
     model, data = DigitClassifier(learning_rate=0.02, glitches=0.0), FewDigits()
-    model.test_step = model.validation_step  # type: ignore[method-assign]
+    model.test_step = model.validation_step  # type: ignore[method-assign]  # of this one
     with TemporaryDirectory() as folder:
         trainer = pl.Trainer(
             accelerator="cpu",

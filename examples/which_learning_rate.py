@@ -47,8 +47,8 @@ class Residual(nn.Module):
 def make(learning_rate: float) -> DigitClassifier:
     pl.seed_everything(0, verbose=False)
     model = DigitClassifier(learning_rate, glitches=0.0)
-    model.net = Residual()  # type: ignore[assignment]
-    model.test_step = model.validation_step  # type: ignore[method-assign]
+    model.net = Residual()  # type: ignore[assignment]  # another network
+    model.test_step = model.validation_step  # type: ignore[method-assign]  # of this one
     return model
 
 

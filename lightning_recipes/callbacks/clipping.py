@@ -18,6 +18,7 @@ from lightning_recipes.callbacks.measuring import free_to_read, gradient_norm, i
 from lightning_recipes.callbacks.sharding import shard_group
 from lightning_recipes.callbacks.telling import log_histogram, log_scalars, show, tell, time_to_log
 from lightning_recipes.callbacks.tracking import parameters_of
+from lightning_recipes.callbacks.unused import pass_over_unused_hooks
 from lightning_recipes.core.arguments import check_flag
 from lightning_recipes.core.clipping import PercentileThreshold, clipping_factor, scale_
 from lightning_recipes.core.findings import Finding
@@ -114,6 +115,7 @@ class PercentileGradientClipping(pl.Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pass_over_unused_hooks(trainer, self)
         self._refuse_conflicts(trainer, pl_module)
         self._measured, self._told = set(), set()
         self._watch(trainer)
@@ -182,12 +184,11 @@ class PercentileGradientClipping(pl.Callback):
         norm: Any = gradient_norm(trainer, optimizer, self)
         if norm is None:
             return
-        parameters = parameters_of(optimizer)
         rule = self.rule[index]
         rule.counts_nonfinite = scaler is None
         weight_norm: Any = None
         if rule.weight_norm is None:
-            weights = [parameter.detach() for parameter in parameters]
+            weights = [parameter.detach() for parameter in parameters_of(optimizer)]
             weight_norm = whole_norm(weights, shard_group(trainer), trainer.strategy.root_device)
         decides = self.skip_nonfinite and scaler is None  # a GradScaler skips such an update by itself
         if decides and trainer.strategy.reduce_boolean_decision(not bool(norm < math.inf), all=False):
@@ -200,7 +201,7 @@ class PercentileGradientClipping(pl.Callback):
         if not self.measure_only:
             factor = clipping_factor(norm, threshold)
             if isinstance(factor, Tensor) or factor < 1:
-                scale_([parameter.grad for parameter in parameters if parameter.grad is not None], factor)
+                scale_([each.grad for each in parameters_of(optimizer) if each.grad is not None], factor)
         if time_to_log(trainer):
             self._log(trainer, index)
             self._tell(trainer, index)

@@ -22,13 +22,14 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_recipes.callbacks.measuring import loss_of_update, mean_over_ranks, saved_by_all
+from lightning_recipes.callbacks.measuring import loss_of_update, mean_over_ranks, share_before_save
 from lightning_recipes.callbacks.replay import in_full, on_copies, step_arguments, without_trace
 from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.substitute import substitute
 from lightning_recipes.callbacks.telling import log_scalars, tell
 from lightning_recipes.callbacks.tracking import parameters_of
 from lightning_recipes.callbacks.trials import seed_all
+from lightning_recipes.callbacks.unused import pass_over_unused_hooks
 from lightning_recipes.core.arguments import check_count, check_flag
 from lightning_recipes.core.curvature import COHEN, judge, measure, sharpness
 from lightning_recipes.core.findings import Finding
@@ -84,7 +85,7 @@ class CriticalPointProbe(pl.Callback):
         batches: Of the sample, on each rank, at least 1; below 3 there is no telling the noise.
         max_products: Hessian-vector products for a spectrum, at least 1. It takes as many as it needs: up to 150 on
             networks of a few thousand parameters, for both ends to be exact to 1 % (the smallest, where it is next to
-            nothing, to 1e-4 of the largest); 10 to 15 do for the largest.
+            nothing, to 1e-3 of the largest); 10 to 15 do for the largest.
         at_end: Look at the sharpness when training ends.
 
     Raises:
@@ -133,6 +134,7 @@ class CriticalPointProbe(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        pass_over_unused_hooks(trainer, self)
         if trainer.state.fn == TrainerFn.FITTING:
             self._forget()
 
@@ -227,6 +229,10 @@ class CriticalPointProbe(pl.Callback):
         device = trainer.strategy.root_device
         losses = torch.stack([torch.as_tensor(loss, device=device).float() for loss in self._unread])
         return mean_over_ranks(trainer, losses).tolist()
+
+    def _share(self, trainer: pl.Trainer) -> None:
+        if self._unread:
+            self._unread = self._means(trainer)
 
     # ---------------------------------------------------------------------------------- look
 
@@ -359,9 +365,7 @@ class CriticalPointProbe(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if self._unread and saved_by_all(trainer):
-            self._unread = self._means(trainer)
-            checkpoint["callbacks"][self.state_key] = self.state_dict()
+        share_before_save(trainer, self, checkpoint, self._share)
 
     @override
     def state_dict(self) -> dict[str, Any]:

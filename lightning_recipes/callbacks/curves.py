@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_recipes.callbacks.measuring import index_of, mean_over_ranks, saved_by_all
+from lightning_recipes.callbacks.measuring import index_of, mean_over_ranks, share_before_save
 from lightning_recipes.callbacks.telling import show, tell
+from lightning_recipes.callbacks.unused import pass_over_unused_hooks
 from lightning_recipes.core.curves import CS231N, CurvesRule
 from lightning_recipes.core.early_stopping import EarlyStoppingRule, reading
-from lightning_recipes.core.findings import Finding
+from lightning_recipes.core.findings import Finding, listing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,6 +91,7 @@ class LearningCurves(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        pass_over_unused_hooks(trainer, self)
         if trainer.state.fn == TrainerFn.FITTING:
             self._forget()
 
@@ -144,6 +146,10 @@ class LearningCurves(pl.Callback):
         losses = torch.stack([loss.to(device).float().mean() for loss, *_ in self._unread])
         means = mean_over_ranks(trainer, losses).cpu()
         return [(mean, *where) for mean, (_, *where) in zip(means, self._unread, strict=True)]
+
+    def _share(self, trainer: pl.Trainer) -> None:
+        if self._unread:
+            self._unread = self._means(trainer)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -215,9 +221,7 @@ class LearningCurves(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if self._unread and saved_by_all(trainer):
-            self._unread = self._means(trainer)
-            checkpoint["callbacks"][self.state_key] = self.state_dict()
+        share_before_save(trainer, self, checkpoint, self._share)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -247,11 +251,11 @@ def _depends_on_mode(module: nn.Module) -> bool:
 
 def _training_mode(layers: Sequence[str], step: int) -> Finding:
     """Layers that are in training mode while the validation is measured."""
-    shown = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
     return Finding(
         "training mode in validation",
         "warning",
-        f"In validation layers are in training mode ({shown}): dropout drops, BatchNorm follows the validation data.",
+        f"In validation layers are in training mode ({listing(layers)}): dropout drops, BatchNorm follows the"
+        " validation data.",
         "Call eval() before validation, or leave the modes to the Trainer.",
         step,
         {"layers": len(layers)},

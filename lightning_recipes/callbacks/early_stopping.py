@@ -15,10 +15,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_recipes.callbacks.measuring import mean_over_ranks, saved_by_all
+from lightning_recipes.callbacks.measuring import mean_over_ranks, share_before_save
 from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.substitute import substitute
 from lightning_recipes.callbacks.telling import tell
+from lightning_recipes.callbacks.unused import pass_over_unused_hooks
 from lightning_recipes.core.arguments import check_count, check_flag
 from lightning_recipes.core.early_stopping import Criterion, EarlyStoppingRule, Patience, reading
 
@@ -142,6 +143,7 @@ class EarlyStopping(LightningEarlyStopping):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        pass_over_unused_hooks(trainer, self)
         if trainer.state.fn == TrainerFn.FITTING:
             self._forget()
 
@@ -295,13 +297,14 @@ class EarlyStopping(LightningEarlyStopping):
             self.rule.load_state_dict(state_dict["rule"])
             self._loss_sum, self._losses = state_dict["loss_sum"], state_dict["losses"]
 
+    def _share(self, trainer: pl.Trainer) -> None:
+        self._loss_sum = mean_over_ranks(trainer, torch.as_tensor(self._loss_sum))
+
     @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if saved_by_all(trainer):
-            self._loss_sum = mean_over_ranks(trainer, torch.as_tensor(self._loss_sum))
-            checkpoint["callbacks"][self.state_key] = self.state_dict()
+        share_before_save(trainer, self, checkpoint, self._share)
         if self._best_weights is not None:
             checkpoint.setdefault(BEST, {})[self.state_key] = dict(self._best_weights)
 

@@ -24,12 +24,13 @@ from lightning_recipes.callbacks.measuring import (
     gradient_norm,
     index_of,
     loss_of_update,
-    saved_by_all,
     scaler_of,
+    share_before_save,
 )
 from lightning_recipes.callbacks.replay import first_broken_module
 from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.telling import note, tell, time_to_log
+from lightning_recipes.callbacks.unused import pass_over_unused_hooks
 from lightning_recipes.core.arguments import check_choice, check_count, check_real
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.instability import Instability, InstabilityRule
@@ -158,6 +159,7 @@ class InstabilityDetector(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        pass_over_unused_hooks(trainer, self)
         if trainer.state.fn == TrainerFn.FITTING:
             self._forget()
 
@@ -215,7 +217,9 @@ class InstabilityDetector(pl.Callback):
         )
         self._updates += 1
         self._unread.append(update)
-        at_once = self.action in ("skip", "rewind", "raise") or (free_to_read(norm) and trainer.world_size == 1)
+        at_once = self.action in ("skip", "rewind", "raise")
+        if not at_once and free_to_read(norm) and trainer.world_size == 1:
+            at_once = self.action == "stop" or self.rule[update.optimizer].is_striking(float(update.loss), float(norm))
         if at_once or time_to_log(trainer) or len(self._unread) >= UNREAD:
             self._judge(trainer, pl_module, optimizer if at_once else None)
 
@@ -226,18 +230,16 @@ class InstabilityDetector(pl.Callback):
         unread, self._unread = self._unread, []
         if not unread:
             return
-        if len(unread) == trainer.world_size == 1:
-            measured = [(float(unread[0].loss), float(unread[0].norm), float(unread[0].examples))]
-        else:
-            measured = self._read(trainer, unread)
         scaled = scaler_of(trainer) is not None
-        for update, (loss, norm, examples) in zip(unread, measured, strict=True):
+        for update, (loss, norm, examples) in zip(unread, self._read(trainer, unread), strict=True):
             found = self.rule[update.optimizer].update(loss, norm, update.rate, scaled, examples)
             if found is not None:
                 self._act(trainer, pl_module, optimizer, update, found)
 
     def _read(self, trainer: pl.Trainer, unread: list[_Update]) -> list[tuple[float, float, float]]:
         """Loss, norm and number of examples of each update, the means over the ranks."""
+        if trainer.world_size == 1 and free_to_read(unread[-1].norm):
+            return [(float(each.loss), float(each.norm), each.examples) for each in unread]
         device = trainer.strategy.root_device
         values = [value for each in unread for value in (each.loss, each.norm, each.examples)]
         measured = torch.stack([torch.as_tensor(value, device=device).float() for value in values]).view(-1, 3)
@@ -255,7 +257,7 @@ class InstabilityDetector(pl.Callback):
     ) -> None:
         decision = self._decide(found)
         where = self._locate(pl_module, optimizer, update, found) if optimizer is not None else ""
-        if optimizer is not None and found.kind == "not finite" and trainer.world_size > 1:
+        if optimizer is not None and found.kind == "not finite":
             where = _first_of_all(trainer, where)
         finding = _finding(update, found, decision, where)
         since = update.step - self._seen.get(found.kind, -AGAIN)
@@ -401,14 +403,16 @@ class InstabilityDetector(pl.Callback):
         self._good.clear()
         self._batch, self._losses, self._unread = None, [], []
 
+    def _share(self, trainer: pl.Trainer) -> None:
+        measured = self._read(trainer, self._unread) if self._unread else []
+        for update, (loss, norm, examples) in zip(self._unread, measured, strict=True):
+            update.loss, update.norm, update.examples = loss, norm, examples
+
     @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if self._unread and saved_by_all(trainer):
-            for update, (loss, norm, examples) in zip(self._unread, self._read(trainer, self._unread), strict=True):
-                update.loss, update.norm, update.examples = loss, norm, examples
-            checkpoint["callbacks"][self.state_key] = self.state_dict()
+        share_before_save(trainer, self, checkpoint, self._share)
         # A run resumed from here has this as its newest good state: so does this one, once no average is in its place.
         self._keeps_next = self.action in ("rewind", "stop") and self._back is None
 
@@ -438,6 +442,8 @@ def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 
 def _first_of_all(trainer: pl.Trainer, where: str) -> str:
     """What the first rank that knows says of where trouble began, and its number; all ranks have to ask."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return where
     said: list[str] = [""] * trainer.world_size
     torch.distributed.all_gather_object(said, where)
     rank, where = next(((rank, each) for rank, each in enumerate(said) if each), (0, ""))

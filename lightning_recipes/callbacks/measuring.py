@@ -1,6 +1,6 @@
 """What callbacks measure: the gradient norm of an update, once however many ask, and means over the ranks."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,8 +28,13 @@ def examples_in(batch: Any) -> int:
     """First dimension of the first tensor in a batch that has more than one; 1 if there is none."""
     if isinstance(batch, Tensor):
         return len(batch) if batch.ndim else 1
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
-    return next((size for size in map(examples_in, parts) if size > 1), 1)
+    if not isinstance(batch, (list, tuple)):  # asked first: it is what most batches are
+        batch = batch.values() if isinstance(batch, Mapping) else ()
+    for part in batch:
+        size = examples_in(part)
+        if size > 1:
+            return size
+    return 1
 
 
 def scaler_of(trainer: pl.Trainer) -> Any:
@@ -89,12 +94,22 @@ def whole_norm(tensors: list[Tensor], group: Any, device: torch.device) -> Tenso
     return norm
 
 
-def saved_by_all(trainer: pl.Trainer) -> bool:
-    """Whether all ranks are saving a checkpoint, for ``on_save_checkpoint``, and not one whose training has failed.
+def share_before_save(
+    trainer: pl.Trainer, callback: pl.Callback, checkpoint: dict[str, Any], share: Callable[[pl.Trainer], None]
+) -> None:
+    """Save what all ranks have measured, not what rank zero has; for ``on_save_checkpoint``.
 
-    Then they can share what each has measured by itself: the file will have what rank zero knows.
+    Nothing is shared where a rank may be missing: when a training that has failed is saved.
+
+    Args:
+        trainer: The trainer.
+        callback: Whose state is in the checkpoint.
+        checkpoint: What is about to be written.
+        share: Replaces what each rank has by the mean over the ranks, all of which call it.
     """
-    return trainer.world_size > 1 and trainer.state.status != TrainerStatus.INTERRUPTED
+    if trainer.world_size > 1 and trainer.state.status != TrainerStatus.INTERRUPTED:
+        share(trainer)
+        checkpoint["callbacks"][callback.state_key] = callback.state_dict()
 
 
 def free_to_read(tensor: Tensor) -> bool:

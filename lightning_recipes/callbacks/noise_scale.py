@@ -18,6 +18,7 @@ from lightning_recipes.callbacks.measuring import examples_in, gradient_norm, me
 from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.telling import log_scalars, tell, time_to_log
 from lightning_recipes.callbacks.tracking import parameters_of
+from lightning_recipes.callbacks.unused import pass_over_unused_hooks
 from lightning_recipes.core.arguments import check_count
 from lightning_recipes.core.clipping import total_norm
 from lightning_recipes.core.findings import Finding
@@ -111,6 +112,7 @@ class GradientNoiseScale(pl.Callback):
     def _forget(self) -> None:
         """Start anew: what was seen of another training says nothing about this one."""
         self.rule = NoiseScaleRule(self.rule.window)
+        self._measures = False  # whether an update has two gradients
         self._updates = 0
         self._unread: list[_Pair] = []
         self._begin()
@@ -124,6 +126,7 @@ class GradientNoiseScale(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        pass_over_unused_hooks(trainer, self)
         if trainer.state.fn == TrainerFn.FITTING:
             self._forget()
 
@@ -140,8 +143,9 @@ class GradientNoiseScale(pl.Callback):
         self._begin()
         run: Any = trainer  # connectors set some attributes
         scheduled = any(isinstance(callback, GradientAccumulationScheduler) for callback in run.callbacks)
-        accumulates = trainer.accumulate_grad_batches > 1 or scheduled
-        if not pl_module.automatic_optimization or not (accumulates or self._has_replicas(trainer)):
+        has_two = trainer.accumulate_grad_batches > 1 or scheduled or self._has_replicas(trainer)
+        self._measures = has_two and pl_module.automatic_optimization
+        if not self._measures:
             tell(trainer, NOT_MEASURED)
 
     def _has_replicas(self, trainer: pl.Trainer) -> bool:
@@ -153,7 +157,7 @@ class GradientNoiseScale(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if not pl_module.automatic_optimization:
+        if not self._measures:
             return
         self._sizes.append(self.batch_size or examples_in(batch))
         alone = trainer.accumulate_grad_batches == 1 and self._has_replicas(trainer)
@@ -163,11 +167,11 @@ class GradientNoiseScale(pl.Callback):
     def _hook(self, trainer: pl.Trainer) -> None:
         """Sum the squares of this rank's gradients as they come, before DDP reduces them."""
         self._unhook()
-        squares: list[Tensor] = []
+        self._small = None
 
         def see(gradient: Tensor) -> None:
-            squares.append(total_norm([gradient.detach()]).to(trainer.strategy.root_device) ** 2)
-            self._small = squares[0] if len(squares) == 1 else self._small + squares[-1]  # type: ignore[operator]
+            square = total_norm([gradient.detach()]).to(trainer.strategy.root_device) ** 2
+            self._small = square if self._small is None else self._small + square
 
         for each in parameters_of(trainer.optimizers[0]):
             parameter: Any = each  # register_hook has no types
@@ -181,10 +185,12 @@ class GradientNoiseScale(pl.Callback):
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._measures:
+            return
         self._unhook()
         self._backwards += 1
         shares = trainer.accumulate_grad_batches  # by which the loss is divided
-        if self._backwards == 1 and shares > 1 and pl_module.automatic_optimization:
+        if self._backwards == 1 and shares > 1:
             gradients = [p.grad for p in parameters_of(trainer.optimizers[0]) if p.grad is not None]
             self._small = (total_norm(gradients) * shares) ** 2
 
@@ -192,13 +198,13 @@ class GradientNoiseScale(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        if not pl_module.automatic_optimization:
+        self._updates += 1
+        if not self._measures:
             return
         norm = gradient_norm(trainer, optimizer, self)  # to be asked for at every update
         pair = self._pair(trainer, norm)
         if pair is not None:
             self._unread.append(pair)
-        self._updates += 1
         self._begin()
         if len(self._unread) >= UNREAD:
             self._read()

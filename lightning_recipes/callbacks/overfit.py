@@ -27,6 +27,7 @@ from lightning_recipes.callbacks.substitute import substituted
 from lightning_recipes.callbacks.telling import tell
 from lightning_recipes.callbacks.tracking import parameters_of
 from lightning_recipes.callbacks.trials import peak_rate, seed_all
+from lightning_recipes.callbacks.unused import pass_over_unused_hooks
 from lightning_recipes.core.arguments import check_count
 from lightning_recipes.core.criteria import Criterion, Watch, loss_of
 from lightning_recipes.core.dependence import (
@@ -104,6 +105,7 @@ class OverfitCheck(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        pass_over_unused_hooks(trainer, self)
         if trainer.state.fn == TrainerFn.FITTING and trainer.global_step == 0:
             self._forget()
 
@@ -244,7 +246,7 @@ class _Drive(pl.Callback):
             self._criteria += seen.part_of(loss)
             return output
 
-        module.training_step = watched  # type: ignore[method-assign]
+        module.training_step = watched  # type: ignore[method-assign]  # and back again
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

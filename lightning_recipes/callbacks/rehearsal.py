@@ -43,7 +43,7 @@ def first_batches(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterato
         yield ()
         return
     with isolate_rng(), quiet(), same_loaders(0, loaders, None):
-        combined = CombinedLoader(tree_map(of_its_own, loaders), trainer.fit_loop._combined_loader._mode)  # type: ignore[union-attr]
+        combined = CombinedLoader(tree_map(of_its_own, loaders), trainer.fit_loop._combined_loader._mode)  # type: ignore[union-attr]  # the loop has its loaders by now
         most = trainer.num_training_batches
         yield (
             on_device(trainer, pl_module, batch)

@@ -35,6 +35,7 @@ from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.substitute import substitute
 from lightning_recipes.callbacks.telling import log_scalars, run_folder, spared, tell
 from lightning_recipes.callbacks.tracking import share_
+from lightning_recipes.callbacks.unused import pass_over_unused_hooks
 from lightning_recipes.core.arguments import check_choice, check_count, check_flag
 from lightning_recipes.core.ensembles import Combination, Ensemble
 from lightning_recipes.core.evidence import Evidence
@@ -156,6 +157,7 @@ class SnapshotEnsemble(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        pass_over_unused_hooks(trainer, self)
         if trainer.state.fn == TrainerFn.FITTING and trainer.global_step == 0:
             self._forget()
 

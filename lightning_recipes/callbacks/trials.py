@@ -38,6 +38,7 @@ from lightning_recipes.callbacks.measuring import (
     scaler_of,
 )
 from lightning_recipes.callbacks.tracking import parameters_of
+from lightning_recipes.callbacks.unused import pass_over_unused_hooks
 from lightning_recipes.core.clipping import total_norm
 from lightning_recipes.core.trials import Outcome, Readings, Search, Trial, TrialRule, load_outcomes, save_outcomes
 
@@ -275,6 +276,7 @@ class _Run(pl.Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pass_over_unused_hooks(trainer, self)
         trainer.fit_loop.epoch_loop.max_steps = self.trial.steps * len(trainer.optimizers)
         if self.trials._own is None:
             self.trials._own = peak_rate(trainer.optimizers[0].param_groups[0])
@@ -288,7 +290,7 @@ class _Run(pl.Callback):
             self._rates.append([peak_rate(group) * scale for group in optimizer.param_groups])
             self._steps.append(0)
         for config in trainer.lr_scheduler_configs:  # those of the copy
-            config.scheduler.step, config.strict = _nothing, False  # type: ignore[method-assign]
+            config.scheduler.step, config.strict = _nothing, False  # type: ignore[method-assign]  # of a copy
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:

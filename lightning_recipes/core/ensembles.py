@@ -140,7 +140,7 @@ class Ensemble(nn.Module):
 
     def _is_plain(self) -> bool:
         """Whether this is plain prediction: no member trains, and nobody traces."""
-        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # has no types in torch
         return not (tracing or self.training or any(member.training for member in self.members))
 
     def _loop(self, inputs: Any, named: Any) -> Tensor:
@@ -211,7 +211,7 @@ class Ensemble(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Ensemble":
         self._forget()
         weights = self.weights
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # has no types in torch
         self.weights = weights.to(self.weights.device)  # in single precision
         return self
 

@@ -1,10 +1,12 @@
 """What a recipe saw and what to do about it, as data."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Severity = Literal["info", "warning", "error"]
+NAMED = 3  # names at most that a message has
 
 
 @dataclass(frozen=True)
@@ -46,3 +48,14 @@ class Finding:
             for name, value in self.evidence.items()
         }
         return {**asdict(self), "evidence": evidence}
+
+
+def listing(names: Sequence[str]) -> str:
+    """The first of some names, and how many more there are.
+
+    Example:
+        >>> listing(["net.0", "net.2", "net.4", "net.6", "head"])
+        'net.0, net.2, net.4 and 2 more'
+    """
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

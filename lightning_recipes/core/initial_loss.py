@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_recipes.core.criteria import Criterion
-from lightning_recipes.core.findings import Finding
+from lightning_recipes.core.findings import Finding, Severity
 from lightning_recipes.core.selection import paired, quantile
 from lightning_recipes.core.targets import LARGE, commonest, constant_of, fit, padding, unnormalised
 
@@ -327,13 +327,13 @@ class _Say:
         self.step = step
         self.findings: list[Finding] = []
 
-    def __call__(self, rule: str, severity: str, message: str, advice: str, result: InitialLoss | None = None) -> bool:
+    def __call__(
+        self, rule: str, severity: Severity, message: str, advice: str, result: InitialLoss | None = None
+    ) -> bool:
         evidence: dict[str, float | str] = {}
         if result is not None:
             evidence = {name: getattr(result, name) for name in InitialLoss.__dataclass_fields__}
-        self.findings.append(
-            Finding(rule, severity, message, advice, self.step, evidence, RECIPE)  # type: ignore[arg-type]
-        )
+        self.findings.append(Finding(rule, severity, message, advice, self.step, evidence, RECIPE))
         return True
 
     def not_finite(self, inputs: bool) -> None:
@@ -415,7 +415,7 @@ class _Say:
             sure = abs(result.loss - result.uniform) - result.interval > CLOSE * abs(result.uniform)
             if not sure:
                 return False
-            severity = "warning" if off > FAR else "info"
+            severity: Severity = "warning" if off > FAR else "info"
             return self(
                 "initial loss off", severity, f"The loss is {times}: {result.text}.", "Check scales and the loss.",
                 result,

@@ -155,6 +155,16 @@ class InstabilityRule:
         self.rates: deque[float] = deque(maxlen=BACK)
         self.rate = self.highest_rate = 0.0
 
+    def is_striking(self, loss: float, norm: float) -> bool:
+        """Whether an update is better judged at once than with those that follow; from a look at it, a microsecond.
+
+        So are the first, those that are not finite, and those with a norm from which a gradient may have exploded.
+        """
+        if len(self.norms.ascending) < ENOUGH or not (math.isfinite(loss) and math.isfinite(norm)):
+            return True
+        bound = self.norms.median + FAR * max(self.norms.deviation, SPREAD)
+        return math.log(max(norm, 1e-30)) > bound
+
     def update(
         self, loss: float, norm: float, rate: float = 0.0, scaled: bool = False, examples: float = 0
     ) -> Instability | None:

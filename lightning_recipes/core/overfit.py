@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_recipes.core.criteria import Criterion
 from lightning_recipes.core.dependence import Dependence
-from lightning_recipes.core.findings import Finding
+from lightning_recipes.core.findings import Finding, listing
 from lightning_recipes.core.fits import LEARNT, STUCK, Fit, flipped, helps
 from lightning_recipes.core.initial_loss import APPLIED_TWICE, SQUASHED
 from lightning_recipes.core.repeats import Repeats
@@ -237,7 +237,7 @@ class _Judge:
             self.say(
                 "evaluation mode in training",
                 "info" if seen.awake else "warning",
-                f"In the training step {_names(seen.asleep, 'layers')} are in evaluation mode: BatchNorm does not"
+                f"In the training step the layers {listing(seen.asleep)} are in evaluation mode: BatchNorm does not"
                 " follow the data, dropout drops nothing.",
                 "Call train() before the step; if it is meant, set requires_grad=False for those layers, too.",
             )
@@ -249,8 +249,8 @@ class _Judge:
             self.say(
                 "no gradient",
                 "info" if self.first.learnt or self._expected or blind else "warning",
-                f"{_names(seen.without_gradient)} never had a gradient other than 0"
-                + (f"; {_names(seen.zeros)} start at 0." if seen.zeros else "."),
+                f"{listing(seen.without_gradient)} never had a gradient other than 0"
+                + (f"; {listing(seen.zeros)} start at 0." if seen.zeros else "."),
                 "Start them with random numbers: of two layers at 0 neither ever has a gradient."
                 if seen.zeros
                 else "Fine if they are not used in training; else look for detach, no_grad, dead units, a frozen part.",
@@ -259,7 +259,7 @@ class _Judge:
             self.say(
                 "updates lost",
                 "info",
-                f"{_names(seen.unmoved)} had gradients, and stayed what they were.",
+                f"{listing(seen.unmoved)} had gradients, and stayed what they were.",
                 "Their learning rate is 0, or updates are below the precision of the weights: keep those in float32.",
             )
 
@@ -418,11 +418,6 @@ class _Judge:
                 "Look for a bug before anything else: labels that do not belong to their inputs, a layer that loses "
                 "the input, far too small a network, or an initialisation that lets no signal through.",
             )
-
-
-def _names(names: Sequence[str], kind: str = "parameters") -> str:
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more {kind}"
 
 
 def shrinks(optimizer: Optimizer, group: Mapping[str, Any], learning_rate: float) -> float:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_recipes.core.findings import Finding
+from lightning_recipes.core.findings import Finding, listing
 
 Verdict = Literal["too low", "too high", "too high for the start", "died"]
 
@@ -33,7 +33,6 @@ CERTAIN = 100  # likewise while it goes on
 SETTLED = 200  # updates before a ratio is called too high or too low: the first ones are large in any training
 APART = 50.0  # times as large or small as the others' a layer's ratio is far from them
 POINTS = 512  # of the history
-NAMED = 5  # layers at most in a message
 
 
 class UpdateMeter:
@@ -396,9 +395,3 @@ def not_optimized(names: Sequence[str], has_gradient: bool) -> Finding:
         evidence={"parameters": ", ".join(names), "count": len(names)},
         source=NOTES,
     )
-
-
-def listing(names: Sequence[str]) -> str:
-    """The first of some names, and how many more there are."""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more

@@ -79,6 +79,9 @@ class Record:
         self.asked.append(measured)
         return None
 
+    def is_striking(self, loss: float, norm: float) -> bool:
+        return len(self.asked) % 2 == 0
+
     def forget(self) -> None: ...
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from lightning_recipes.core.instability import Instability, InstabilityRule
 
@@ -226,4 +227,25 @@ def test_a_burst_that_does_not_end_is_a_divergence_once_and_the_rest_is_normal()
 
 
 def test_a_loss_that_reaches_zero_has_not_lost_its_gradient() -> None:
-    assert judged([(max(0.0, 1 - step / 50) ** 2, max(0.0, 1 - step / 50)) for step in range(150)]) == []
+    weight, run = torch.tensor(1.0), []
+    for _ in range(450):  # gradient descent on a parabola: the square is 0 long before the weight is
+        run.append((float(weight**2), float(2 * weight)))
+        weight *= 0.8
+    assert run[-1][0] == 0 < run[-1][1]
+    assert judged(run) == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_not_finite_or_explodes_is_striking_and_little_else(seed: int) -> None:
+    chance, rule, struck, exploded = random.Random(seed), InstabilityRule(), 0, 0
+    for step, (loss, norm) in enumerate(healthy(400, seed)):
+        event = chance.random() if step > 40 else 1.0
+        loss, norm = (loss * 3, norm * 40) if event < 0.01 else (loss, math.nan) if event < 0.02 else (loss, norm)
+        striking = rule.is_striking(loss, norm)
+        found = rule.update(loss, norm, 0.1)
+        struck += striking
+        if found is not None and found.kind in ("not finite", "exploding gradient"):
+            assert striking
+            exploded += 1
+    assert exploded > 0
+    assert struck < exploded + 45

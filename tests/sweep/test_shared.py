@@ -197,8 +197,8 @@ def test_what_a_killed_process_has_begun_is_run_by_another(journal: Path) -> Non
 
     process = multiprocessing.get_context("fork").Process(target=doomed, daemon=True)
     process.start()
-    results = run_on_ranks(share, journal, Grid(24))
     process.join()
+    results = run_on_ranks(share, journal, Grid(24))
     assert process.exitcode == -signal.SIGKILL
     assert all(outcomes == data(run_trials(Grid(24), arithmetic)) for outcomes, _ in results)
     assert sorted(completed(journal), key=str) == sorted(Grid(24).ask({}), key=str)

@@ -1,0 +1,61 @@
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+from matrix import RECIPES, make
+from models import Regression, quiet_trainer, regression_data
+
+from lightning_recipes import LearningCurves
+from lightning_recipes.callbacks.unused import OF_EVERY_BATCH
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # toys
+
+
+class Keeper(pl.Callback):
+    """Calls another callback itself."""
+
+    def __init__(self, kept: pl.Callback) -> None:
+        self.kept, self.calls = kept, 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.kept.setup(trainer, pl_module, stage)
+
+    def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        self.kept.on_before_zero_grad(trainer, pl_module, optimizer)
+        self.calls += 1
+
+
+class Mine(LearningCurves):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def on_before_zero_grad(self, *args: Any) -> None:
+        super().on_before_zero_grad(*args)
+        self.calls += 1
+
+
+def fit(folder: Path, callback: pl.Callback) -> pl.Trainer:
+    trainer = quiet_trainer(folder, max_steps=3, callbacks=[callback])
+    trainer.fit(Regression(), regression_data(3), regression_data(1))
+    return trainer
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_hooks_that_do_nothing_are_not_called(name: str, tmp_path: Path) -> None:
+    recipe = make(name)
+    fit(tmp_path, recipe)
+    for hook in OF_EVERY_BATCH:
+        does_nothing = getattr(type(recipe), hook) is getattr(pl.Callback, hook)
+        assert (getattr(recipe, hook) is None) is does_nothing
+
+
+def test_a_subclass_may_call_what_its_parent_does_not_have(tmp_path: Path) -> None:
+    mine = Mine()
+    assert fit(tmp_path, mine).global_step == mine.calls
+
+
+def test_a_recipe_in_the_hands_of_another_callback_is_left_as_it_is(tmp_path: Path) -> None:
+    keeper = Keeper(LearningCurves())
+    assert fit(tmp_path, keeper).global_step == keeper.calls
