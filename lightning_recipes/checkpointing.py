@@ -14,6 +14,8 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import override
 
+from lightning_recipes.core.files import replaced
+
 LEGACY = b"\x80"  # a pickle, as torch wrote before 1.6: has no checksums
 
 
@@ -51,18 +53,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if target is None or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.part")
-        try:
-            with part.open("wb") as file, _checksums():
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(target)
-        except BaseException:
-            with contextlib.suppress(OSError):  # the first error says more
-                part.unlink(missing_ok=True)
-            raise
+        with replaced(target, sync=True) as file, _checksums():
+            torch.save(checkpoint, file)
         _sync_folder(target.parent)
 
     @override

@@ -1,15 +1,18 @@
 """The table of runs that the generic tests go over: what a recipe may meet, paired so that each two meet once."""
 
 import itertools
+import os
 import random
+import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from models import Adversaries, Regression
+from models import Adversaries, Regression, Resumable
 from torch import Tensor, nn
 
 import lightning_recipes
@@ -105,6 +108,121 @@ SHARDED: dict[str, Callable[[], pl.LightningModule]] = {
     "plain": lambda: Sharded(make_optimizer=_adamw(), schedule=True),
     "momentum": lambda: Sharded(make_optimizer=_momentum),
 }
+
+
+# ------------------------------------------------------------------------------ how it is trained, cut and compared
+
+
+class Loader(Resumable):
+    """Told its epoch by the Trainer, as the samplers of torch are: not all checkpoints have the state of a loader."""
+
+    @property
+    def sampler(self) -> "Loader":
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        if epoch != self.epoch:
+            self.epoch, self.position = epoch, 0  # not all of an epoch may have been asked for
+
+    def __iter__(self) -> Any:
+        if self.position >= len(self.batches):
+            self.position = 0
+        order = self.order()
+        while self.position < len(self.batches):
+            self.position += 1
+            yield self.batches[order[self.position - 1]]
+
+    def order(self) -> list[int]:
+        """Of this epoch."""
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return torch.randperm(len(self.batches), generator=generator).tolist()
+
+
+class SaveOften(pl.Callback):
+    """Save where Lightning alone resumes exactly: in the middle of an epoch, not where it validates."""
+
+    def __init__(self, path: Path, validate_every: int) -> None:
+        self.path, self.step, self.validate_every = path, 0, validate_every
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step:
+            return  # the gradients that are accumulated would be lost
+        last = batch_idx + 1 == trainer.num_training_batches
+        done = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        validates = done % self.validate_every == 0  # not made up for on resume
+        if trainer.global_step % 2 == 0 and not last and not validates:  # of a resumed run, too: ranks share then
+            trainer.save_checkpoint(self.path)
+
+
+class Stop(pl.Callback):
+    """End the run in the middle of an update."""
+
+    def __init__(self, kind: str, batch: int) -> None:
+        self.kind, self.batch = kind, batch
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx < self.batch:
+            return
+        if self.kind == "exception":
+            raise RuntimeError("on purpose")
+        if self.kind == "Ctrl-C":
+            raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGTERM if self.kind == "SIGTERM" else signal.SIGKILL)
+
+
+def what_it_ends_with(
+    trainer: pl.Trainer, module: pl.LightningModule, recipes: Mapping[str, Any], alone: bool
+) -> dict[str, Any]:
+    """All that a run ends with, and a resumed run ends with as well: weights, states of optimizers and recipes."""
+    average = recipes.get("EMAWeights")
+    ended = {"final": whole(module.state_dict())}
+    if average is None:
+        ended["raw"] = ended["final"]
+    else:
+        with average.raw_weights(module):
+            ended["raw"] = whole(module.state_dict())
+    for optimizer in trainer.optimizers:
+        assert not optimizer._optimizer_step_post_hooks
+        assert not optimizer._optimizer_step_pre_hooks
+    return {
+        **ended,
+        "optimizers": str([_plain(optimizer.state_dict()) for optimizer in trainer.optimizers]),
+        "states": {
+            name: str(_lasting(recipe.state_dict()))
+            for name, recipe in recipes.items()
+            if name not in ("InitialLossCheck", "TrainingReport")  # which speak for rank zero
+            or (trainer.is_global_zero and alone)  # and draw what the others say of other batches
+        },
+        "step": trainer.global_step,
+    }
+
+
+def _plain(state: Any) -> Any:
+    """With every tensor in full, and lists for tuples, which a checkpoint of shards makes of them."""
+    if isinstance(state, torch.Tensor):
+        return state.full_tensor() if hasattr(state, "full_tensor") else state
+    if isinstance(state, dict):
+        return {key: _plain(value) for key, value in state.items()}
+    return [_plain(each) for each in state] if isinstance(state, (list, tuple)) else state
+
+
+def _lasting(state: Any) -> Any:
+    """Without what is a run's own: how long it took, that it was resumed, and which batches it looked at again."""
+    own = ("seconds", "resumed", "findings", "told", "spent")
+    if isinstance(state, dict):
+        return {key: _lasting(value) for key, value in state.items() if key not in own}
+    return state
+
+
+def same(first: Any, second: Any) -> bool:
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first.nan_to_num(), second.nan_to_num())
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    return bool(first == second)
 
 
 # ------------------------------------------------------------------------------ the table

@@ -26,12 +26,17 @@ from matrix import (
     REFUSE_SHARDS,
     SHARDED,
     Cell,
+    Loader,
+    SaveOften,
+    Stop,
     cells,
     make,
+    same,
     strategy_of,
+    what_it_ends_with,
     whole,
 )
-from models import Regression, Resumable, SeedEachStep, fp16, quiet_trainer, regression_data
+from models import Regression, SeedEachStep, fp16, quiet_trainer, regression_data
 from ranks import run_on_ranks
 
 from lightning_recipes import EMAWeights, LearningCurves
@@ -42,59 +47,6 @@ BATCHES, EPOCHS = 11, 3
 VALIDATE_EVERY = 4
 FIRST_STOP, SECOND_STOP = 16, 26  # batches
 TIMEOUT = timedelta(seconds=60)
-
-
-class Loader(Resumable):
-    """Told its epoch by the Trainer, as the samplers of torch are: not all checkpoints have the state of a loader."""
-
-    @property
-    def sampler(self) -> "Loader":
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Any:
-        if self.position >= len(self.batches):
-            self.position = 0
-        order = torch.randperm(len(self.batches), generator=torch.Generator().manual_seed(self.seed + self.epoch))
-        while self.position < len(self.batches):
-            self.position += 1
-            yield self.batches[order[self.position - 1]]
-
-
-class SaveOften(pl.Callback):
-    """Save where Lightning alone resumes exactly: in the middle of an epoch, not where it validates."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.step = path, 0
-
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.step = trainer.global_step
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == self.step:
-            return  # the gradients that are accumulated would be lost
-        last = batch_idx + 1 == trainer.num_training_batches
-        validates = (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % VALIDATE_EVERY == 0  # not made up for on resume
-        if trainer.global_step % 2 == 0 and not last and not validates:  # of a resumed run, too: ranks share then
-            trainer.save_checkpoint(self.path)
-
-
-class Stop(pl.Callback):
-    """End the run in the middle of an update."""
-
-    def __init__(self, kind: str, batch: int) -> None:
-        self.kind, self.batch = kind, batch
-
-    def on_before_optimizer_step(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.fit_loop.epoch_loop.total_batch_idx < self.batch:
-            return
-        if self.kind == "exception":
-            raise RuntimeError("on purpose")
-        if self.kind == "Ctrl-C":
-            raise KeyboardInterrupt
-        os.kill(os.getpid(), signal.SIGTERM if self.kind == "SIGTERM" else signal.SIGKILL)
 
 
 def validation_of(cell: Cell) -> dict[str, Any]:
@@ -110,7 +62,7 @@ def train(cell: Cell, folder: Path, recipes: list[str], stop_at: int | None, res
     """Train; return all that the run ends with."""
     attached = {name: make(name) for name in recipes}
     path = folder / "last.ckpt"
-    save: pl.Callback = SaveOften(path)
+    save: pl.Callback = SaveOften(path, VALIDATE_EVERY)
     if cell.stop == "at an epoch's end":
         save = ModelCheckpoint(folder, "last", enable_version_counter=False, save_on_train_epoch_end=True)
     stop = [] if stop_at is None else [Stop(cell.stop, stop_at)]
@@ -133,58 +85,13 @@ def train(cell: Cell, folder: Path, recipes: list[str], stop_at: int | None, res
     validation = regression_data(2) if cell.validation != "empty" else []
     loader = Loader(regression_data(batches=BATCHES), seed=100 * trainer.global_rank)
     trainer.fit(module, loader, validation, ckpt_path=path if resume else None)
-    average = attached.get("EMAWeights")
-    ended = {"final": whole(module.state_dict())}
-    if average is None:
-        ended["raw"] = ended["final"]
-    else:
-        with average.raw_weights(module):
-            ended["raw"] = whole(module.state_dict())
-    for optimizer in trainer.optimizers:
-        assert not optimizer._optimizer_step_post_hooks
-        assert not optimizer._optimizer_step_pre_hooks
-    return {
-        **ended,
-        "optimizers": str([_plain(optimizer.state_dict()) for optimizer in trainer.optimizers]),
-        "states": {
-            name: str(_lasting(recipe.state_dict()))
-            for name, recipe in attached.items()
-            if name not in ("InitialLossCheck", "TrainingReport")  # which speak for rank zero
-            or (trainer.is_global_zero and cell.recipe != ALL)  # and draw what the others say of other batches
-        },
-        "step": trainer.global_step,
-    }
-
-
-def _plain(state: Any) -> Any:
-    """With every tensor in full, and lists for tuples, which a checkpoint of shards makes of them."""
-    if isinstance(state, torch.Tensor):
-        return state.full_tensor() if hasattr(state, "full_tensor") else state
-    if isinstance(state, dict):
-        return {key: _plain(value) for key, value in state.items()}
-    return [_plain(each) for each in state] if isinstance(state, (list, tuple)) else state
-
-
-def _lasting(state: Any) -> Any:
-    """Without what is a run's own: how long it took, that it was resumed, and which batches it looked at again."""
-    own = ("seconds", "resumed", "findings", "told", "spent")
-    if isinstance(state, dict):
-        return {key: _lasting(value) for key, value in state.items() if key not in own}
-    return state
+    return what_it_ends_with(trainer, module, attached, alone=cell.recipe != ALL)
 
 
 def run(cell: Cell, folder: Path, recipes: list[str], stop_at: int | None = None, resume: bool = False) -> list[Any]:
     folder.mkdir(parents=True, exist_ok=True)
     ranks = 1 if cell.ranks == "alone" else 2
     return run_on_ranks(train, cell, folder, recipes, stop_at, resume, ranks=ranks)
-
-
-def same(first: Any, second: Any) -> bool:
-    if isinstance(first, torch.Tensor):
-        return torch.equal(first.nan_to_num(), second.nan_to_num())
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
-    return bool(first == second)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -106,6 +107,11 @@ class PercentileGradientClipping(pl.Callback):
         self._told: set[tuple[str, int]] = set()
         self._nonfinite_told: dict[int, int] = {}
         self._doublings: dict[int, int] = {}  # of the updates, when the last figure was drawn
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and trainer.global_step == 0:
+            self.rule.rules.clear()  # another training's norms say nothing about this one's
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -1,9 +1,10 @@
 """Where figures, histograms and texts can be shown: each logger in its own way, and files for those that show none."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from lightning_recipes.core.files import put, replaced
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -83,8 +84,7 @@ class MLflow:
         self.client.log_figure(self.run_id, figure, f"{name}.png")
 
     def histogram(self, name: str, bins: Sequence[Bin], step: int) -> None:
-        rows = ["lower,upper,count", *(",".join(map(repr, each)) for each in bins)]
-        self.client.log_text(self.run_id, "\n".join([*rows, ""]), f"{name}.csv")
+        self.client.log_text(self.run_id, _as_csv(bins), f"{name}.csv")
 
     def text(self, name: str, text: str, step: int) -> None:
         self.client.log_text(self.run_id, text, f"{name}.md")
@@ -97,14 +97,14 @@ class Files:
         self.folder = folder
 
     def figure(self, name: str, figure: "Figure", step: int) -> None:
-        figure.savefig(self._path(name, "png"), dpi=120)
+        with replaced(self._path(name, "png")) as file:
+            figure.savefig(file, format="png", dpi=120)
 
     def histogram(self, name: str, bins: Sequence[Bin], step: int) -> None:
-        with self._path(name, "csv").open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([("lower", "upper", "count"), *bins])
+        put(self._path(name, "csv"), _as_csv(bins))
 
     def text(self, name: str, text: str, step: int) -> None:
-        self._path(name, "md").write_text(text + "\n", encoding="utf-8")
+        put(self._path(name, "md"), text + "\n")
 
     def _path(self, name: str, ending: str) -> Path:
         return self.folder / f"{name.replace('/', '_')}.{ending}"
@@ -141,3 +141,8 @@ def closed(bins: Sequence[Bin]) -> list[Bin]:
 
 def _joined(bins: Sequence[Bin]) -> Bin:
     return bins[0][0], bins[-1][1], sum(count for _, _, count in bins)
+
+
+def _as_csv(bins: Sequence[Bin]) -> str:
+    rows = ["lower,upper,count", *(",".join(map(repr, each)) for each in bins)]
+    return "\n".join([*rows, ""])

@@ -21,13 +21,14 @@ from typing_extensions import override
 
 from lightning_recipes.callbacks.measuring import free_to_read, index_of
 from lightning_recipes.callbacks.substitute import substitute
-from lightning_recipes.callbacks.telling import logger_step, run_folder, time_to_log
+from lightning_recipes.callbacks.telling import logger_step, run_folder, spared, time_to_log
 from lightning_recipes.callbacks.unused import pass_over_unused_hooks
 from lightning_recipes.core.arguments import check_real
+from lightning_recipes.core.files import put
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.report import Record
 from lightning_recipes.report.numbers import duration, shown, size
-from lightning_recipes.report.page import put, write
+from lightning_recipes.report.page import PAGE, TEXT, render
 from lightning_recipes.report.reading import FINDINGS, STATE, cut, plain, read_extras, read_findings
 from lightning_recipes.report.run import STEP_LOSS, Run, finding_of
 
@@ -115,8 +116,9 @@ class TrainingReport(pl.Callback):
         self._ended, self._earlier = "running", earlier
         self._folder = run_folder(trainer)
         if self._folder is not None:
-            path = self._folder / FINDINGS
-            self._from = path.stat().st_size if path.exists() else 0
+            self._from = 0
+            with suppress(OSError):  # there are none yet
+                self._from = (self._folder / FINDINGS).stat().st_size
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -161,7 +163,8 @@ class TrainingReport(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if trainer.state.fn == TrainerFn.FITTING and self._folder is not None:
             self._write(trainer, pl_module)
-            rank_zero_info(f"Training report: {self.path}")
+            if self.path is not None:
+                rank_zero_info(f"Training report: {self.path}")
         self._finish()
 
     def _finish(self) -> None:
@@ -255,8 +258,13 @@ class TrainingReport(pl.Callback):
         try:
             run = self._run(trainer, pl_module)
             state = {**run.as_dict(), "findings": [each.as_dict() for each in self._earlier]}
-            put(self._folder / STATE, json.dumps({**state, "findings_from": self._from}, default=str))
-            self.path = write(run, self._folder, time.strftime("%Y-%m-%d %H:%M"))
+            html, markdown = render(run, time.strftime("%Y-%m-%d %H:%M"))
+            kept = json.dumps({**state, "findings_from": self._from}, default=str)
+            for name, text in ((STATE, kept), (TEXT, markdown), (PAGE, html)):
+                path = self._folder / name
+                with spared(trainer, path):
+                    put(path, text)
+                    self.path = path if name == PAGE else self.path
         except Exception as error:
             rank_zero_warn(f"{type(self).__name__} could not write its page: {type(error).__name__}: {error}")
         self._written = time.monotonic()
@@ -285,7 +293,9 @@ class TrainingReport(pl.Callback):
         """Of the parts before, and what all recipes have told since."""
         if self._folder is None:
             return list(self._earlier)
-        return [*self._earlier, *read_findings(self._folder / FINDINGS, self._from)]
+        with suppress(OSError):
+            return [*self._earlier, *read_findings(self._folder / FINDINGS, self._from)]
+        return list(self._earlier)
 
     def _elapsed(self) -> float:
         """Seconds of training, those of the parts before included."""

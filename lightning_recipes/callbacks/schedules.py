@@ -17,10 +17,11 @@ from lightning_recipes.callbacks.learning_rates import (
     take_hold,
 )
 from lightning_recipes.callbacks.measuring import mean_over_ranks
-from lightning_recipes.callbacks.telling import run_folder, tell
+from lightning_recipes.callbacks.telling import run_folder, spared, tell
 from lightning_recipes.callbacks.unused import pass_over_unused_hooks
 from lightning_recipes.core.arguments import check_choice, check_count
 from lightning_recipes.core.durations import parse_duration
+from lightning_recipes.core.files import put
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.per_optimizer import PerOptimizer
 from lightning_recipes.core.schedules import (
@@ -207,7 +208,8 @@ class LearningRateSchedule(pl.Callback):
                 warmup_steps=self.warmup_steps,
                 warmup=self.warmup,
             )
-            (folder / "schedule.yaml").write_text(text, encoding="utf-8")
+            with spared(trainer, folder / "schedule.yaml"):
+                put(folder / "schedule.yaml", text)
 
     # ---------------------------------------------------------------------------------- checkpoints
 

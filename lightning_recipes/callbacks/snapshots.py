@@ -33,7 +33,7 @@ from lightning_recipes.callbacks.measuring import scaler_of
 from lightning_recipes.callbacks.replay import without_trace
 from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.substitute import substitute
-from lightning_recipes.callbacks.telling import log_scalars, log_text, run_folder, tell
+from lightning_recipes.callbacks.telling import log_scalars, log_text, run_folder, spared, tell
 from lightning_recipes.callbacks.tracking import share_
 from lightning_recipes.callbacks.unused import pass_over_unused_hooks
 from lightning_recipes.core.arguments import check_choice, check_count, check_flag, check_name
@@ -256,7 +256,11 @@ class SnapshotEnsemble(pl.Callback):
             state.update(buffers)
             if self.dtype != "same":
                 self._exact = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
-            self.rule.keep(state, self._folder or None, trainer.is_global_zero)
+            taken = len(self.rule.kept)
+            with spared(trainer, Path(self._folder, f"snapshot_{taken + 1}.pt"), "it is kept in memory"):
+                self.rule.keep(state, self._folder or None, trainer.is_global_zero)
+            if len(self.rule.kept) == taken:
+                self.rule.keep(state)
 
     def _stop_if_over(self, trainer: pl.Trainer) -> None:
         """End with the last cycle, or with this one if there is no time for the next."""
@@ -307,7 +311,7 @@ class SnapshotEnsemble(pl.Callback):
         return pl_module
 
     def _conclude(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Weigh the snapshots, once; whatever goes wrong, there is an ensemble, and the training is not lost."""
+        """Weigh the snapshots, once; whatever goes wrong, the training is not lost."""
         run: Any = trainer  # connectors set some attributes
         if run.fast_dev_run or self.ensemble is not None or not self.rule.kept:
             return
@@ -315,9 +319,39 @@ class SnapshotEnsemble(pl.Callback):
         step = self.rule.ends[taken - 1]
         if taken < cycles:
             tell(trainer, _cut_short(taken, cycles, step))
+        states, problem = self._states(trainer)
+        if problem:
+            tell(trainer, _not_made(problem, step))
+            return
+        self.ensemble, findings = self._weigh(trainer, pl_module, states, step)
+        weights = [1 / taken] * taken if self.report is None else list(self.report.selection.weights)
+        combine = None if callable(self.ensemble.combine) else self.ensemble.combine
+        self._chosen = {"weights": weights, "combine": combine, "dim": self.ensemble.dim}
+        if self._folder and trainer.is_global_zero:
+            path = Path(self._folder).parent / "ensemble.pt"
+            with spared(trainer, path):
+                self.ensemble.save(path)
+        for finding in findings:
+            tell(trainer, finding)
+
+    def _states(self, trainer: pl.Trainer) -> tuple[list[dict[str, Tensor]], str]:
+        """Of the snapshots, or why they cannot be read; of those in files rank zero knows."""
+        if not self._folder:
+            return self.rule.states(), ""
+        states, problem = list[dict[str, Tensor]](), ""
+        if trainer.is_global_zero:
+            try:
+                states = self.rule.states()
+            except Exception as error:  # a file is gone, or damaged
+                problem = f"{type(error).__name__}: {error}"
+        return trainer.strategy.broadcast((states, problem))
+
+    def _weigh(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, states: list[dict[str, Tensor]], step: int
+    ) -> tuple[Ensemble, list[Finding]]:
+        """Make the ensemble, judged if that can be, and say what was seen."""
         module, data = self._submodule(pl_module), self._held_out(trainer, pl_module)
         problem, findings = "" if data is not None else "there is no validation data", list[Finding]()
-        states = self._states(trainer)
         members = [with_state(module, state) for state in states]
         if data is not None:
             try:
@@ -326,23 +360,12 @@ class SnapshotEnsemble(pl.Callback):
                         findings.append(finding)
             except Exception as error:
                 problem = f"{type(error).__name__}: {error}"
-        if self.ensemble is None:
-            self.ensemble = Ensemble(members, None, self.combine if self.combine != "auto" else self._likely)
+        ensemble = self.ensemble
+        if ensemble is None:
+            ensemble = Ensemble(members, None, self.combine if self.combine != "auto" else self._likely)
         if problem:
-            findings.append(_not_judged(problem, self.ensemble, step))
-        weights = [1 / taken] * taken if self.report is None else list(self.report.selection.weights)
-        combine = None if callable(self.ensemble.combine) else self.ensemble.combine
-        self._chosen = {"weights": weights, "combine": combine, "dim": self.ensemble.dim}
-        if self._folder and trainer.is_global_zero:
-            self.ensemble.save(Path(self._folder).parent / "ensemble.pt")
-        for finding in findings:
-            tell(trainer, finding)
-
-    def _states(self, trainer: pl.Trainer) -> list[dict[str, Tensor]]:
-        """Of the snapshots; of those in files rank zero knows."""
-        if not self._folder:
-            return self.rule.states()
-        return trainer.strategy.broadcast(self.rule.states() if trainer.is_global_zero else [])
+            findings.append(_not_judged(problem, ensemble, step))
+        return ensemble, findings
 
     def _judge(
         self,
@@ -485,6 +508,17 @@ def _cut_short(taken: int, cycles: int, step: int) -> Finding:
         advice="What was trained after the last snapshot is in no member; give the run the time for all cycles.",
         step=step,
         evidence={"snapshots": taken, "cycles": cycles},
+        source=HUANG,
+    )
+
+
+def _not_made(problem: str, step: int) -> Finding:
+    return Finding(
+        rule="ensemble not made",
+        severity="warning",
+        message=f"The snapshots cannot be read ({problem}): there is no ensemble.",
+        advice="Put the file back, or weigh the others with lightning_recipes.sweep.ensemble_from_checkpoints.",
+        step=step,
         source=HUANG,
     )
 

@@ -7,7 +7,8 @@ import importlib.util
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,17 +16,19 @@ from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_recipes.callbacks.outlets import Bin, Files, Outlet, outlet_of
+from lightning_recipes.core.files import append_line
 from lightning_recipes.core.findings import Finding
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+WITHOUT = "the training goes on without it"
 NO_FIGURES = Finding(
     rule="no figures",
     severity="info",
@@ -66,7 +69,7 @@ def tell(trainer: pl.Trainer, finding: Finding) -> None:
 
     Not if the same but for the step was told in this fit before, by whatever callback.
     """
-    if _is_new(trainer, finding):
+    if _is_new(trainer, _said(finding)):
         (rank_zero_info if finding.severity == "info" else _warn)(finding.text)
         _write(trainer, finding)
 
@@ -79,13 +82,37 @@ def _warn(text: str) -> None:
 
 def note(trainer: pl.Trainer, finding: Finding) -> None:
     """Append a finding to ``findings.jsonl`` and log it as text, without a warning; likewise."""
-    if _is_new(trainer, finding):
+    if _is_new(trainer, _said(finding)):
         _write(trainer, finding)
 
 
-def _is_new(trainer: pl.Trainer, finding: Finding) -> bool:
+@contextmanager
+def spared(trainer: pl.Trainer, path: Path, instead: str = WITHOUT) -> Iterator[None]:
+    """Within the context a file that cannot be written, on a full or read-only disk, costs the training no more than
+    the file; that is told, once a fit.
+
+    Args:
+        trainer: Of the training.
+        path: Of the file, where the error does not say it.
+        instead: What happens without it.
+    """
+    try:
+        yield
+    except OSError as error:
+        _warn_once(trainer, f"{error.filename or path} could not be written ({error.strerror or error}): {instead}.")
+
+
+def _warn_once(trainer: pl.Trainer, text: str) -> None:
+    if _is_new(trainer, text):
+        _warn(text)
+
+
+def _said(finding: Finding) -> str:
+    return repr(replace(finding, step=0))
+
+
+def _is_new(trainer: pl.Trainer, said: str) -> bool:
     told = _told.setdefault(trainer.optimizers[0], set()) if trainer.optimizers else set()
-    said = repr(replace(finding, step=0))
     is_new = said not in told
     told.add(said)
     return is_new
@@ -93,11 +120,10 @@ def _is_new(trainer: pl.Trainer, finding: Finding) -> bool:
 
 def _write(trainer: pl.Trainer, finding: Finding) -> None:
     def append(folder: Path) -> None:
-        with (folder / "findings.jsonl").open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(finding.as_dict(), allow_nan=False) + "\n")
+        append_line(folder / "findings.jsonl", json.dumps(finding.as_dict(), allow_nan=False))
 
     name, text = f"findings/{finding.rule}", f"{finding.message} **{finding.advice}**"
-    _publish(trainer, name, lambda outlet: outlet.text(name, text, finding.step), append)
+    _publish(trainer, lambda outlet: outlet.text(name, text, finding.step), append, "findings are told, and not kept")
 
 
 def show(trainer: pl.Trainer, name: str, draw: "Callable[[], Figure]") -> None:
@@ -110,14 +136,15 @@ def show(trainer: pl.Trainer, name: str, draw: "Callable[[], Figure]") -> None:
     if importlib.util.find_spec("matplotlib") is None:
         tell(trainer, NO_FIGURES)
         return
-    figure, step = draw(), logger_step(trainer)
-    _publish(trainer, name, lambda outlet: outlet.figure(name, figure, step))
+    with spared(trainer, Path(name)):  # matplotlib itself wants to write when it is first used
+        figure, step = draw(), logger_step(trainer)
+        _publish(trainer, lambda outlet: outlet.figure(name, figure, step))
 
 
 def log_histogram(trainer: pl.Trainer, name: str, bins: Sequence[Bin]) -> None:
     """Hand a histogram to every logger; ``<name>.csv`` in the run's folder is for those that show no histograms."""
     if bins and trainer.loggers:
-        _publish(trainer, name, lambda outlet: outlet.histogram(name, bins, logger_step(trainer)))
+        _publish(trainer, lambda outlet: outlet.histogram(name, bins, logger_step(trainer)))
 
 
 def log_text(trainer: pl.Trainer, name: str, text: str) -> None:
@@ -126,42 +153,46 @@ def log_text(trainer: pl.Trainer, name: str, text: str) -> None:
     def put(outlet: Outlet) -> None:
         outlet.text(name, text, logger_step(trainer))
 
-    _publish(trainer, name, put, lambda folder: put(Files(folder)))
+    _publish(trainer, put, lambda folder: put(Files(folder)))
 
 
 def _publish(
-    trainer: pl.Trainer, name: str, put: Callable[[Outlet], None], write: Callable[[Path], None] | None = None
+    trainer: pl.Trainer,
+    put: Callable[[Outlet], None],
+    write: Callable[[Path], None] | None = None,
+    instead: str = WITHOUT,
 ) -> None:
     """Put it into every logger, and write it; without ``write`` there are files for the loggers that do not show it.
 
-    A training is worth more than what is told of it: an error of a logger or a full disk is a warning.
+    A training is worth more than what is told of it: an error of a logger, or of the disk, is a warning.
     """
     if not _may_write(trainer):
         return
-    shown = [_is_shown(logger, name, put) for logger in trainer.loggers]
-    if write is None and all(shown):
+    shown = [_is_shown(trainer, logger, put) for logger in trainer.loggers]
+    folder = run_folder(trainer)
+    if folder is None or (write is None and all(shown)):
         return
-    try:
-        folder = run_folder(trainer)
-        if folder is not None:
-            (write or (lambda folder: put(Files(folder))))(folder)
-    except OSError as error:
-        rank_zero_warn(f"{name} could not be written: {type(error).__name__}: {error}")
+    with spared(trainer, folder, instead):
+        if write is None:
+            put(Files(folder))
+        else:
+            write(folder)
 
 
-def _is_shown(logger: Any, name: str, put: Callable[[Outlet], None]) -> bool:
+def _is_shown(trainer: pl.Trainer, logger: Any, put: Callable[[Outlet], None]) -> bool:
     try:
         outlet = outlet_of(logger)
         if outlet is not None:
             put(outlet)
     except Exception as error:  # whatever a logger, its client and its server may raise
-        rank_zero_warn(f"{type(logger).__name__} did not take {name}: {type(error).__name__}: {error}")
+        _warn_once(trainer, f"{type(logger).__name__} did not take all: {type(error).__name__}: {error}")
         return False
     return outlet is not None
 
 
 def run_folder(trainer: pl.Trainer) -> Path | None:
-    """The folder of the run, made if need be, on rank zero; None where it is remote or nothing is to be left behind.
+    """The folder of the run, which need not be there yet, on rank zero; None where it is remote or nothing is to be
+    left behind.
 
     That of the first logger, in which Lightning has the folder of checkpoints; ``default_root_dir`` without a logger.
     """
@@ -175,7 +206,6 @@ def run_folder(trainer: pl.Trainer) -> Path | None:
             folder = os.path.join(folder, *(str(part) for part in (logger.name, version) if part is not None))
     if not _may_write(trainer) or "://" in folder:
         return None
-    Path(folder).mkdir(parents=True, exist_ok=True)
     return Path(folder)
 
 

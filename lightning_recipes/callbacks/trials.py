@@ -6,7 +6,9 @@ import inspect
 import logging
 import os
 import random
+import shutil
 import tempfile
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +22,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.seed import isolate_rng
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map
@@ -60,14 +62,38 @@ def run_trials(
         known: Outcomes to go on from; None for those in the file.
     """
     outcomes = dict(known) if known is not None else {} if path is None else load_outcomes(path)
+    keep = keeper(path)
     while wanted := search.ask(outcomes):
         trial = wanted[0]
         outcomes[trial] = train(trial)
-        if path is not None:
-            save_outcomes(path, outcomes)
+        keep(outcomes)
         if told is not None:
             told(trial, outcomes[trial])
     return outcomes
+
+
+def keeper(path: str | Path | None) -> Callable[[Mapping[Trial, Outcome]], None]:
+    """Make what writes the outcomes of a sweep as JSON: a sweep is worth more than its file, so that it goes on where
+    that cannot be written, and says so once.
+
+    Args:
+        path: Of the file; None for none.
+    """
+    told = path is None
+
+    def keep(outcomes: Mapping[Trial, Outcome]) -> None:
+        nonlocal told
+        try:
+            if path is not None:
+                save_outcomes(path, outcomes)
+        except OSError as error:
+            if not told:
+                rank_zero_warn(
+                    f"{path} could not be written ({error.strerror or error}): the sweep goes on without it."
+                )
+            told = True
+
+    return keep
 
 
 @contextmanager
@@ -346,7 +372,7 @@ def fit_quietly(
     """
     core = next(each.__module__ for each in type(module).__mro__ if each.__module__.endswith(".core.module"))
     package = importlib.import_module(core.removesuffix(".core.module"))  # or pytorch_lightning, another class tree
-    with quiet(), same_environment(), tempfile.TemporaryDirectory() as folder:
+    with quiet(), same_environment(), unmade_folder() as folder:
         trainer = package.Trainer(
             **{
                 "max_epochs": -1,
@@ -362,6 +388,20 @@ def fit_quietly(
             }
         )
         trainer.fit(module, train_dataloaders, val_dataloaders, datamodule=copy.copy(datamodule))
+
+
+@contextmanager
+def unmade_folder() -> Iterator[str]:
+    """A folder for what a Trainer may leave, made by whoever writes there, so that no disk has to have room for it."""
+    try:
+        parent = tempfile.gettempdir()
+    except FileNotFoundError:  # a container without a place to write to
+        parent = os.devnull
+    folder = os.path.join(parent, f"lightning_recipes-{uuid.uuid4().hex}")
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def given_callbacks(settings: Mapping[str, Any]) -> list[pl.Callback]:

@@ -20,8 +20,9 @@ from lightning_recipes.callbacks.learning_rates import (
     scale_learning_rates,
     take_hold,
 )
+from lightning_recipes.callbacks.outlets import Files
 from lightning_recipes.callbacks.sharding import is_sharded
-from lightning_recipes.callbacks.telling import run_folder, show, tell
+from lightning_recipes.callbacks.telling import run_folder, show, spared, tell
 from lightning_recipes.callbacks.trials import ModuleTrials, peak_rate, progress, run_trials, settings_of
 from lightning_recipes.callbacks.unused import pass_over_unused_hooks
 from lightning_recipes.core.arguments import check_count, check_flag, check_name
@@ -185,9 +186,10 @@ class WarmupSweep(pl.Callback):
         tell(trainer, result.finding)
         folder = run_folder(trainer)
         if folder is not None and importlib.util.find_spec("matplotlib") is not None:
-            figure, _ = result.plot()
-            figure.savefig(folder / "warmup_sweep.png", dpi=120)
-            show(trainer, "warmup_sweep", lambda: figure)
+            with spared(trainer, folder):
+                figure, _ = result.plot()
+                Files(folder).figure("warmup_sweep", figure, trainer.global_step)
+                show(trainer, "warmup_sweep", lambda: figure)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -1,7 +1,6 @@
 """Let several trained networks of one architecture predict together, or average their weights into one."""
 
 import copy
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing_extensions import override
 
 from lightning_recipes.core.arguments import check_choice
 from lightning_recipes.core.averaging import HALF_PRECISION
+from lightning_recipes.core.files import replaced
 
 Combination = Callable[[Tensor, Tensor], Tensor]
 
@@ -224,20 +224,14 @@ class Ensemble(nn.Module):
 
         It loads with ``torch.load(path, weights_only=True)``. A function given as ``combine`` is not in it.
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f"{path.name}.{os.getpid()}")
         saved = {
             "members": [dict(member.state_dict()) for member in self.members],
             "weights": self.weights,
             "combine": None if callable(self.combine) else self.combine,
             "dim": self.dim,
         }
-        try:
-            torch.save(saved, beside)
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        with replaced(path) as file:
+            torch.save(saved, file)
 
     @classmethod
     def load(cls, path: str | Path, module: nn.Module, combine: Combination | None = None) -> "Ensemble":

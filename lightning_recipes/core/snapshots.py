@@ -1,7 +1,6 @@
 """Keep what a network was at the end of each cycle of its learning rate."""
 
 import copy
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_recipes.core.arguments import check_choice
+from lightning_recipes.core.files import replaced
 
 DTYPES = {"same": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -78,10 +78,8 @@ class SnapshotRule:
             return
         path = Path(folder).absolute() / f"snapshot_{len(self.kept) + 1}.pt"
         if write:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            beside = path.with_name(f"{path.name}.{os.getpid()}")
-            torch.save(own, beside)
-            beside.replace(path)
+            with replaced(path) as file:
+                torch.save(own, file)
         self.kept.append(str(path))
 
     def _copied(self, value: Any) -> Any:

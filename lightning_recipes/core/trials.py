@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from lightning_recipes.core.files import put
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.instability import InstabilityRule
 from lightning_recipes.core.schedules import warmth
@@ -300,11 +300,7 @@ def save_outcomes(path: str | Path, outcomes: Mapping[Trial, Outcome]) -> None:
     lines = [
         {"trial": asdict(trial), "outcome": outcome_as_data(outcome)} for trial, outcome in sorted_by_trial(outcomes)
     ]
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps({"trials": lines}, allow_nan=False, indent=1), encoding="utf-8")
-    beside.replace(path)
+    put(Path(path), json.dumps({"trials": lines}, allow_nan=False, indent=1))
 
 
 def load_outcomes(path: str | Path) -> dict[Trial, Outcome]:

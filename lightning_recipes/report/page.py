@@ -1,7 +1,6 @@
 """One page of a run, as HTML that needs nothing else, and as Markdown."""
 
 import math
-import os
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
+from lightning_recipes.core.files import put
 from lightning_recipes.core.series import Series
 from lightning_recipes.report import story
 from lightning_recipes.report.numbers import shown
@@ -22,6 +22,7 @@ from lightning_recipes.report.svg import STYLES, Event, Line, Point, chart, hist
 if TYPE_CHECKING:
     from jinja2 import Environment
 
+PAGE, TEXT = "report.html", "report.md"
 HEALTHY = (1e-3, "about 0.001 is healthy")
 COARSE = 80  # bins of the loss of every step, for mean and spread
 SHOWN = 36  # small pictures at most
@@ -63,19 +64,9 @@ def render(run: Run, written: str = "") -> tuple[str, str]:
 def write(run: Run, folder: Path, written: str = "") -> Path:
     """Write ``report.html`` and ``report.md`` at once, so that a reader never sees half a page; return the first."""
     html, markdown = render(run, written)
-    put(folder / "report.md", markdown)
-    return put(folder / "report.html", html)
-
-
-def put(path: Path, text: str) -> Path:
-    """Give a file new contents, all at once."""
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        new.write_text(text, encoding="utf-8")
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
-    return path
+    put(folder / TEXT, markdown)
+    put(folder / PAGE, html)
+    return folder / PAGE
 
 
 def _content(run: Run) -> dict[str, object]:

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from lightning_recipes.callbacks.ensembling import HeldOut, Split, judge, pair, 
 from lightning_recipes.callbacks.trials import ModuleTrials, of_its_own, same_loaders, seed_all
 from lightning_recipes.core.arguments import check_count
 from lightning_recipes.core.ensembles import Combination, Ensemble
+from lightning_recipes.core.files import replaced
 from lightning_recipes.core.selection import Report
 from lightning_recipes.core.soups import Soup, greedy_soup
 from lightning_recipes.core.trials import Outcome, Trial
@@ -218,11 +218,9 @@ class _WholeRuns:
         )
 
     def _save(self, module: nn.Module, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f"{path.name}.{os.getpid()}")
         state = module.state_dict()
-        torch.save({name: each.cpu() if isinstance(each, Tensor) else each for name, each in state.items()}, beside)
-        beside.replace(path)
+        with replaced(path) as file:
+            torch.save({name: each.cpu() if isinstance(each, Tensor) else each for name, each in state.items()}, file)
 
 
 class _Losses(pl.Callback):

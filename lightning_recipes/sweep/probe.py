@@ -1,7 +1,6 @@
 """Does an instability hide right behind the learning rate in use? A short training at twice that rate tells."""
 
 import copy
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from typing_extensions import override
 
 from lightning_recipes.callbacks.instability import InstabilityDetector
 from lightning_recipes.callbacks.learning_rates import scale_learning_rates
-from lightning_recipes.callbacks.trials import quiet
+from lightning_recipes.callbacks.trials import quiet, unmade_folder
 from lightning_recipes.core.arguments import check_count, check_real
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.instability import Instability
@@ -82,7 +81,7 @@ def early_instability_probe(
     check_real("factor", factor, 0, float("inf"))
     check_count("steps", steps, 1)
     watch = _Watch(factor)
-    with isolate_rng(), quiet(), tempfile.TemporaryDirectory() as folder:
+    with isolate_rng(), quiet(), unmade_folder() as folder:
         trainer = pl.Trainer(
             **{
                 "max_steps": steps,

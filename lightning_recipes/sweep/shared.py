@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from lightning_recipes.callbacks.trials import keeper
 from lightning_recipes.core.arguments import check_count, check_real
 from lightning_recipes.core.trials import (
     Outcome,
@@ -23,7 +24,6 @@ from lightning_recipes.core.trials import (
     load_outcomes,
     outcome_as_data,
     outcome_from_data,
-    save_outcomes,
 )
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class OptunaRunner:
         if not ranks.lead:
             return ranks.follow()
         study = _Study(self.storage, self.study_name, self.grace_seconds)
-        before = {} if path is None else load_outcomes(path)
+        before, keep = {} if path is None else load_outcomes(path), keeper(path)
         while True:
             live = study.live()
             outcomes = before | {
@@ -101,14 +101,12 @@ class OptunaRunner:
                 outcome = self._run(study, live[claimed].number, claimed, train)
                 if study.finish(live[claimed].number, outcome):
                     outcomes[claimed] = outcome
-                    if path is not None:
-                        save_outcomes(path, outcomes)
+                    keep(outcomes)
                     told(claimed, outcome)
             else:
                 ranks.say()  # or they would give rank zero up
                 time.sleep(min(LONGEST_WAIT, self.heartbeat_seconds))
-        if path is not None:
-            save_outcomes(path, outcomes)
+        keep(outcomes)
         ranks.say(outcomes)
         return outcomes
 
@@ -310,7 +308,7 @@ class RayRunner:
         options = {"num_cpus": 1} if self.resources_per_trial is None else dict(self.resources_per_trial)
         at_once = self.trials_at_once or _room(ray.cluster_resources(), options)
         actor, what = ray.remote(_Actor).options(**options), ray.put(train)
-        outcomes = {} if path is None else load_outcomes(path)
+        outcomes, keep = {} if path is None else load_outcomes(path), keeper(path)
         running: dict[Any, tuple[Trial, Any]] = {}
         idle: list[Any] = []
         deaths: Counter[Trial] = Counter()
@@ -330,8 +328,7 @@ class RayRunner:
                         raise
                     continue
                 idle.append(one)
-                if path is not None:
-                    save_outcomes(path, outcomes)
+                keep(outcomes)
                 told(trial, outcomes[trial])
         finally:
             for one in [*idle, *(one for _, one in running.values())]:

@@ -164,7 +164,7 @@ def test_nothing_is_written_where_the_folder_is_remote(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Raises did not take")
 def test_a_logger_that_fails_does_not_end_the_training_and_is_told(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="Raises did not take curve: RuntimeError: no connection"):
+    with pytest.warns(UserWarning, match="Raises did not take all: RuntimeError: no connection"):
         trainer = fit(tmp_path, Raises())
     assert trainer.global_step == 20
     assert names(tmp_path / "plain" / "a") >= FILES
@@ -172,7 +172,7 @@ def test_a_logger_that_fails_does_not_end_the_training_and_is_told(tmp_path: Pat
 
 def test_a_file_that_cannot_be_written_does_not_end_the_training(tmp_path: Path) -> None:
     (tmp_path / "findings.jsonl").mkdir()
-    with pytest.warns(UserWarning, match="findings/a rule could not be written: IsADirectoryError"):
+    with pytest.warns(UserWarning, match=r"findings.jsonl could not be written .Is a directory"):
         trainer = fit(tmp_path, False)
     assert trainer.global_step == 20
 

@@ -280,10 +280,25 @@ def test_nothing_is_left_behind_by_a_fast_dev_run_or_an_evaluation(tmp_path: Pat
 
 def test_a_page_that_cannot_be_written_ends_no_training(tmp_path: Path) -> None:
     (tmp_path / "report.html").mkdir()
-    with pytest.warns(UserWarning, match="could not write its page"):
-        trainer = train(tmp_path, TrainingReport())
+    with pytest.warns(UserWarning, match="report.html could not be written") as said:
+        trainer = train(tmp_path, TrainingReport(1e-9))
+    assert sum("could not be written" in str(each.message) for each in said) == 1
     assert trainer.global_step == 36
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_page_that_cannot_be_drawn_ends_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_recipes.callbacks.report.render", lambda *_: 1 / 0)
+    with pytest.warns(UserWarning, match="could not write its page: ZeroDivisionError"):
+        assert train(tmp_path, TrainingReport()).global_step == 36
+
+
+def test_findings_that_cannot_be_read_end_no_training(tmp_path: Path) -> None:
+    (tmp_path / "findings.jsonl").mkdir()
+    report = TrainingReport()
+    train(tmp_path, report)
+    assert report.state_dict()["findings"] == []
+    assert report.path is not None
 
 
 def test_memory_is_bounded(tmp_path: Path) -> None:

@@ -196,6 +196,23 @@ def killed_and_resumed(
     return members_of(snapshots), weights_of(module), str(snapshots.report)
 
 
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:1000])])
+@pytest.mark.filterwarnings("ignore:ensemble not used")
+def test_a_snapshot_that_cannot_be_read_costs_no_more_than_the_ensemble(damage: Any, tmp_path: Path) -> None:
+    class Damages(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.current_epoch == 0:
+                damage(tmp_path / "snapshots" / "snapshot_1.pt")
+
+    snapshots = SnapshotEnsemble(2, storage="files")
+    trainer = quiet_trainer(tmp_path, max_epochs=2, callbacks=[snapshots, Damages()])
+    with pytest.warns(UserWarning, match="The snapshots cannot be read") as told:
+        trainer.fit(Regression(), regression_data(11), regression_data(2))
+    assert trainer.global_step == 22
+    assert snapshots.ensemble is None
+    assert sum("cannot be read" in str(each.message) for each in told) == 1
+
+
 @pytest.mark.parametrize("kill_at", [28, 33, 51])
 @pytest.mark.parametrize(
     "arguments", [{}, {"storage": "files"}, {"weights": "average"}, {"warmup_steps": 3, "reset_momentum": True}]

@@ -486,8 +486,8 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyte
     Ensemble(several()).save(path)
     old = path.read_bytes()
 
-    def cut(saved: Any, beside: Path) -> None:
-        beside.write_bytes(b"half")
+    def cut(saved: Any, beside: Any) -> None:
+        beside.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", cut)

@@ -25,6 +25,15 @@ def quadratic(seed: int) -> Any:
     return torch.optim.SGD([weight], lr=0.01), lambda: (curvature * weight**2).sum() / 2
 
 
+def test_a_sweep_is_worth_more_than_its_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "sweep.json"
+    with pytest.warns(UserWarning, match="sweep.json could not be written .File exists.: the sweep goes on") as told:
+        result = learning_rate_sweep(quadratic, [0.01, 0.1], steps=60, path=path)
+    assert len(told) == 1
+    assert result.best == learning_rate_sweep(quadratic, [0.01, 0.1], steps=60).best
+
+
 def test_the_best_rate_and_the_edge_of_a_problem_that_is_known() -> None:
     rates = [0.001, 0.003, 0.01, 0.03, 0.06, 0.1, 0.19, 0.3, 1.0]
     result = learning_rate_sweep(quadratic, rates, steps=60)
