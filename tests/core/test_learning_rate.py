@@ -95,3 +95,75 @@ def test_a_run_that_is_no_longer_has_one_kind_of_trial() -> None:
     search = LearningRateSearch(RATES, 100, max_steps=50)
     assert {trial.steps for trial in search.ask({})} == {50}
     assert search.most_steps == 10 * 50
+    assert LearningRateSearch(RATES, 100, 2, 500).most_steps == 10 * 100 + 8 * 2 * 500
+    assert LearningRateSearch(RATES[:3], 100, 2, 500).most_steps == 3 * 100 + 3 * 2 * 500
+    done = {Trial(rate, 100, validates=True): Outcome(True, 1.0, 100) for rate in RATES}
+    assert not LearningRateSearch(RATES, 100, max_steps=100).ask(done)
+
+
+def test_what_is_said_of_the_best_rate_and_of_the_edge() -> None:
+    found, _ = searched(EARLY, [9, 9, 5, 3, 2, 1, 2, 9, 9, 9])
+    assert found.finding.message == (
+        "The training loss after 500 steps is lowest at a learning rate of 0.05; from 0.2 on the training is unstable."
+    )
+    assert found.finding.advice == "Train at 0.05 (a loss of 1); a much longer run may be best at a lower one."
+    assert found.finding.rule == "learning rate found"
+    assert found.finding.step == 10 * 100 + 3 * 500
+    assert found.finding.evidence == {"learning_rate": 0.05, "loss": 1.0, "lowest": 0.05, "edge": 0.2}
+    capped = [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 9.0, 9.0, 9.0]
+    assert found.summary == {
+        "initial_loss": 9.0,
+        "sensitivity": pytest.approx(sum(capped) / 10 - 2),
+        "lowest_loss_at": 0.05,
+        "lowest_early_at": 0.1,
+        "edge": 0.2,
+        "at_edge": 0.0,
+    }
+    found, _ = searched(EARLY, [9, 9, 9, 9, 3, 2, 1, math.nan, 9, 9])
+    assert found.finding.rule == "best at the edge of stability"
+    assert found.finding.advice.startswith("Train at 0.05 (a loss of 2, whose neighbours are better); ")
+    assert found.summary["at_edge"] == 1
+    found, _ = searched([*reversed(RATES)], [*reversed(RATES)])
+    assert found.finding.advice == "It is the last one of the grid: try higher ones."
+    assert found.finding.message.endswith("at a learning rate of 1.")
+    assert found.summary["edge"] == math.inf
+    assert found.summary["at_edge"] == 0
+    found, _ = searched([*RATES], [*RATES])
+    assert found.finding.advice == "It is the last one of the grid: try lower ones."
+    found, rates = searched([math.nan] * 10, EARLY)
+    assert found.finding.message == "Every learning rate was unstable, 0.001 the lowest."
+    assert (found.finding.rule, rates) == ("no learning rate is stable", set())
+
+
+def test_a_stable_trial_is_judged_by_its_validation_loss() -> None:
+    search = LearningRateSearch((0.1, 0.2, 0.4), 20, max_steps=20)
+    trials = search.ask({})
+    ends = [(True, 1.0, 2.0), (True, 5.0, 0.5), (False, math.nan, 0.1)]
+    outcomes = {
+        trial: Outcome(stable, loss, 20, losses=(start,) * (start > 0), val_loss=validated)
+        for trial, start, (stable, loss, validated) in zip(trials, (4.0, 8.0, 0.0), ends, strict=True)
+    }
+    found = search.result(outcomes)
+    assert found.finding.message.startswith("The validation loss after 20 steps is lowest at a learning rate of 0.2; ")
+    assert (found.finding.evidence["loss"], found.finding.evidence["lowest"]) == (2.0, 0.2)
+    assert found.best == trials[0]  # 2 + 2 x 2 + 0.5 against 2 + 2 x 0.5 + 6, of an unstable neighbour
+    assert found.summary["initial_loss"] == 6.0
+    assert found.summary["sensitivity"] == pytest.approx((1 + 5 + 6) / 3 - 1)  # of the training losses
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"learning_rates": (0.2, 0.1)}, "must rise"),
+        ({"learning_rates": (0.1, 0.1)}, "must rise"),
+        ({"learning_rates": (0.1,)}, "at least two"),
+        ({"learning_rates": (0.0, 0.1)}, "learning_rates"),
+        ({"steps": 19}, "steps"),
+        ({"max_steps": 19}, "max_steps"),
+        ({"seeds": 0}, "seeds"),
+    ],
+)
+def test_bad_arguments_are_refused(wrong: dict[str, Any], message: str) -> None:
+    LearningRateSearch((0.1, 0.2), 20, 1, 20)
+    with pytest.raises(ValueError, match=message):
+        LearningRateSearch(**wrong)
