@@ -128,6 +128,7 @@ def test_flat_at_a_constant_rate_is_told_and_since_when() -> None:
     assert rules_of(trained(level, 0.2, rate=lambda share: 0.1 * (1 - share))) == []
     assert rules_of(trained(level, 0.2, rate=lambda share: 0.1 if share < 0.2 else 0.01)) == []
     assert rules_of(trained(level, 0.001)) == []  # has arrived
+    assert rules_of(trained(level, 6.0)) == []  # half a run may have brought more than a tenth of the fall
 
 
 def test_a_decay_that_came_too_early() -> None:
@@ -291,16 +292,30 @@ def test_underfitting_only_where_a_target_is_known() -> None:
         assert rules_of(rule) == expected
 
 
-def test_data_sorted_by_class_are_told() -> None:
+def in_the_same_order(pattern: Callable[[int], float]) -> list[Any]:
+    """What is said of an order that is the same in each epoch: a factor of each batch beside the level."""
     rule, chance = CurvesRule(), random.Random(0)
     for epoch in range(12):
         for batch in range(40):
             level = 2.3 * 0.8 ** (epoch + batch / 40)
-            rule.update(
-                level * (1 + 0.8 * (batch // 10 % 2)) + chance.gauss(0, 0.02), 0.1, 40 * epoch + batch, batch / 40
-            )
-    finding = next(finding for finding in rule.findings() if finding.rule == "periodic training loss")
+            rule.update(level * (1 + pattern(batch)) + chance.gauss(0, 0.02), 0.1, 40 * epoch + batch, batch / 40)
+    return [finding for finding in rule.findings() if finding.rule == "periodic training loss"]
+
+
+def test_data_sorted_by_class_are_told() -> None:
+    (finding,) = in_the_same_order(lambda batch: 0.8 * (batch // 10 % 2))
     assert finding.severity == "warning"
+    assert "neighbouring batches are alike" in finding.message
+    assert finding.advice == "The data come in the same order in each epoch: shuffle."
+
+
+def test_an_order_that_is_the_same_but_not_sorted_may_be_meant() -> None:
+    heights = [random.Random(batch).random() for batch in range(40)]
+    (finding,) = in_the_same_order(heights.__getitem__)
+    assert finding.severity == "info"
+    assert "neighbouring" not in finding.message
+    assert finding.advice.endswith("shuffle, if that was not meant.")
+    assert in_the_same_order(lambda batch: 0.03 * (batch // 10 % 2)) == []  # too small to matter
 
 
 def test_bad_arguments_are_refused() -> None:
