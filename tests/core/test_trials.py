@@ -128,8 +128,13 @@ def test_what_a_grad_scaler_skips_is_normal() -> None:
 
 
 def test_long_curves_are_thinned_out() -> None:
-    outcome = judged(falling(1000))
-    assert 200 < len(outcome.losses) <= 300
+    losses = falling(1000)
+    outcome = judged(losses)
+    assert outcome.losses == tuple(losses[::4])
+    assert outcome.loss == pytest.approx(sum(losses[-100:]) / 100)  # of the last tenth
+    assert len(judged(falling(300)).losses) == 300
+    nothing = TrialRule(20).outcome()
+    assert (nothing.steps, nothing.losses) == (0, ())
 
 
 def test_a_trial_rises_and_stays() -> None:

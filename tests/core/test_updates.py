@@ -151,6 +151,7 @@ def explodes(share: float) -> float:
         (lambda share: 3e-4, learns, None, None),  # slow weights and no harm done: fine-tuning
         (lambda share: 3e-4, stays, None, None),  # dead, or hopeless: the ratio cannot tell
         (lambda share: 1e-3 * share, creeps, lambda share: share, None),  # in its warmup
+        (lambda share: 1e-3, creeps, lambda share: min(share, 0.45), "too low"),
         (lambda share: 3e-2, learns, None, "too high"),
         (lambda share: 1.5e-2, learns, None, "too high"),
         (lambda share: 1e-1 if share < 0.3 else 1e-8, stays, None, "died"),
@@ -266,6 +267,7 @@ def test_the_bounds_of_the_verdict_are_those_of_its_table() -> None:
         (plain(5e-3, 0.29), plain(5e-3, 0.31), "too high for the start"),
         (plain(1.31e-3, loss=creeps), plain(1.29e-3, loss=creeps), "too low"),
         (plain(1.99e-2, loss=stays), plain(2.01e-2, loss=stays), "died"),
+        (plain(1e-3, 0.049, loss=stays), plain(1e-3, 0.051, loss=stays), "died"),  # a single one that stands out
         (plain(1.5e-2, count=19, every=11), plain(1.5e-2, count=20, every=11), "too high"),
         (plain(1.5e-2, count=40, every=5), plain(1.5e-2, count=41, every=5), "too high"),  # 196 updates, and 201
     ):
