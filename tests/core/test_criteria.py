@@ -99,6 +99,14 @@ def test_the_reduction_is_what_was_made_of_the_losses(
     torch.testing.assert_close(made, value)
 
 
+def test_other_outputs_are_judged_in_single_precision() -> None:
+    with torch.autocast("cpu", torch.bfloat16), Watch() as watch:
+        functional.mse_loss(torch.zeros(5).bfloat16().requires_grad_(), torch.ones(5).bfloat16())
+        value = watch.seen[0].value_at(torch.full((5,), 1 / 3))
+    assert value.dtype == torch.float32
+    assert float(value) == pytest.approx(4 / 9, rel=1e-6)
+
+
 def test_a_batch_of_nothing_is_not_noted() -> None:
     with Watch() as watch:
         functional.mse_loss(torch.zeros(0, 3).requires_grad_(), torch.zeros(0, 3))

@@ -63,7 +63,14 @@ def test_a_training_is_over_when_it_is_learnt_hopeless_or_not_finite() -> None:
 
 @pytest.mark.parametrize(
     ("curve", "stuck"),
-    [([1 - step / 200 for step in range(150)], False), ([0.3] * 150, True), ([0.9] * 150, True), ([0.05] * 150, False)],
+    [
+        ([1 - step / 200 for step in range(150)], False),
+        ([0.3] * 150, True),
+        ([0.9] * 150, True),
+        ([0.05] * 150, False),
+        ([0.4] * 100 + [0.35] * 50, False),
+        ([0.4] * 100 + [0.37] * 50, True),
+    ],
 )
 def test_a_training_is_stuck_that_has_learnt_nothing_or_gets_no_further(curve: list[float], stuck: bool) -> None:
     rule = FitRule()

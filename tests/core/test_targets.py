@@ -73,6 +73,13 @@ def test_the_best_constant_of_each_column() -> None:
                 loss(torch.zeros(rows.shape).requires_grad_(), rows, **more)
     of_kind = [constant_of(watch.seen[kind::3]).tolist() for kind in range(3)]
     assert of_kind[:2] == [pytest.approx([0.4, 0.6]), [0.0, 1.0]]
+    with Watch() as watch:
+        functional.mse_loss(torch.zeros(5).requires_grad_(), targets[:, 0])
+        functional.mse_loss(torch.zeros(5, 2).requires_grad_(), targets)
+        functional.binary_cross_entropy_with_logits(torch.zeros(5, 2).requires_grad_(), torch.ones(5, 2))
+    assert constant_of(watch.seen[:1]).tolist() == pytest.approx(0.4)
+    assert constant_of(watch.seen[:2]).tolist() == pytest.approx((2 * 0.4 + 0.6) / 3)
+    assert constant_of(watch.seen[2:]).isfinite().all()
     assert of_kind[2] == pytest.approx([math.log(3 * 0.4 / 0.6), math.log(2 * 0.6 / 0.4)])
 
 
@@ -83,7 +90,10 @@ def test_targets_far_from_0_or_large() -> None:
         return unnormalised(watch.seen, spread)
 
     unit = torch.tensor([1.0, -1.0] * 8)
-    assert said(unit) == ""
+    assert said(unit) == said(9.9 * unit) == said(9.9 * unit, spread=0.5) == said(19 * unit, spread=2.0) == ""
+    assert said(10.1 * unit) == "mean 0 and standard deviation 10.1"
+    assert said(unit + 2.9) == ""
+    assert said(unit - 3.1) != said(21 * unit, spread=2.0) != ""
     assert said(unit + 100) == said(unit + 100, loss=functional.l1_loss) == "mean 100 and standard deviation 1"
     assert said(unit - 100) == "mean -100 and standard deviation 1"
     assert said(1000 * unit) == "mean 0 and standard deviation 1e+03"

@@ -60,6 +60,15 @@ def test_the_first_certain_sign_ends_it() -> None:
     assert math.isnan(blown.loss)
 
 
+def test_a_block_is_ten_updates() -> None:
+    readings = Readings(TrialRule(60))
+    for _ in range(2):
+        assert [readings.add(torch.ones(()), torch.ones(())) for _ in range(10)] == [False] * 9 + [True]
+        assert not readings.read(lambda values: values + 1)  # the mean over ranks
+    assert readings.rule.losses == [2.0] * 20
+    assert not readings.read()
+
+
 @pytest.mark.parametrize("ends", [0, 3, 17, 29, 60])
 def test_blocks_are_judged_as_one_after_the_other(ends: int) -> None:
     losses = [*falling(ends), *([math.nan] * 40 if ends < 60 else [])]
@@ -235,6 +244,8 @@ def test_the_curves_are_drawn_where_they_were() -> None:
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
     below = {trial: replace(outcome, loss=outcome.loss - 1) for trial, outcome in outcomes.items()}
     assert replace(swept, outcomes=below).plot()[1].get_yscale() == "linear"
+    at_zero = {trial: replace(outcome, loss=max(0.0, outcome.loss - 0.5)) for trial, outcome in outcomes.items()}
+    assert replace(swept, outcomes=at_zero).plot()[1].get_yscale() == "linear"
     _, axes = swept.plot_curves()
     assert [(line.get_label(), line.get_linestyle(), line.get_xdata()[-1]) for line in axes.lines] == [
         ("0.1", "-", 99 * 5),  # of the longest trial
