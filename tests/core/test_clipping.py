@@ -298,6 +298,10 @@ def test_history_knows_the_percentiles_of_all_norms() -> None:
     assert sum(count for *_, count in history.histogram()) == 1502
     assert history.histogram()[0] == (0.0, 0.0, 2)
     assert NormHistory().percentile(90) == 0.0
+    octave = NormHistory()
+    for step in range(1000):
+        octave.add(1 + step / 1000, math.inf)
+    assert len(octave.histogram()) == 64
 
 
 def test_total_norm_is_the_norm_of_everything() -> None:

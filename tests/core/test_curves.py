@@ -128,6 +128,7 @@ def test_flat_at_a_constant_rate_is_told_and_since_when() -> None:
     assert rules_of(trained(level, 0.2, rate=lambda share: 0.1 * (1 - share))) == []
     assert rules_of(trained(level, 0.2, rate=lambda share: 0.1 if share < 0.2 else 0.01)) == []
     assert rules_of(trained(level, 0.001)) == []  # has arrived
+    assert rules_of(trained(level, 6.0)) == []  # half a run may have brought more than a tenth of the fall
 
 
 def test_a_decay_that_came_too_early() -> None:
@@ -291,16 +292,30 @@ def test_underfitting_only_where_a_target_is_known() -> None:
         assert rules_of(rule) == expected
 
 
-def test_data_sorted_by_class_are_told() -> None:
+def in_the_same_order(pattern: Callable[[int], float]) -> list[Any]:
+    """What is said of an order that is the same in each epoch: a factor of each batch beside the level."""
     rule, chance = CurvesRule(), random.Random(0)
     for epoch in range(12):
         for batch in range(40):
             level = 2.3 * 0.8 ** (epoch + batch / 40)
-            rule.update(
-                level * (1 + 0.8 * (batch // 10 % 2)) + chance.gauss(0, 0.02), 0.1, 40 * epoch + batch, batch / 40
-            )
-    finding = next(finding for finding in rule.findings() if finding.rule == "periodic training loss")
+            rule.update(level * (1 + pattern(batch)) + chance.gauss(0, 0.02), 0.1, 40 * epoch + batch, batch / 40)
+    return [finding for finding in rule.findings() if finding.rule == "periodic training loss"]
+
+
+def test_data_sorted_by_class_are_told() -> None:
+    (finding,) = in_the_same_order(lambda batch: 0.8 * (batch // 10 % 2))
     assert finding.severity == "warning"
+    assert "neighbouring batches are alike" in finding.message
+    assert finding.advice == "The data come in the same order in each epoch: shuffle."
+
+
+def test_an_order_that_is_the_same_but_not_sorted_may_be_meant() -> None:
+    heights = [random.Random(batch).random() for batch in range(40)]
+    (finding,) = in_the_same_order(heights.__getitem__)
+    assert finding.severity == "info"
+    assert "neighbouring" not in finding.message
+    assert finding.advice.endswith("shuffle, if that was not meant.")
+    assert in_the_same_order(lambda batch: 0.03 * (batch // 10 % 2)) == []  # too small to matter
 
 
 def test_bad_arguments_are_refused() -> None:
@@ -308,3 +323,82 @@ def test_bad_arguments_are_refused() -> None:
         CurvesRule(math.nan)
     with pytest.raises(TypeError, match="target_loss must be a number"):
         CurvesRule("low")  # type: ignore[arg-type]
+
+
+def told(rule: CurvesRule, name: str) -> Any:
+    return next(finding for finding in rule.findings() if finding.rule == name)
+
+
+def test_the_numbers_are_those_of_the_curves() -> None:
+    def near(**numbers: float) -> dict[str, Any]:
+        return {name: pytest.approx(value, abs=0.03) for name, value in numbers.items()}
+
+    slow = told(trained(lambda share: 2.3 - 0.4 * share), "falls too slowly")
+    assert slow.evidence == {**near(first_half=0.2, second_half=0.2), "error": slow.evidence["error"]}
+    assert 0 < slow.evidence["error"] < 0.05
+    assert "far from its end, 1.9" in slow.message
+    still = told(trained(lambda share: 2.303, 0.01), "training loss does not fall")
+    assert still.evidence == near(start=2.303, end=2.303)
+    flat = told(trained(lambda share: 0.5 + 2 * math.exp(-30 * share), 0.2), "falls fast, then flat")
+    assert flat.evidence["level"] == pytest.approx(0.5, abs=0.02)
+    assert abs(flat.evidence["change"]) < flat.evidence["error"] < 0.1
+    early = told(
+        trained(
+            lambda share: 2.3 - 3 * min(share, 0.3), 0.05, rate=lambda share: 0.1 if share < 0.3 else 0.01, steps=2000
+        ),
+        "decayed too early",
+    )
+    assert early.evidence["dropped_at"] == pytest.approx(600, abs=20)
+    assert early.evidence["before"] < -0.3
+    assert early.evidence["after"] == pytest.approx(0, abs=0.05)
+    assert "from 0.1 to 0.01" in early.message
+    rose = told(trained(lambda share: 2.0 + 8 * max(0.0, share - 0.5)), "diverged")
+    assert rose.evidence["start"] == pytest.approx(2.0, abs=0.2)
+    assert rose.evidence["peak"] == pytest.approx(6.0, abs=0.2)
+    assert rose.evidence["end"] == pytest.approx(5.8, abs=0.3)
+
+
+def test_the_numbers_are_those_of_validation_too() -> None:
+    gap = trained(
+        lambda share: 1.6 + 0.7 * math.exp(-20 * share), 0.1, rate=lambda share: 1 - share,
+        validation=lambda share: 0.5 + 1.8 * math.exp(-10 * share),
+    )  # fmt: skip
+    found = told(gap, "training loss above validation")
+    assert found.evidence["train"] == pytest.approx(1.6, abs=0.05)
+    assert found.evidence["fall"] == pytest.approx(1.8, abs=0.3)
+    never = told(
+        trained(
+            lambda share: 0.1 + 2.2 * math.exp(-5 * share), 0.1, rate=lambda share: 1 - share,
+            validation=lambda share: 2.3 + share,
+        ),
+        "validation never improves",
+    )  # fmt: skip
+    assert never.evidence["best"] == pytest.approx(2.3 + 1 / 30)
+    assert never.evidence["start"] == pytest.approx(2.3, abs=0.1)
+    assert never.evidence["end"] == pytest.approx(0.12, abs=0.05)
+    assert "(step 100)" in never.message
+    lost = told(trained(learned, validation=lambda share: math.inf if share > 0.9 else learned(share)), "diverged")
+    assert "is not finite since step 2,800" in lost.message
+    never_finite = told(trained(learned, validation=lambda share: math.nan), "diverged")
+    assert "since step 100" in never_finite.message
+    under = told(
+        trained(
+            lambda share: 0.3 + math.exp(-20 * share), 0.02, rate=lambda share: 1 - share,
+            validation=lambda share: 0.31 + math.exp(-20 * share), target_loss=0.1,
+        ),
+        "underfitting",
+    )  # fmt: skip
+    assert under.evidence == {
+        "end": pytest.approx(0.3, abs=0.01),
+        "target": 0.1,
+        "gap": pytest.approx(0.01, abs=0.01),
+    }
+    assert "at least 0.19 above the target of 0.1" in under.message
+    for checks, jumps in ((9, False), (10, True)):
+        rule = CurvesRule()
+        for check in range(checks):
+            rule.check(2 * math.exp(-check) + 0.2 * (-1) ** check, check)
+        assert ("validation jumps" in rules_of(rule)) == jumps
+    jumpy = told(rule, "validation jumps")
+    assert jumpy.evidence["noise"] == pytest.approx(0.48, abs=0.05)
+    assert jumpy.evidence["fall"] == pytest.approx(2.2 + 0.2, abs=0.05)

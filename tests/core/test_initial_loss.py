@@ -219,3 +219,54 @@ def test_outputs_that_are_all_alike_are_told() -> None:
 def test_inputs_that_are_not_finite_are_told() -> None:
     rule = judge(lambda o, t: CROSS(o, t) * math.nan, classes(), inputs=math.inf)
     assert "the inputs have NaN" in rule.findings()[0].message
+
+
+def said(rule: InitialLossRule, name: str) -> str:
+    return next(finding.message for finding in rule.findings() if finding.rule == name)
+
+
+def test_a_loss_that_nobody_knows_is_told_as_it_is_and_one_that_is_not_returned_too() -> None:
+    assert "is 0.5" in said(judge(lambda o, t: o.sum() * 0 + 0.5, classes()), "initial loss not judged")
+    rule = InitialLossRule()
+    rule.update(None, [])
+    assert "is not returned" in said(rule, "initial loss not judged")
+
+
+def test_without_penalties_none_are_told() -> None:
+    for penalty, told in ((0.0, False), (-0.5, True), (1e-4, False)):
+        rule = judge(lambda o, t, more=penalty: CROSS(o, t) + more, classes())
+        assert ("penalties add" in rule.findings()[0].message) == told
+    rule = InitialLossRule(expected=1.0)
+    rule.update(torch.tensor(1.0), [])
+    assert math.isnan(rule.penalty)
+
+
+def test_one_batch_has_no_interval() -> None:
+    rule = InitialLossRule(expected=1.0)
+    rule.update(torch.tensor(1.5), [])
+    (result,) = rule.results()
+    assert (result.loss, result.uniform, result.interval, result.batches) == (1.5, 1.0, math.inf, 1)
+    rule.update(torch.tensor(1.5), [], expected=2.0)  # of this very batch
+    (result,) = rule.results()
+    assert (result.loss, result.uniform, result.batches) == (1.5, 1.5, 2)
+
+
+def test_what_went_through_an_activation_without_a_call_is_known_by_its_values() -> None:
+    def rectified(outputs: Tensor, targets: Tensor) -> Tensor:
+        return CROSS(outputs * (outputs > 0), targets)
+
+    def shares(outputs: Tensor, targets: Tensor) -> Tensor:
+        exponents = outputs.exp()
+        return CROSS(exponents / exponents.sum(1, keepdim=True), targets)
+
+    assert rules(judge(rectified, classes()))[0] == ("activation on the logits", "warning")
+    assert rules(judge(shares, classes()))[0] == ("softmax applied twice", "warning")
+    assert rules(judge(lambda o, t: CROSS(o + 1, t), classes()))[0] == ("initial loss as expected", "info")  # above 0
+
+
+def test_a_few_classes_have_no_favourite() -> None:
+    favoured = "class 0 is favoured"
+    for outputs in (3, 4):
+        shift = torch.tensor([5.0, 0.0, 0.01, -0.01][:outputs])
+        rule = judge(CROSS, classes(outputs), outputs=outputs, scale=0.001, shift=shift)
+        assert (favoured in said(rule, "initial loss high")) == (outputs > 3)

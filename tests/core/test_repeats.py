@@ -27,3 +27,9 @@ def test_batches_without_inputs_have_no_repeats() -> None:
     assert repeats([torch.ones(3)], [torch.ones(3)]) == Repeats()
     assert repeats([], [torch.ones(3, 3)]) == Repeats()
     assert repeats(["text"], [torch.ones(0, 3)]) == Repeats()
+
+
+def test_the_inputs_are_the_first_tensor_with_examples_and_features() -> None:
+    images = torch.arange(12.0).view(6, 2)
+    batch = {"scale": torch.tensor(1.0), "labels": torch.zeros(6), "images": images, "masks": torch.ones(6, 2)}
+    assert repeats([batch], [images[:2]]) == Repeats(2, 6, 0)
