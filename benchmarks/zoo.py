@@ -23,6 +23,7 @@ import lightning.pytorch as pl
 import torch
 from _zoo import BROKEN, FRESH, HEALTHY, Case, Run, Training, bits, sigmoid_twice
 from _zoo_later import HEALTHY_LATER, LATER, broadcast
+from _zoo_unseen import UNSEEN
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
@@ -39,7 +40,7 @@ from lightning_recipes.callbacks.trials import seed_all
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.sweep import diagnose
 
-PARTS = {"broken": BROKEN, "fresh": FRESH, "later": LATER, "healthy": HEALTHY, "healthy-later": HEALTHY_LATER}
+PARTS = {"broken": BROKEN, "fresh": FRESH, "later": LATER, "unseen": UNSEEN, "healthy": HEALTHY, "healthy-later": HEALTHY_LATER}
 REGRESSION = (functional.mse_loss, functional.huber_loss, broadcast)
 SEVERITY = {"error": 0, "warning": 1, "info": 2}
 ALL_IS_WELL = {"initial loss as expected", "overfits a small sample", "sharpness", "done", "cannot tell"}
