@@ -345,7 +345,7 @@ class Accumulating(Free):
 
     @override
     def configure_optimizers(self) -> Any:
-        return [super().configure_optimizers() for _ in range(1 + self.twice)]
+        return [Free.configure_optimizers(self) for _ in range(1 + self.twice)]
 
 
 class BuiltInEvaluationMode(Training):
