@@ -17,9 +17,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from _zoo import Attention, Case, Letters, Recurrent, Run, Training, cnn, dead, letters, mlp, named, on_letters
+from _zoo import Attention, Case, Letters, Recurrent, Run, Training, cnn, letters, mlp, named, on_letters
 from _zoo import cosine as cosine
-from _zoo_later import Patches, Residual, Rows, table
+from _zoo_later import Patches, Rows, table
 from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
@@ -363,7 +363,7 @@ def copies(seed: int) -> Run:
     return on(cut(rows, labels, 3000, 1000, seed), Training(cnn(), rate=1e-3, optimizer="adamw"), batch=64)
 
 
-def raw_wine(seed: int, **more: Any) -> Run:
+def raw_wine(seed: int) -> Run:
     from sklearn.datasets import load_wine
 
     inputs, labels = load_wine(return_X_y=True)

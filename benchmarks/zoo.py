@@ -40,7 +40,14 @@ from lightning_recipes.callbacks.trials import seed_all
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.sweep import diagnose
 
-PARTS = {"broken": BROKEN, "fresh": FRESH, "later": LATER, "unseen": UNSEEN, "healthy": HEALTHY, "healthy-later": HEALTHY_LATER}
+PARTS = {
+    "broken": BROKEN,
+    "fresh": FRESH,
+    "later": LATER,
+    "unseen": UNSEEN,
+    "healthy": HEALTHY,
+    "healthy-later": HEALTHY_LATER,
+}
 REGRESSION = (functional.mse_loss, functional.huber_loss, broadcast)
 SEVERITY = {"error": 0, "warning": 1, "info": 2}
 ALL_IS_WELL = {"initial loss as expected", "overfits a small sample", "sharpness", "done", "cannot tell"}
@@ -69,6 +76,8 @@ def diagnosed(run: Run, held_out: tuple[Tensor, Tensor] | None) -> list[Finding]
     if not all(map(math.isfinite, (*train, *val, *(own or ())))):
         return []
     trivial = float(targets.var() if targets.is_floating_point() else -(prior * prior.log()).sum())
+    if trivial <= 0:
+        return []
     inputs: dict[str, Any] = {"train_inputs": run.train[0], "val_inputs": run.val[0]} if own is None else {}
     return [diagnose(train, val, trivial_loss=trivial, held_out_loss=own, **inputs).finding]
 

@@ -39,8 +39,8 @@ from lightning_recipes.core.dependence import (
     varied_examples,
 )
 from lightning_recipes.core.fits import LEARNT, Fit, FitRule, fit_of, flipped, helps, mean_loss, other_factors
-from lightning_recipes.core.overfit import Symptoms, activation_of, judge, nothing_to_train, shrinks
-from lightning_recipes.core.repeats import Repeats, repeats
+from lightning_recipes.core.overfit import Symptoms, activation_of, judge, nothing_to_train, shrinks, untrained
+from lightning_recipes.core.repeats import Repeats, repeats, target_column
 
 BATCH_NORM, DROPOUT = nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd
 MOST_VALIDATED = 50  # batches that training examples are looked for in
@@ -130,7 +130,10 @@ class OverfitCheck(pl.Callback):
         batch_norm = any(isinstance(module, BATCH_NORM) for module in pl_module.modules())
         examples = sum(map(examples_of, sample))
         seen = Symptoms(examples, trainable=counts[True], frozen=counts[False], batch_norm=batch_norm)
+        seen.untrained = untrained(pl_module)
         seen.repeats = self._repeats(trainer, pl_module)
+        with first_batches(trainer, pl_module) as batches:
+            seen.column = target_column(islice(batches, MOST_BATCHES))
         first = self._fit(trainer, pl_module, sample, 1.0, seen)
         self.fits, self.symptoms = [first], seen
         explained = first.learnt or flipped(self.fits) or seen.explained

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_recipes.core.criteria import Criterion
@@ -19,6 +20,7 @@ from lightning_recipes.core.updates import not_optimized
 RECIPE = "Karpathy, A recipe for training neural networks, 2019: http://karpathy.github.io/2019/04/25/recipe/"
 SHOT_UP = 10.0  # excess after which a sample that is learnt in the end is worth a word
 DROPS = 0.85  # probability of dropout above which a training can hardly go on
+MADE = 50  # weights, of which twice as many tell how they were made
 SHRINKS = 0.01  # of the weights, by which weight decay shrinks them in an update: no training in order comes near
 
 
@@ -34,6 +36,7 @@ class Symptoms:
         optimizers: How many.
         trainable: Parameters that require a gradient, in numbers.
         frozen: Those that do not.
+        untrained: Layers of these, by name, whose weights are the random ones that they were made with.
         unowned: Trainable parameters that no optimizer has, by name, and whether they get a gradient.
         without_gradient: Of those that an optimizer has, and that never had a gradient other than 0.
         zeros: Of these, matrices that start at 0.
@@ -41,6 +44,7 @@ class Symptoms:
         asleep: BatchNorm and dropout layers that the step leaves in evaluation mode, beside weights that are trained.
         awake: Whether there are others that are in training mode.
         repeats: Training examples that are validation examples, too.
+        column: Of the inputs that gives the target away, -1 if there is none.
         drops: The largest probability of dropout.
         shrinks: By how much weight decay shrinks the weights in an update, at most, as a share.
         alone: Excess in evaluation mode, of a sample of several batches that has been learnt in training mode with
@@ -60,6 +64,7 @@ class Symptoms:
     optimizers: int = 1
     trainable: int = 0
     frozen: int = 0
+    untrained: list[str] = field(default_factory=list)
     unowned: dict[str, bool] = field(default_factory=dict)
     without_gradient: list[str] = field(default_factory=list)
     zeros: list[str] = field(default_factory=list)
@@ -67,6 +72,7 @@ class Symptoms:
     asleep: list[str] = field(default_factory=list)
     awake: bool = False
     repeats: Repeats = field(default_factory=Repeats)
+    column: int = -1
     drops: float = 0.0
     shrinks: float = 0.0
     alone: float = math.nan
@@ -184,11 +190,11 @@ class _Judge:
                 "The targets are the tokens of the same positions, which a causal network can see.",
                 "Shift the targets by one position.",
             )
-        if found.column >= 0:
+        if seen.column >= 0:
             self.say(
                 "target among the inputs",
                 "warning",
-                f"Column {found.column} of the inputs equals the target in all {found.examples} examples.",
+                f"Column {seen.column} of the inputs gives the target away in all examples that were looked at.",
                 "Take it out of the inputs.",
             )
         elif seen.leaked and not found.future:
@@ -357,16 +363,19 @@ class _Judge:
             self._rate(sample)
 
     def frozen(self) -> None:
-        """Frozen parameters, where the sample was not learnt."""
+        """Frozen parameters, where the sample was not learnt or nobody has trained them."""
         seen = self.seen
-        if seen.frozen and not self.first.learnt:
-            self.say(
-                "frozen parameters",
-                "info",
-                f"{seen.frozen / (seen.frozen + seen.trainable):.0%} of the parameters are frozen, and"
-                f" {seen.examples} examples were not learnt.",
-                "Set requires_grad=True if they should be trained: frozen weights have to be pretrained ones.",
-            )
+        if not seen.frozen or (self.first.learnt and not seen.untrained):
+            return
+        share = f"{seen.frozen / (seen.frozen + seen.trainable):.0%} of the parameters are frozen"
+        random = f"{_names(seen.untrained, 'layers')} with the random weights that they were made with"
+        learnt = "were" if self.first.learnt else "were not"
+        self.say(
+            "frozen parameters",
+            "info",
+            f"{share}" + (f", {random}" if seen.untrained else "") + f"; {seen.examples} examples {learnt} learnt.",
+            "Set requires_grad=True if they should be trained: frozen weights have to be pretrained ones.",
+        )
 
     @property
     def _left(self) -> str:
@@ -442,6 +451,37 @@ def shrinks(optimizer: Optimizer, group: Mapping[str, Any], learning_rate: float
     if isinstance(optimizer, torch.optim.SGD):
         return decay / (1 - min(float(group["momentum"]), 0.99))
     return decay if isinstance(optimizer, torch.optim.AdamW) else 0.0
+
+
+def untrained(module: nn.Module) -> list[str]:
+    """Frozen layers, by name, whose weights are distributed just as torch initialises them: nobody has trained them.
+
+    Copies of parameters that are trained are left out: the target of a critic begins as one.
+
+    Example:
+        >>> module = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 10).requires_grad_(False))
+        >>> untrained(module)
+        ['1']
+    """
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return [
+        name
+        for name, each in module.named_modules()
+        if isinstance(each, nn.Linear | nn.modules.conv._ConvNd)
+        and not each.weight.requires_grad
+        and _is_as_made(each.weight)
+        and not any(other.shape == each.weight.shape and torch.equal(other, each.weight) for other in trained)
+    ]
+
+
+def _is_as_made(weight: Tensor) -> bool:
+    """Whether weights fill the interval of 1 over the root of the fan-in evenly, and nothing beyond."""
+    count, bound = weight.numel(), 1 / math.sqrt(weight[0].numel())
+    if count < 2 * MADE:
+        return False
+    share = weight.detach().float().abs() / bound  # uniform from 0 to 1, whose variance of squares is 4 / 45
+    off = abs(float(share.square().mean()) - 1 / 3) / math.sqrt(4 / 45 / count)
+    return float(share.max()) <= 1 + 1e-3 and float((share > 1 - 3 / MADE).float().sum()) > 0 and off < 4
 
 
 def activation_of(criteria: Sequence[Criterion]) -> str:

@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_recipes.core.criteria import Criterion
 
 LARGE = 10.0  # root mean square of inputs, or standard deviation of targets, that nobody has normalised
+PERMUTATIONS = 999
 FAR_OFF = 3.0  # standard deviations of the targets that their mean is from 0
 
 
@@ -91,3 +92,28 @@ def fit(outputs: Sequence[int], targets: Sequence[int]) -> bool:
 def commonest(labels: Tensor) -> float:
     """Share of the most frequent label."""
     return float(torch.unique(labels, return_counts=True)[1].max()) / len(labels)
+
+
+def clustered(batches: Sequence[Tensor]) -> bool:
+    """Whether labels differ more from batch to batch than in any of 999 shuffles of them.
+
+    Example:
+        >>> labels = torch.arange(64) // 16
+        >>> clustered(labels.split(8)), clustered(labels.view(4, 16).T.flatten().split(8))
+        (True, False)
+    """
+    labels = torch.cat([batch.cpu() for batch in batches])
+    one_hot = torch.nn.functional.one_hot(torch.unique(labels, return_inverse=True)[1]).float()
+    sizes = torch.tensor([len(batch) for batch in batches])
+    of = torch.arange(len(batches)).repeat_interleave(sizes)
+
+    def spread(rows: Tensor) -> float:
+        """By Pearson's statistic, but for what no shuffle changes."""
+        counts = torch.zeros(len(batches), rows.shape[1]).index_add(0, of, rows)
+        return float((counts.square() / rows.sum(0) / sizes[:, None]).sum())
+
+    chance = torch.Generator().manual_seed(0)
+    seen = spread(one_hot)
+    return all(
+        spread(one_hot[torch.randperm(len(labels), generator=chance)]) < seen - 1e-6 for _ in range(PERMUTATIONS)
+    )

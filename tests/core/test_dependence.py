@@ -32,7 +32,6 @@ def test_an_ordinary_step() -> None:
     found = look(classify(), BATCH)
     assert (found.examples, found.inputs, found.used, found.targets_given) == (8, 1, True, True)
     assert [found.mixed, found.fed, found.alike, found.future, found.copied] == [False] * 5
-    assert found.column == -1
     assert len(found.zeroed) == 1
 
 
@@ -64,12 +63,6 @@ def test_targets_made_in_the_step_are_known_as_such() -> None:
     found = look(step, BATCH)
     assert not found.targets_given
     assert not found.mixed
-
-
-def test_a_column_that_is_the_target() -> None:
-    leaked = BATCH[0].clone()
-    leaked[:, 4] = BATCH[1].float()
-    assert look(classify(), (leaked, BATCH[1])).column == 4
 
 
 def test_a_target_that_is_fed_to_the_network() -> None:

@@ -50,6 +50,12 @@ def nearly_sorted() -> Callable[[], Tensor]:
     return lambda: next(following)
 
 
+def rarely_sorted() -> Callable[[], Tensor]:
+    """All of one class but for the end, where the next one begins."""
+    following = itertools.cycle((torch.arange(640) >= 620).long().split(64))
+    return lambda: next(following)
+
+
 def rules(rule: InitialLossRule) -> list[tuple[str, str]]:
     return [(finding.rule, finding.severity) for finding in rule.findings()]
 
@@ -81,6 +87,7 @@ CROSS = functional.cross_entropy
         (CROSS, rare, {"outputs": 2}, ("imbalanced classes", "info")),
         (CROSS, lambda: torch.full((64,), 3), {}, ("labels all alike", "warning")),
         (CROSS, nearly_sorted(), {}, ("labels all alike", "warning")),
+        (CROSS, rarely_sorted(), {"outputs": 2}, ("labels all alike", "warning")),
         (lambda o, t: CROSS(o, t) * math.nan, classes(), {}, ("initial loss not finite", "error")),
         (lambda o, t: (o**2).mean(), classes(), {}, ("initial loss not judged", "info")),
         (lambda o, t: (o**2).mean(), classes(), {"expected": 0.01}, ("initial loss as expected", "info")),
