@@ -232,7 +232,8 @@ class Autoencoder(nn.Module):
 
     @override
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.both(inputs)[0]
+        outputs: Tensor = self.both(inputs)[0]
+        return outputs
 
     def both(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         mean, spread = self.encoder(inputs).chunk(2, 1)
@@ -251,8 +252,8 @@ def variational(weight: float) -> Callable[[Any, Batch], Tensor]:
 
 def deep(width: int, layers: int) -> nn.Module:
     """Tanh, no residuals, weights of a tenth of what keeps the variance."""
-    net = mlp(width, *[32] * layers, 10, activation=nn.Tanh)
-    for layer in net:
+    net: nn.Module = mlp(width, *[32] * layers, 10, activation=nn.Tanh)
+    for layer in net.children():
         if isinstance(layer, nn.Linear):
             nn.init.normal_(layer.weight, std=0.3 / math.sqrt(layer.in_features))
     return net
@@ -261,7 +262,8 @@ def deep(width: int, layers: int) -> nn.Module:
 def embed(net: Any, two: Tensor) -> Tensor:
     """Squared distances of the embeddings."""
     first, second = net(two[:, 0]), net(two[:, 1])
-    return ((first - second) ** 2).sum(1)
+    distances: Tensor = ((first - second) ** 2).sum(1)
+    return distances
 
 
 def contrastive(root: bool) -> Callable[[Any, Batch], Tensor]:
@@ -302,8 +304,8 @@ def in_order(inputs: Tensor, targets: Tensor) -> Batch:
     return inputs[order], targets[order]
 
 
-def frozen_head(net: nn.Sequential) -> nn.Module:
-    net[-1].requires_grad_(False)
+def frozen_head(net: nn.Module) -> nn.Module:
+    [*net.children()][-1].requires_grad_(False)
     return net
 
 
@@ -409,9 +411,8 @@ class SlowAverage(Training):
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
-        self.average = torch.optim.swa_utils.AveragedModel(
-            self.net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9999)
-        )
+        average: Any = torch.optim.swa_utils
+        self.average = average.AveragedModel(self.net, multi_avg_fn=average.get_ema_multi_avg_fn(0.9999))
         self.average.requires_grad_(False)
 
     @override

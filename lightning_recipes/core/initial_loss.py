@@ -96,6 +96,7 @@ class _Group:
         self.changes: list[float] = []
         self.means: list[Tensor] = []
         self.no_log = True
+        self.tokens: list[Tensor] = []  # of the inputs, where they are as many as the targets
 
     def update(self, calls: list[Criterion]) -> None:
         zero = torch.zeros(self.classes if self.kind == "classes" else ())
@@ -236,12 +237,12 @@ class InitialLossRule:
         Args:
             loss: That the training step returned, if any.
             criteria: That it is made of.
-            inputs: Floating-point tensors of the batch that are no targets.
+            inputs: Tensors of the batch that are no targets.
             expected: The expected loss of this very batch.
         """
         value = math.nan if loss is None else float(loss.detach())
         values = [call.mean for call in criteria]
-        for tensor in inputs:
+        for tensor in filter(torch.is_floating_point, inputs):
             numbers = tensor.detach().float()
             self._broken_inputs |= not bool(numbers.isfinite().all())
             self._inputs.append((float(numbers.mean()), float(numbers.square().mean().sqrt())))
@@ -264,6 +265,7 @@ class InitialLossRule:
         for key, same in calls.items():
             group = self._groups.setdefault(key, _Group(same[0].name, same[0]))
             group.update(same)
+            group.tokens += [each for each in inputs if not each.is_floating_point() and each.dim() == 2][:1]
 
     def results(self) -> list[InitialLoss]:
         """What was measured, of each criterion, and of the loss if something was expected."""
@@ -448,14 +450,14 @@ class _Say:
         return self("targets broadcast", "error", message, "Give both the same shape: targets.view_as(outputs).")
 
     def padded(self, group: _Group) -> bool:
-        share, label = padding([call.targets for batch in group.whole_batches for call in batch])
+        share, label = padding([call.targets for batch in group.whole_batches for call in batch], group.tokens)
         if share < PADDED or label == group.calls[0][0].arguments.get("ignore_index"):
             return False
         message = (
-            f"{share:.0%} of the targets are {label}, in runs to the end of their rows and nowhere else: padding, which"
-            " the loss counts."
+            f"{share:.0%} of the targets are those of padding, in runs to the end of their rows: all are {label}, and"
+            " the loss counts them."
         )
-        return self("padding counted", "warning", message, f"Leave it out: ignore_index={label}.")
+        return self("padding counted", "warning", message, "Leave them out: set them to ignore_index.")
 
     def sorted(self, group: _Group) -> bool:
         labels = [torch.cat([call.targets[call.valid] for call in batch]) for batch in group.whole_batches]

@@ -69,18 +69,37 @@ def unnormalised(calls: Sequence[Criterion], spread: float) -> str:
     return f"mean {mean:.3g} and standard deviation {deviation:.3g}"
 
 
-def padding(targets: Sequence[Tensor]) -> tuple[float, int]:
-    """Share of the targets that are of the class that rows end with, if all of that class are there; and the class."""
-    if not targets or any(each.dim() != 2 or each.shape[1] < 2 for each in targets):
+def padding(targets: Sequence[Tensor], tokens: Sequence[Tensor] = ()) -> tuple[float, int]:
+    """Share of the targets of sequences that are those of padding, and the class that they are.
+
+    Padding is a class, or else a token of the input, that rows end with, and that is nowhere else; the targets of such
+    tokens are all the same.
+
+    Args:
+        targets: Classes, of shape (batch, positions).
+        tokens: Of the inputs, of the same shapes; none if there are none such.
+    """
+    found = _trailing(targets)
+    if found is None and [each.shape for each in tokens] == [each.shape for each in targets]:
+        found = _trailing(tokens)
+    if found is None:
         return 0.0, -1
-    last = torch.cat([each[:, -1].cpu() for each in targets])
+    filled = torch.cat([each.flatten().cpu() for each in targets])[found]
+    if bool((filled != filled[0]).any()):
+        return 0.0, -1
+    return float(found.float().mean()), int(filled[0])
+
+
+def _trailing(rows: Sequence[Tensor]) -> Tensor | None:
+    """Where rows are filled up to their end with what is nowhere else, as one mask for all; None if they are not."""
+    if not rows or any(each.dim() != 2 or each.shape[1] < 2 for each in rows):
+        return None
+    last = torch.cat([each[:, -1].cpu() for each in rows])
     label = int(last.mode().values)
-    is_label = [each.cpu() == label for each in targets]
-    trailing = [each.flip(1).cummin(1).values.flip(1) for each in is_label]  # to the end of the row
-    found, at_the_end = (sum(int(each.sum()) for each in masks) for masks in (is_label, trailing))
-    if found > at_the_end or found < 2 * int((last == label).sum()):
-        return 0.0, label
-    return found / sum(each.numel() for each in targets), label
+    is_label = [each.cpu() == label for each in rows]
+    trailing = torch.cat([each.flip(1).cummin(1).values.flip(1).flatten() for each in is_label])  # to the end of a row
+    found, at_the_end = sum(int(each.sum()) for each in is_label), int(trailing.sum())
+    return None if found > at_the_end or found < 2 * int((last == label).sum()) else trailing
 
 
 def fit(outputs: Sequence[int], targets: Sequence[int]) -> bool:
