@@ -245,7 +245,8 @@ class Autoencoder(nn.Module):
 def variational(weight: float) -> Callable[[Any, Batch], Tensor]:
     def step(net: Any, batch: Batch) -> Tensor:
         outputs, divergence = net.both(batch[0])
-        return functional.mse_loss(outputs, batch[1]) + weight / 64 * divergence
+        loss: Tensor = functional.mse_loss(outputs, batch[1]) + weight / 64 * divergence
+        return loss
 
     return step
 
@@ -507,7 +508,8 @@ class GroupAtZero(Training):
     @override
     def configure_optimizers(self) -> Any:
         net: Any = self.net
-        groups = [{"params": net.body.parameters()}, {"params": net.last.parameters(), "lr": 0.0}]
+        others = [each for name, each in net.named_parameters() if not name.startswith("last")]
+        groups = [{"params": others}, {"params": net.last.parameters(), "lr": 0.0}]
         return torch.optim.AdamW(groups, self.rate)
 
 

@@ -30,6 +30,7 @@ WOBBLES = 0.02  # of the fall: spread of the step losses above which a flat curv
 SLOW = 0.5  # of the fall in the first half, that the second one brings where the learning rate is too low
 STUCK = 0.02  # of the loss at the start: a run in which it changes by less has learned nothing
 DEAD = 0.01  # of the highest learning rate: below it a run goes nowhere
+RISES = 1.5  # times higher at the end than in the half before: the run ends in a warmup or at the top of a cycle
 DROP = 2.0  # times lower within a twentieth of the run: the learning rate was dropped
 PERIODIC = 26.0  # a chi-squared with 6 degrees of freedom exceeds it once in 5,000 times
 SEEN = 0.03  # of the fall, from where on a period is told
@@ -180,7 +181,7 @@ class Reading:
         of_checks = self.never_improves() or self.of_checks() or self.still_falls()
         mine: list[Callable[[], Finding | None]] = [self.jumps]
         if self.readable:
-            mine += [self.does_not_fall, self.falls_too_slowly, self.decayed_too_early, self.periodic]
+            mine += [self.rate_rises, self.does_not_fall, self.falls_too_slowly, self.decayed_too_early, self.periodic]
             mine += [self.underfits, self.learns_less, self.flat]
         found = [*filter(None, (look() for look in mine))]
         if of_checks is not None and of_checks.rule == "validation never improves":  # to learn it faster is no help
@@ -241,6 +242,22 @@ class Reading:
             " belong to the loss.",
             start=first,
             end=self.end,
+        )
+
+    def rate_rises(self) -> Finding | None:
+        """The run ends while its learning rate goes up, and by much."""
+        half = self.rates[len(self.rates) // 2 :]
+        if not half[-1] > max(RISES * min(half), 0.5 * self.highest):
+            return None
+        lowest = half.index(min(half)) - len(half)
+        return self.found(
+            "learning rate rises",
+            "info",
+            f"The learning rate went up from {min(half):.2g} at step {self.bins[lowest].last:,} to {half[-1]:.2g} at"
+            " the end, where it should be low.",
+            "Make warmup and cycles shorter than the run: does the schedule count updates, and how many?",
+            lowest=min(half),
+            end=half[-1],
         )
 
     def falls_too_slowly(self) -> Finding | None:

@@ -1,6 +1,7 @@
 """Whether the loss before the first update is what it should be, and if not, why."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -221,7 +222,7 @@ class InitialLossRule:
         self._groups: dict[str, _Group] = {}
         self._totals: list[float] = []
         self._sums: list[float] = []
-        self._inputs: list[tuple[float, float]] = []
+        self._inputs: list[float] = []  # the largest root mean square of each
         self._finite = True
         self._broken_inputs = False
 
@@ -245,7 +246,8 @@ class InitialLossRule:
         for tensor in filter(torch.is_floating_point, inputs):
             numbers = tensor.detach().float()
             self._broken_inputs |= not bool(numbers.isfinite().all())
-            self._inputs.append((float(numbers.mean()), float(numbers.square().mean().sqrt())))
+            columns = numbers if numbers.dim() == 2 else numbers.flatten()[:, None]  # those of a table have their own
+            self._inputs.append(float(columns.square().mean(0).max().sqrt()))
         if not all(map(math.isfinite, values)) or (loss is not None and not math.isfinite(value)):
             self._finite = False
             return
@@ -308,11 +310,12 @@ class InitialLossRule:
                 say.summed(result, call.positions)
             say.sorted(group) or say.off_centre(group, result)
         named = bool(say.findings)
-        large = max((size for _, size in self._inputs), default=0.0)
+        large = max(self._inputs, default=0.0)
         for result in results:
             told = (self.expectations and result.criterion != "loss") or say.far(result, large, named)
             if not named and not say.imbalanced(result) and not told:
                 say.as_expected(result)
+        say.beside(large, self.penalty, statistics.fmean(self._sums) if self._sums else math.inf)
         for key, result in judged.items():
             say.dead(self._groups[key], result)
         return say.findings
@@ -363,6 +366,23 @@ class _Say:
             f"The training step returns {total:.4g}, minus its criterion, {value:.4g}: training makes it worse.",
             "Return the criterion itself.",
         )
+
+    def beside(self, large: float, penalty: float, criteria: float) -> None:
+        """What is said of the inputs and of the other terms of the loss, whatever the criteria are."""
+        if penalty > abs(criteria):
+            self(
+                "penalty outweighs the loss",
+                "info",
+                f"The criteria are {criteria:.4g}, and the training step returns {penalty:.4g} beside them.",
+                "Scale the other terms down, if that was not meant.",
+            )
+        if large > LARGE and not any("not normalised" in finding.message for finding in self.findings):
+            self(
+                "inputs not normalised",
+                "info",
+                f"The inputs are not normalised: the largest of them have a root mean square of {large:.3g}.",
+                "Bring each feature to mean 0 and standard deviation 1, or begin with a layer that does.",
+            )
 
     def squashed(self, group: _Group, result: InitialLoss) -> bool:
         found = next((name for name in SQUASHED if name in group.activations), "")

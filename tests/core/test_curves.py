@@ -156,6 +156,23 @@ def test_a_decay_in_the_first_tenth_of_a_run(seed: int) -> None:
     assert (finding.rule, finding.severity) == ("decayed too early", "warning")
 
 
+@pytest.mark.parametrize(
+    ("rate", "told"),
+    [
+        (lambda share: 1e-3 * share, True),  # a warmup that never ends
+        (lambda share: 1 + math.cos(6 * math.pi * share + math.pi), False),  # three cycles
+        (lambda share: 1.01 - math.cos(5 * math.pi * share), True),  # that end at the top
+        (lambda share: min(1.0, 20 * share), False),
+        (lambda share: 0.5 if share < 0.7 else 0.6, False),
+        (lambda share: 1.0 if share < 0.3 else 0.1 + 0.2 * share, False),
+        (lambda share: 0.0, False),
+        (lambda share: math.nan, False),
+    ],
+)
+def test_a_learning_rate_that_rises_to_the_end(rate: Callable[[float], float], told: bool) -> None:
+    assert ("learning rate rises" in rules_of(trained(learned, 0.1, rate=rate))) is told
+
+
 def test_a_rate_that_is_halved_again_and_again_until_nothing_goes_on() -> None:
     assert rules_of(trained(until_a_twelfth, rate=lambda share: 0.1 * 0.5 ** int(60 * share))) == ["decayed too early"]
     in_time = trained(lambda share: 2.3 - 3 * min(share, 0.6), rate=lambda share: 0.1 * 0.5 ** int(10 * share))

@@ -149,6 +149,29 @@ def test_targets_of_another_shape_are_broadcast() -> None:
     assert "targets broadcast" not in dict(one_for_all)
 
 
+def test_other_terms_of_the_loss_and_large_inputs_are_told_beside() -> None:
+    def penalised(weight: float) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda o, t: CROSS(o, t) + weight
+
+    assert ("penalty outweighs the loss", "info") in rules(judge(penalised(3.0), classes()))
+    assert rules(judge(penalised(2.0), classes())) == [("initial loss as expected", "info")]
+    assert rules(judge(CROSS, classes(), inputs=120.0))[1:] == [("inputs not normalised", "info")]
+    told = judge(CROSS, classes(), inputs=120.0, scale=3.0).findings()
+    assert [finding.rule for finding in told] == ["initial loss high"]
+    assert "not normalised" in told[0].message
+
+
+def test_one_large_column_of_a_table_is_enough() -> None:
+    rule = InitialLossRule()
+    for _ in range(3):
+        labels, inputs = torch.randint(10, (64,), generator=CHANCE), torch.randn(64, 30, generator=CHANCE)
+        inputs[:, 7] *= 20
+        with Watch() as watch:
+            loss = CROSS(torch.zeros(64, 10, requires_grad=True) * 1, labels)
+        rule.update(loss, watch.part_of(loss), [inputs])
+    assert ("inputs not normalised", "info") in rules(rule)
+
+
 def sequences(lengths: tuple[int, int], padding: int) -> Callable[[], Tensor]:
     """Rows of 12 labels, filled up."""
 
