@@ -1,6 +1,7 @@
 """Learn a handful of examples by heart before training starts: what cannot do that has a bug."""
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import wraps
@@ -39,7 +40,8 @@ from lightning_recipes.core.dependence import (
     varied_examples,
 )
 from lightning_recipes.core.fits import LEARNT, Fit, FitRule, fit_of, flipped, helps, mean_loss, other_factors
-from lightning_recipes.core.overfit import Symptoms, activation_of, judge, nothing_to_train, shrinks, untrained
+from lightning_recipes.core.frozen import untrained
+from lightning_recipes.core.overfit import Symptoms, activation_of, judge, nothing_to_train, shrinks
 from lightning_recipes.core.repeats import Repeats, repeats, target_column
 
 BATCH_NORM, DROPOUT = nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd
@@ -287,8 +289,9 @@ class _Drive(pl.Callback):
         if self.seen is None:
             return
         self.seen.optimizers = len(trainer.optimizers)
-        owned = {id(each) for optimizer in trainer.optimizers for each in parameters_of(optimizer)}
+        owned = Counter(id(each) for optimizer in trainer.optimizers for each in parameters_of(optimizer))
         for name, parameter in pl_module.named_parameters():
+            self.seen.shared += [name] if owned[id(parameter)] > 1 else []
             if parameter.requires_grad and id(parameter) in owned:
                 self._without[name] = parameter
             elif parameter.requires_grad:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_recipes.core.criteria import Criterion
@@ -20,7 +19,6 @@ from lightning_recipes.core.updates import not_optimized
 RECIPE = "Karpathy, A recipe for training neural networks, 2019: http://karpathy.github.io/2019/04/25/recipe/"
 SHOT_UP = 10.0  # excess after which a sample that is learnt in the end is worth a word
 DROPS = 0.85  # probability of dropout above which a training can hardly go on
-MADE = 50  # weights, of which twice as many tell how they were made
 SHRINKS = 0.01  # of the weights, by which weight decay shrinks them in an update: no training in order comes near
 
 
@@ -38,6 +36,7 @@ class Symptoms:
         frozen: Those that do not.
         untrained: Layers of these, by name, whose weights are the random ones that they were made with.
         unowned: Trainable parameters that no optimizer has, by name, and whether they get a gradient.
+        shared: Parameters that several optimizers have, by name.
         without_gradient: Of those that an optimizer has, and that never had a gradient other than 0.
         zeros: Of these, matrices that start at 0.
         unmoved: Of those that had one, and stayed what they were.
@@ -66,6 +65,7 @@ class Symptoms:
     frozen: int = 0
     untrained: list[str] = field(default_factory=list)
     unowned: dict[str, bool] = field(default_factory=dict)
+    shared: list[str] = field(default_factory=list)
     without_gradient: list[str] = field(default_factory=list)
     zeros: list[str] = field(default_factory=list)
     unmoved: list[str] = field(default_factory=list)
@@ -160,6 +160,13 @@ class _Judge:
             names = [name for name, has in seen.unowned.items() if has is has_gradient]
             if names:
                 self.findings.append(not_optimized(names, has_gradient))
+        if seen.shared:
+            self.say(
+                "parameters in several optimizers",
+                "info",
+                f"{_names(seen.shared)} belong to more than one optimizer: each update moves them again.",
+                "Give each parameter to one optimizer, unless it has several objectives.",
+            )
         if seen.carried:
             self.say(
                 "gradients not set to zero",
@@ -451,37 +458,6 @@ def shrinks(optimizer: Optimizer, group: Mapping[str, Any], learning_rate: float
     if isinstance(optimizer, torch.optim.SGD):
         return decay / (1 - min(float(group["momentum"]), 0.99))
     return decay if isinstance(optimizer, torch.optim.AdamW) else 0.0
-
-
-def untrained(module: nn.Module) -> list[str]:
-    """Frozen layers, by name, whose weights are distributed just as torch initialises them: nobody has trained them.
-
-    Copies of parameters that are trained are left out: the target of a critic begins as one.
-
-    Example:
-        >>> module = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 10).requires_grad_(False))
-        >>> untrained(module)
-        ['1']
-    """
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return [
-        name
-        for name, each in module.named_modules()
-        if isinstance(each, nn.Linear | nn.modules.conv._ConvNd)
-        and not each.weight.requires_grad
-        and _is_as_made(each.weight)
-        and not any(other.shape == each.weight.shape and torch.equal(other, each.weight) for other in trained)
-    ]
-
-
-def _is_as_made(weight: Tensor) -> bool:
-    """Whether weights fill the interval of 1 over the root of the fan-in evenly, and nothing beyond."""
-    count, bound = weight.numel(), 1 / math.sqrt(weight[0].numel())
-    if count < 2 * MADE:
-        return False
-    share = weight.detach().float().abs() / bound  # uniform from 0 to 1, whose variance of squares is 4 / 45
-    off = abs(float(share.square().mean()) - 1 / 3) / math.sqrt(4 / 45 / count)
-    return float(share.max()) <= 1 + 1e-3 and float((share > 1 - 3 / MADE).float().sum()) > 0 and off < 4
 
 
 def activation_of(criteria: Sequence[Criterion]) -> str:

@@ -209,6 +209,23 @@ class Decays(Classifier):
         return torch.optim.SGD(self.parameters(), 0.1, momentum=0.9, weight_decay=0.5)
 
 
+class Twice(Classifier):
+    """Two optimizers have all parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        for optimizer in self.optimizers():  # type: ignore[union-attr]
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [super(Twice, self).configure_optimizers() for _ in range(2)]
+
+
 class Accumulates(Classifier):
     """By hand, and right: two backward passes for an update."""
 
@@ -247,6 +264,7 @@ def check(folder: Path, module: Any, inputs: Any = None, shuffle: bool = True, *
         (Mixes, ["examples mixed", "overfits a small sample"]),
         (Blind, ["input without information", "no gradient"]),
         (Frozen, ["nothing to train"]),
+        (Twice, ["parameters in several optimizers", "overfits a small sample"]),
         (Zeros, ["no gradient", "input without information"]),
         (ZeroHead, ["overfits a small sample"]),
         (Decays, ["weight decay too large", "overfits a small sample"]),

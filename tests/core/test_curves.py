@@ -164,7 +164,7 @@ def test_a_decay_in_the_first_tenth_of_a_run(seed: int) -> None:
         (lambda share: 1.01 - math.cos(5 * math.pi * share), True),  # that end at the top
         (lambda share: min(1.0, 20 * share), False),
         (lambda share: 0.5 if share < 0.7 else 0.6, False),
-        (lambda share: 1.0 if share < 0.3 else 0.1 + 0.2 * share, False),
+        (lambda share: 1.0 if share < 0.3 else 0.01 + 0.3 * share, False),
         (lambda share: 0.0, False),
         (lambda share: math.nan, False),
     ],

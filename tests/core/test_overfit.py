@@ -1,17 +1,15 @@
-import copy
 import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional
 
 from lightning_recipes.core.criteria import Criterion, Watch
 from lightning_recipes.core.dependence import Dependence
 from lightning_recipes.core.fits import Fit
-from lightning_recipes.core.overfit import Symptoms, activation_of, judge, nothing_to_train, shrinks, untrained
+from lightning_recipes.core.overfit import Symptoms, activation_of, judge, nothing_to_train, shrinks
 
 TARGETS = torch.tensor([0, 1, 2, 2])
 GIVEN = Dependence(examples=16, targets_given=True, inputs=1, used=True)
@@ -78,6 +76,7 @@ TEN = replace(LEARNT, factor=10.0)
         ([FAILED], {"without_gradient": ["a", "b", "c", "d"]}, ("no gradient", "warning")),
         ([LEARNT], {"without_gradient": ["a"]}, ("no gradient", "info")),
         ([LEARNT], {"unmoved": ["a"]}, ("updates lost", "info")),
+        ([LEARNT], {"shared": ["a"]}, ("parameters in several optimizers", "info")),
         ([LEARNT], {"mixed": True}, ("examples mixed", "warning")),
         ([LEARNT], {"future": True}, ("the future is seen", "error")),
         ([LEARNT], {"copied": True}, ("target is the input", "warning")),
@@ -126,21 +125,3 @@ def test_what_weight_decay_alone_does_to_the_weights() -> None:
             weight.grad = torch.zeros_like(weight)
             optimizer.step()
         assert 1 - weight.item() / before == pytest.approx(expected, rel=0.06)
-
-
-def test_frozen_layers_that_nobody_has_trained() -> None:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(8, 16, 3), nn.Linear(100, 20), nn.Linear(100, 20), nn.Linear(4, 4))
-    assert untrained(net) == []
-    assert untrained(net.requires_grad_(False)) == ["0", "1", "2"]  # of 16 weights it cannot be told
-    with torch.no_grad():
-        net[0].weight.mul_(1.2)
-        net[1].weight.add_(0.02 * torch.randn(20, 100))
-        net[2].weight.normal_(std=0.03).clamp_(-0.1, 0.1)
-    assert untrained(net) == []
-
-
-def test_the_target_of_a_critic_is_no_frozen_layer() -> None:
-    critic = nn.Linear(100, 20)
-    target = copy.deepcopy(critic).requires_grad_(False)
-    assert untrained(nn.ModuleList([critic, target])) == []
