@@ -62,10 +62,15 @@ class OverfitCheck(pl.Callback):
     without dropout and weight decay, until no more than 3 % is left of the loss of the best constant output. If it does
     not get there in ``max_steps`` it has three times as many, and other learning rates are tried, so that the finding
     can say which would do.
-    Beside, it is seen whether every trainable parameter is in an optimizer, has a gradient and moves; whether gradients
-    are set to zero; whether the outputs depend on the inputs, on other examples of the batch (in evaluation mode, in
-    which BatchNorm does not mix them), on tokens that are to be predicted; whether targets are inputs; and whether an
-    activation stands between the logits and the loss.
+    Beside, it is seen whether every trainable parameter is in one optimizer, has a gradient and moves; whether frozen
+    layers have their first random weights; whether gradients are set to zero; whether the outputs depend on the inputs,
+    on other examples of the batch (in evaluation mode, in which BatchNorm does not mix them), on tokens that are to be
+    predicted; whether targets are inputs, or a column of them tells the target; and whether an activation stands
+    between the logits and the loss.
+
+    What cannot be seen before training: labels that do not belong to their inputs (they are learnt by heart, too), data
+    whose noise hides the signal, a network that is too small for more than the sample, and layers that share weights by
+    mistake, as some networks do on purpose.
 
     Findings are warnings where the network surely has a defect; where the loss is of another kind, has other terms, or
     belongs to several optimizers, they are information. The training that follows is bit for bit the one without this
