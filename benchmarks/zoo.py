@@ -58,7 +58,8 @@ def losses(module: Training, data: tuple[Tensor, Tensor]) -> list[float]:
     criterion = functional.mse_loss if module.loss in REGRESSION else functional.cross_entropy
     module.eval()
     with torch.no_grad():
-        chunks = zip(torch.split(data[0][:500], 10), torch.split(data[1][:500], 10), strict=True)
+        inputs = module.trainer.precision_plugin.convert_input(data[0][:500])
+        chunks = zip(torch.split(inputs, 10), torch.split(data[1][:500], 10), strict=True)
         return [float(criterion(module(inputs), targets)) for inputs, targets in chunks]
 
 

@@ -30,6 +30,7 @@ WOBBLES = 0.02  # of the fall: spread of the step losses above which a flat curv
 SLOW = 0.5  # of the fall in the first half, that the second one brings where the learning rate is too low
 STUCK = 0.02  # of the loss at the start: a run in which it changes by less has learned nothing
 DEAD = 0.01  # of the highest learning rate: below it a run goes nowhere
+ALIVE = 0.2  # of a run, which is hardly one if its learning rate is dead from there on
 RISES = 1.5  # times higher at the end than in the half before: the run ends in a warmup or at the top of a cycle
 DROP = 2.0  # times lower within a twentieth of the run: the learning rate was dropped
 PERIODIC = 26.0  # a chi-squared with 6 degrees of freedom exceeds it once in 5,000 times
@@ -317,7 +318,27 @@ class Reading:
 
     def decayed_too_early(self) -> Finding | None:
         """Flat after the learning rate went down, while the loss was still falling before it."""
-        return next(filter(None, (self._lost_by(*decay) for decay in self._decays())), None)
+        return next(filter(None, (self._lost_by(*decay) for decay in self._decays())), None) or self._idle()
+
+    def _idle(self) -> Finding | None:
+        """Hardly a part of the run had a learning rate to speak of, whatever the loss was before."""
+        alive = self._alive
+        if not 0 < alive <= ALIVE * len(self.rates):
+            return None
+        step = self.bins[alive - 1].last
+        return self.found(
+            "decayed too early",
+            "info",
+            f"The learning rate has been below a hundredth of its highest, {self.highest:.2g}, since step {step:,} of"
+            f" {self.step:,}.",
+            "Let it decay over the whole run: does the schedule count epochs, and is it asked every batch?",
+            dropped_at=step,
+        )
+
+    @property
+    def _alive(self) -> int:
+        """Bins up to the last one with a learning rate of a hundredth of the highest."""
+        return max((at + 1 for at, rate in enumerate(self.rates) if rate >= DEAD * self.highest), default=0)
 
     def _decays(self) -> Iterable[tuple[int, int, int]]:
         """Where a constant rate drops, or stays below a hundredth of the highest; with what lies before and after."""
@@ -327,7 +348,7 @@ class Reading:
             if dropped and max(rates[at // 2 : at]) <= 1.3 * min(rates[at // 2 : at]):
                 yield at // 2, at, at + window
                 break
-        alive = max((at + 1 for at, rate in enumerate(rates) if rate >= DEAD * self.highest), default=0)
+        alive = self._alive
         if 2 * BLOCKS <= alive <= len(rates) // 2:
             yield alive // 3, alive, alive
 

@@ -18,6 +18,7 @@ from lightning_recipes.core.updates import not_optimized
 
 RECIPE = "Karpathy, A recipe for training neural networks, 2019: http://karpathy.github.io/2019/04/25/recipe/"
 SHOT_UP = 10.0  # excess after which a sample that is learnt in the end is worth a word
+VALIDATED = 30  # examples below which a validation says little
 DROPS = 0.85  # probability of dropout above which a training can hardly go on
 SHRINKS = 0.01  # of the weights, by which weight decay shrinks them in an update: no training in order comes near
 
@@ -216,12 +217,22 @@ class _Judge:
     def _set_up(self) -> None:
         """What is wrong with how data and modes are set up."""
         seen = self.seen
-        if seen.repeats.is_leak:
+        repeats = seen.repeats
+        if repeats.is_leak:
             self.say(
                 "validation data in the training data",
-                "warning",
-                f"{seen.repeats.found} of {seen.repeats.examples} training examples are validation examples, too.",
+                "warning" if repeats.is_sure else "info",
+                f"{repeats.found} of {repeats.examples} training examples are validation examples, too"
+                + (f"; {repeats.natural} are like an earlier one of training." if repeats.natural else "."),
                 "Split before anything is repeated or augmented: validation says nothing about data that were learnt.",
+            )
+        if 0 < repeats.validation < VALIDATED:
+            self.say(
+                "few validation examples",
+                "info",
+                f"Validation has {repeats.validation} examples: a share of them is known to"
+                f" ± {1 / math.sqrt(repeats.validation):.0%} at worst.",
+                "Validate on more, or by cross-validation.",
             )
         if seen.drops > DROPS:
             self.say(

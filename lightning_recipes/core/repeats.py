@@ -24,16 +24,23 @@ class Repeats:
         found: How many.
         examples: Training examples that were looked at.
         natural: Examples among them that are the same as an earlier one.
+        validation: Validation examples that were looked at.
     """
 
     found: int = 0
     examples: int = 0
     natural: int = 0
+    validation: int = 0
 
     @property
     def is_leak(self) -> bool:
+        """Whether there are enough that it matters."""
+        return self.found >= max(LEAST, SHARE * self.examples)
+
+    @property
+    def is_sure(self) -> bool:
         """Whether there are more than data repeat by themselves."""
-        return self.found >= max(LEAST, SHARE * self.examples, NATURAL * self.natural)
+        return self.is_leak and self.found >= NATURAL * self.natural
 
 
 def repeats(train: Iterable[Any], val: Iterable[Any]) -> Repeats:
@@ -51,9 +58,9 @@ def repeats(train: Iterable[Any], val: Iterable[Any]) -> Repeats:
         3
     """
     rows = [row for batch in train for row in _rows(batch)]
-    held_out = {row for batch in val for row in _rows(batch)}
+    held_out = [row for batch in val for row in _rows(batch)]
     once = set(rows)
-    return Repeats(len(once & held_out), len(rows), len(rows) - len(once))
+    return Repeats(len(once & {*held_out}), len(rows), len(rows) - len(once), len(held_out))
 
 
 def target_column(batches: Iterable[Any]) -> int:

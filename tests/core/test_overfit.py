@@ -10,6 +10,7 @@ from lightning_recipes.core.criteria import Criterion, Watch
 from lightning_recipes.core.dependence import Dependence
 from lightning_recipes.core.fits import Fit
 from lightning_recipes.core.overfit import Symptoms, activation_of, judge, nothing_to_train, shrinks
+from lightning_recipes.core.repeats import Repeats
 
 TARGETS = torch.tensor([0, 1, 2, 2])
 GIVEN = Dependence(examples=16, targets_given=True, inputs=1, used=True)
@@ -76,6 +77,11 @@ TEN = replace(LEARNT, factor=10.0)
         ([FAILED], {"without_gradient": ["a", "b", "c", "d"]}, ("no gradient", "warning")),
         ([LEARNT], {"without_gradient": ["a"]}, ("no gradient", "info")),
         ([LEARNT], {"unmoved": ["a"]}, ("updates lost", "info")),
+        ([LEARNT], {"repeats": Repeats(9, 90, 3)}, ("validation data in the training data", "warning")),
+        ([LEARNT], {"repeats": Repeats(9, 90, 4)}, ("validation data in the training data", "info")),
+        ([LEARNT], {"repeats": Repeats(1, 90, 4)}, ("overfits a small sample", "info")),
+        ([LEARNT], {"repeats": Repeats(0, 90, 0, 29)}, ("few validation examples", "info")),
+        ([LEARNT], {"repeats": Repeats(0, 90, 0, 30)}, ("overfits a small sample", "info")),
         ([LEARNT], {"shared": ["a"]}, ("parameters in several optimizers", "info")),
         ([LEARNT], {"mixed": True}, ("examples mixed", "warning")),
         ([LEARNT], {"future": True}, ("the future is seen", "error")),

@@ -12,23 +12,25 @@ def test_repeated_examples_are_counted_once_each_whatever_their_dtype() -> None:
         images = images.to(dtype) if dtype != torch.bfloat16 else torch.randn(40, 10).bfloat16()
         labels = torch.zeros(40, dtype=torch.long)
         train = [(images[:16], labels[:16]), {"x": images[16:32], "y": labels[16:32]}]
-        assert repeats(train, [(images[28:], labels[28:])]) == Repeats(4, 32, 0)
+        assert repeats(train, [(images[28:], labels[28:])]) == Repeats(4, 32, 0, 12)
 
 
 def test_what_repeats_by_itself_is_no_leak() -> None:
     coins = torch.randint(2, (320, 4), generator=torch.Generator().manual_seed(0))
     found = repeats([coins[:160]], [coins[160:]])
     assert found.found == 16
-    assert not found.is_leak
-    assert Repeats(10, 320, 3).is_leak
-    assert not Repeats(10, 320, 4).is_leak
+    assert found.is_leak
+    assert not found.is_sure
+    assert Repeats(10, 320, 3).is_sure
+    assert not Repeats(10, 320, 4).is_sure
     assert not Repeats(2, 20, 0).is_leak
+    assert not Repeats(2, 20, 0).is_sure
     assert not Repeats(5, 320, 0).is_leak  # below two per cent
 
 
 def test_batches_without_inputs_have_no_repeats() -> None:
     assert repeats([torch.ones(3)], [torch.ones(3)]) == Repeats()
-    assert repeats([], [torch.ones(3, 3)]) == Repeats()
+    assert repeats([], [torch.ones(3, 3)]) == Repeats(validation=3)
     assert repeats(["text"], [torch.ones(0, 3)]) == Repeats()
 
 
