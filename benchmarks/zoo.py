@@ -22,6 +22,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from _zoo import BROKEN, FRESH, HEALTHY, Case, Run, Training, bits, sigmoid_twice
+from _zoo_last import HEALTHY_LAST, LAST
 from _zoo_later import HEALTHY_LATER, LATER, broadcast
 from _zoo_unseen import UNSEEN
 from torch import Tensor
@@ -45,8 +46,10 @@ PARTS = {
     "fresh": FRESH,
     "later": LATER,
     "unseen": UNSEEN,
+    "last": LAST,
     "healthy": HEALTHY,
     "healthy-later": HEALTHY_LATER,
+    "healthy-last": HEALTHY_LAST,
 }
 REGRESSION = (functional.mse_loss, functional.huber_loss, broadcast)
 SEVERITY = {"error": 0, "warning": 1, "info": 2}
