@@ -308,7 +308,7 @@ class InitialLossRule:
                 continue
             if not say.squashed(group, result) and call.reduction == "sum" and call.positions > 1 and summed:
                 say.summed(result, call.positions)
-            say.sorted(group) or say.off_centre(group, result)
+            say.sorted(group) or say.several(group) or say.off_centre(group, result)
         named = bool(say.findings)
         large = max(self._inputs, default=0.0)
         for result in results:
@@ -494,6 +494,21 @@ class _Say:
             f" ({len(torch.unique(every))} classes in {len(every):,} labels)."
         )
         return self("labels all alike", "warning", message, "Shuffle the training data; look at the labels.")
+
+    def several(self, group: _Group) -> bool:
+        shares = [call.targets for batch in group.calls for call in batch if call.targets.is_floating_point()]
+        if group.kind != "classes" or not shares:
+            return False
+        sums = torch.cat([each.detach().float().sum(1 if each.dim() > 1 else 0).flatten() for each in shares])
+        off = float(((sums - 1).abs() > 0.01).float().mean())
+        if off < 0.05:
+            return False
+        message = (
+            f"{off:.0%} of the targets of {group.name} do not sum to 1 (their mean sum is {float(sums.mean()):.3g}): they"
+            " are no shares of classes that exclude each other."
+        )
+        advice = "Classes that an example may have several of need binary_cross_entropy_with_logits."
+        return self("targets do not sum to 1", "info", message, advice)
 
     def off_centre(self, group: _Group, result: InitialLoss) -> bool:
         targets = group.unnormalised

@@ -161,6 +161,16 @@ def test_other_terms_of_the_loss_and_large_inputs_are_told_beside() -> None:
     assert "not normalised" in told[0].message
 
 
+def test_targets_of_several_classes_at_once_are_no_shares() -> None:
+    def shares() -> Tensor:
+        return torch.rand(64, 10, generator=CHANCE).softmax(1)
+
+    several = rules(judge(CROSS, lambda: (torch.rand(64, 10, generator=CHANCE) < 0.3).float()))
+    assert ("targets do not sum to 1", "info") in several
+    assert rules(judge(CROSS, shares)) == [("initial loss as expected", "info")]
+    assert "targets do not sum to 1" not in dict(rules(judge(binary, lambda: shares().round(), outputs=10)))
+
+
 def test_one_large_column_of_a_table_is_enough() -> None:
     rule = InitialLossRule()
     for _ in range(3):
