@@ -432,8 +432,9 @@ class Reading:
         first, best = self.first, checks.best
         learned = first - self.end
         sure = learned > max(6 * self.spread / math.sqrt(FIRST), FLAT * abs(first)) and trend(self.means).falls
-        if not sure or first - checks.values[best] > FLAT * learned:
-            return None
+        falls = checks.values[0] - checks.values[best] > max(FLAT * abs(checks.values[0]), 0.5 * learned)
+        if not sure or falls or first - checks.values[best] > FLAT * learned:
+            return None  # a loss that falls from a higher level is another one, as that of larger batches may be
         return self.found(
             "validation never improves",
             "warning",

@@ -504,8 +504,8 @@ class _Say:
         if off < 0.05:
             return False
         message = (
-            f"{off:.0%} of the targets of {group.name} do not sum to 1 (their mean sum is {float(sums.mean()):.3g}): they"
-            " are no shares of classes that exclude each other."
+            f"{off:.0%} of the targets of {group.name} do not sum to 1 (their mean sum is {float(sums.mean()):.3g}):"
+            " these are no shares of classes that exclude each other."
         )
         advice = "Classes that an example may have several of need binary_cross_entropy_with_logits."
         return self("targets do not sum to 1", "info", message, advice)

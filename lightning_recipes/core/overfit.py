@@ -323,7 +323,7 @@ class _Judge:
                 f"All targets of {sample} are the same, so that nothing can be told: the data seem to be sorted.",
                 "Shuffle the training data.",
             )
-        elif flipped(self.fits) and seen.optimizers == 1:
+        elif seen.known and flipped(self.fits) and seen.optimizers == 1:
             self.say(
                 "wrong sign of the loss",
                 "error",

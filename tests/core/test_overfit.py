@@ -88,6 +88,11 @@ TEN = replace(LEARNT, factor=10.0)
         ([LEARNT], {"copied": True}, ("target is the input", "warning")),
         ([LEARNT], {"column": 2}, ("target among the inputs", "warning")),
         ([LEARNT], {"leaked": True}, ("target among the inputs", "warning")),
+        (
+            [replace(FAILED, excess=math.inf, first_excess=math.nan, first_loss=-0.02, last_loss=-0.13)],
+            {"known": False},
+            ("small sample not learnt", "info"),
+        ),
         ([FAILED], {"known": False}, ("small sample not learnt", "info")),
         ([FAILED], {"targets_given": False}, ("small sample not learnt", "info")),
         ([FAILED], {"penalty": 0.3}, ("small sample not learnt", "info")),
