@@ -39,9 +39,10 @@ class LearningCurves(pl.Callback):
 
     At the end of fit it tells, each as a finding with the measured numbers: the loss diverged, does not fall, rises,
     falls too slowly, or fell fast and then stayed (at a constant rate); a decay of the learning rate that came too
-    early; overfitting and since when; a best check in the first tenth or the last quarter, or a run of few checks that
-    still falls; a validation that never improves, or jumps from check to check; a training loss far above it; a pattern
-    that all epochs share (data that are not shuffled); and, if ``target_loss`` says what would be good, underfitting.
+    early, or a rate that rises to the end; overfitting and since when; a best check in the first tenth or the last
+    quarter, or a run of few checks that still falls; a validation that never improves, or jumps from check to check; a
+    training loss far above it; a pattern that all epochs share (data that are not shuffled); and, if ``target_loss``
+    says what would be good, underfitting.
     At the first validation it tells of layers that are left in training mode. Where the noise does not allow it nothing
     is said, and nothing of a run of fewer than 100 batches; what an :class:`~lightning_recipes.EarlyStopping` beside it
     tells is left to that one. :meth:`findings` has the same at any moment.

@@ -262,7 +262,7 @@ class InstabilityDetector(pl.Callback):
         where = self._locate(pl_module, optimizer, update, found) if optimizer is not None else ""
         if optimizer is not None and found.kind == "not finite":
             where = _first_of_all(trainer, where)
-        finding = _finding(update, found, decision, where)
+        finding = _finding(update, found, decision, where, rivals=len(trainer.optimizers) > 1)
         since = update.step - self._seen.get(found.kind, -AGAIN)
         self._seen[found.kind] = update.step
         if since >= AGAIN or decision not in ("told", "cancelled"):
@@ -453,7 +453,7 @@ def _first_of_all(trainer: pl.Trainer, where: str) -> str:
     return f"first on rank {rank}, {where.removeprefix('first ')}" if len(set(said)) > 1 else where
 
 
-def _finding(update: _Update, found: Instability, decision: str, where: str) -> Finding:
+def _finding(update: _Update, found: Instability, decision: str, where: str, rivals: bool) -> Finding:
     towards = "down" if found.kind == "vanishing gradient" else "up"
     bound = "" if math.isinf(found.expected) else f", where {towards} to {found.expected:.3g} would have been normal"
     did = {
@@ -463,9 +463,10 @@ def _finding(update: _Update, found: Instability, decision: str, where: str) -> 
         "stopped": " The training was stopped with the last good state.",
         "raised": "",
     }[decision]
+    # Where optimizers work against each other a loss may well rise: what one of them wins another loses.
     return Finding(
         rule=found.kind,
-        severity="warning",
+        severity="info" if rivals and found.kind in ("divergence", "early instability") else "warning",
         message=f"The {found.signal} was {found.value:.3g} at batch {update.batch_idx} of epoch {update.epoch}{bound}"
         f"{f'; {where}' if where else ''}.{did}",
         advice=CURES[found.kind],

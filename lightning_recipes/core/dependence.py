@@ -34,7 +34,6 @@ class Dependence:
         next_token: Whether the targets are the inputs, one position later.
         future: Whether outputs depend on inputs that they are to predict.
         copied: Whether the targets are the inputs of the same positions.
-        column: Of the inputs that is equal to the target, -1 if there is none.
         least_loss: That the best network would have, as equal inputs have different targets (classes only).
         zeroed: The criterion with all inputs set to zero, where that leaves the targets alone.
     """
@@ -49,7 +48,6 @@ class Dependence:
     next_token: bool = False
     future: bool = False
     copied: bool = False
-    column: int = -1
     least_loss: float = 0.0
     zeroed: list[Criterion] = field(default_factory=list)
 
@@ -143,8 +141,6 @@ def look(run: Run, batch: Any) -> Dependence:
         found.mixed = _mixed(probe, leaves)
     _sequences(probe, leaves, found)
     single = len(before.rows) == found.examples
-    if single and inputs:
-        found.column = _column(before, [leaves[place] for place in inputs])
     if set(used) & set(inputs) or (single and found.fed and before.kind == "classes"):
         zeroed = probe({place: torch.zeros_like(leaves[place]) for place in inputs})
         if zeroed is not None and _same_targets(before, zeroed) and (single or not found.fed):
@@ -253,19 +249,3 @@ def _ambiguity(tokens: Tensor, wanted: Tensor, valid: Tensor) -> float:
     groups = [torch.tensor(list(seen.values()), dtype=torch.float64) for seen in follows.values() if len(seen) > 1]
     nats = sum(float(-(group * (group / group.sum()).log()).sum()) for group in groups)
     return nats / max(1, total)
-
-
-def _column(before: Criterion, inputs: list[Tensor]) -> int:
-    """Of a matrix of inputs, that is the target of each example."""
-    targets = before.targets.detach().float().flatten()
-    if targets.numel() != inputs[0].shape[0] or len(targets) < 8:
-        return -1
-    _, counts = torch.unique(targets, return_counts=True)
-    if int(counts.max()) > len(targets) - 4:
-        return -1
-    for leaf in inputs:
-        if leaf.dim() == 2:
-            found = (leaf.float() == targets[:, None]).all(0).nonzero().flatten().tolist()
-            if found:
-                return int(found[0])
-    return -1

@@ -157,6 +157,32 @@ def test_a_decay_in_the_first_tenth_of_a_run(seed: int) -> None:
     assert (finding.rule, finding.severity) == ("decayed too early", "warning")
 
 
+@pytest.mark.parametrize(
+    ("updates", "severity"), [(30, "info"), (60, "warning"), (150, "warning"), (600, ""), (3000, "")]
+)
+def test_a_rate_that_decays_at_once_is_told_whatever_the_loss_was(updates: int, severity: str) -> None:
+    """The rate is divided by e in so many updates of 3,000; after a few of them nothing is known of the loss."""
+    rule = trained(learned, 0.1, rate=lambda share: 0.1 * math.exp(-3000 * share / updates))
+    assert {each.rule: each.severity for each in rule.findings()}.get("decayed too early", "") == severity
+
+
+@pytest.mark.parametrize(
+    ("rate", "told"),
+    [
+        (lambda share: 1e-3 * share, True),  # a warmup that never ends
+        (lambda share: 1 + math.cos(6 * math.pi * share + math.pi), False),  # three cycles
+        (lambda share: 1.01 - math.cos(5 * math.pi * share), True),  # that end at the top
+        (lambda share: min(1.0, 20 * share), False),
+        (lambda share: 0.5 if share < 0.7 else 0.6, False),
+        (lambda share: 1.0 if share < 0.3 else 0.01 + 0.3 * share, False),
+        (lambda share: 0.0, False),
+        (lambda share: math.nan, False),
+    ],
+)
+def test_a_learning_rate_that_rises_to_the_end(rate: Callable[[float], float], told: bool) -> None:
+    assert ("learning rate rises" in rules_of(trained(learned, 0.1, rate=rate))) is told
+
+
 def test_a_rate_that_is_halved_again_and_again_until_nothing_goes_on() -> None:
     assert rules_of(trained(until_a_twelfth, rate=lambda share: 0.1 * 0.5 ** int(60 * share))) == ["decayed too early"]
     in_time = trained(lambda share: 2.3 - 3 * min(share, 0.6), rate=lambda share: 0.1 * 0.5 ** int(10 * share))
@@ -206,7 +232,12 @@ def test_a_validation_that_shows_nothing_of_what_is_learned() -> None:
     def falls(share: float) -> float:
         return 0.1 + 2.2 * math.exp(-5 * share)
 
-    for validation in (lambda share: 2.3 + share, lambda share: 3.0 - 0.6 * share, lambda share: 150.0):
+    for validation in (
+        lambda share: 2.3 + share,
+        lambda share: 3.0 - 0.6 * share,
+        lambda share: 150.0,
+        lambda share: 2e4 - 900 * share,
+    ):
         for checks in (3, 30):
             rule = trained(falls, 0.1, rate=lambda share: 1 - share, validation=validation, checks=checks, jump=0.05)
             assert rules_of(rule)[0] == "validation never improves"
@@ -214,6 +245,9 @@ def test_a_validation_that_shows_nothing_of_what_is_learned() -> None:
     assert rules_of(slowly) == ["validation never improves"]
     overfits = trained(falls, 0.1, rate=lambda share: 1 - share, validation=lambda share: 1.2 + 2 * (share - 0.3) ** 2)
     assert rules_of(overfits) == ["overfitting"]
+    # A contrastive loss is higher in the larger batches of validation, and falls there as well.
+    apart = trained(falls, 0.1, rate=lambda share: 1 - share, validation=lambda share: 2.5 + 2 * math.exp(-5 * share))
+    assert rules_of(apart) == []
     learns_nothing = trained(lambda share: 2.3, 0.1, validation=lambda share: 2.4)
     assert "validation never improves" not in rules_of(learns_nothing)
 

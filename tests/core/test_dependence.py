@@ -32,7 +32,6 @@ def test_an_ordinary_step() -> None:
     found = look(classify(), BATCH)
     assert (found.examples, found.inputs, found.used, found.targets_given) == (8, 1, True, True)
     assert [found.mixed, found.fed, found.alike, found.future, found.copied] == [False] * 5
-    assert found.column == -1
     assert len(found.zeroed) == 1
 
 
@@ -71,17 +70,6 @@ def test_targets_made_in_the_step_are_known_as_such() -> None:
     assert not found.mixed
 
 
-def test_a_column_that_is_the_target() -> None:
-    leaked = BATCH[0].clone()
-    leaked[:, 4] = BATCH[1].float()
-    assert look(classify(), (leaked, BATCH[1])).column == 4
-    assert look(classify(), (leaked[:7], BATCH[1][:7])).column == -1  # by chance
-    for of_one_class, column in ((4, 4), (5, -1)):
-        labels = torch.tensor([1] * of_one_class + [0] * (8 - of_one_class))
-        leaked[:, 4] = labels
-        assert look(classify(), (leaked, labels)).column == column
-
-
 def test_outputs_that_are_no_numbers_tell_nothing() -> None:
     found = look(classify(lambda x: x.cumsum(0) * torch.nan), BATCH)
     assert not found.mixed
@@ -92,7 +80,6 @@ def test_a_few_columns_of_numbers_are_no_tokens() -> None:
     batch = (torch.stack([BATCH[1] * 0, BATCH[1]], 1), BATCH[1])
     found = look(run(lambda b: functional.cross_entropy(b[0].float() @ torch.ones(2, 3), b[1])), batch)
     assert not found.next_token
-    assert found.column == 1
 
 
 def test_a_target_that_is_fed_to_the_network() -> None:

@@ -50,6 +50,12 @@ def nearly_sorted() -> Callable[[], Tensor]:
     return lambda: next(following)
 
 
+def rarely_sorted() -> Callable[[], Tensor]:
+    """All of one class but for the end, where the next one begins."""
+    following = itertools.cycle((torch.arange(640) >= 620).long().split(64))
+    return lambda: next(following)
+
+
 def rules(rule: InitialLossRule) -> list[tuple[str, str]]:
     return [(finding.rule, finding.severity) for finding in rule.findings()]
 
@@ -81,6 +87,7 @@ CROSS = functional.cross_entropy
         (CROSS, rare, {"outputs": 2}, ("imbalanced classes", "info")),
         (CROSS, lambda: torch.full((64,), 3), {}, ("labels all alike", "warning")),
         (CROSS, nearly_sorted(), {}, ("labels all alike", "warning")),
+        (CROSS, rarely_sorted(), {"outputs": 2}, ("labels all alike", "warning")),
         (lambda o, t: CROSS(o, t) * math.nan, classes(), {}, ("initial loss not finite", "error")),
         (lambda o, t: (o**2).mean(), classes(), {}, ("initial loss not judged", "info")),
         (lambda o, t: (o**2).mean(), classes(), {"expected": 0.01}, ("initial loss as expected", "info")),
@@ -140,6 +147,39 @@ def test_targets_of_another_shape_are_broadcast() -> None:
         warnings.simplefilter("ignore")
         one_for_all = rules(judge(lambda o, _: functional.mse_loss(o, torch.ones(1)), normal, outputs=1))
     assert "targets broadcast" not in dict(one_for_all)
+
+
+def test_other_terms_of_the_loss_and_large_inputs_are_told_beside() -> None:
+    def penalised(weight: float) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda o, t: CROSS(o, t) + weight
+
+    assert ("penalty outweighs the loss", "info") in rules(judge(penalised(3.0), classes()))
+    assert rules(judge(penalised(2.0), classes())) == [("initial loss as expected", "info")]
+    assert rules(judge(CROSS, classes(), inputs=120.0))[1:] == [("inputs not normalised", "info")]
+    told = judge(CROSS, classes(), inputs=120.0, scale=3.0).findings()
+    assert [finding.rule for finding in told] == ["initial loss high"]
+    assert "not normalised" in told[0].message
+
+
+def test_targets_of_several_classes_at_once_are_no_shares() -> None:
+    def shares() -> Tensor:
+        return torch.rand(64, 10, generator=CHANCE).softmax(1)
+
+    several = rules(judge(CROSS, lambda: (torch.rand(64, 10, generator=CHANCE) < 0.3).float()))
+    assert ("targets do not sum to 1", "info") in several
+    assert rules(judge(CROSS, shares)) == [("initial loss as expected", "info")]
+    assert "targets do not sum to 1" not in dict(rules(judge(binary, lambda: shares().round(), outputs=10)))
+
+
+def test_one_large_column_of_a_table_is_enough() -> None:
+    rule = InitialLossRule()
+    for _ in range(3):
+        labels, inputs = torch.randint(10, (64,), generator=CHANCE), torch.randn(64, 30, generator=CHANCE)
+        inputs[:, 7] *= 20
+        with Watch() as watch:
+            loss = CROSS(torch.zeros(64, 10, requires_grad=True) * 1, labels)
+        rule.update(loss, watch.part_of(loss), [inputs])
+    assert ("inputs not normalised", "info") in rules(rule)
 
 
 def sequences(lengths: tuple[int, int], padding: int) -> Callable[[], Tensor]:

@@ -77,15 +77,28 @@ TEN = replace(LEARNT, factor=10.0)
         ([FAILED], {"without_gradient": ["a", "b", "c", "d"]}, ("no gradient", "warning")),
         ([LEARNT], {"without_gradient": ["a"]}, ("no gradient", "info")),
         ([LEARNT], {"unmoved": ["a"]}, ("updates lost", "info")),
+        ([LEARNT], {"repeats": Repeats(9, 90, 3)}, ("validation data in the training data", "warning")),
+        ([LEARNT], {"repeats": Repeats(9, 90, 4)}, ("validation data in the training data", "info")),
+        ([LEARNT], {"repeats": Repeats(1, 90, 4)}, ("overfits a small sample", "info")),
+        ([LEARNT], {"repeats": Repeats(0, 90, 0, 29)}, ("few validation examples", "info")),
+        ([LEARNT], {"repeats": Repeats(0, 90, 0, 30)}, ("overfits a small sample", "info")),
+        ([LEARNT], {"shared": ["a"]}, ("parameters in several optimizers", "info")),
         ([LEARNT], {"mixed": True}, ("examples mixed", "warning")),
         ([LEARNT], {"future": True}, ("the future is seen", "error")),
         ([LEARNT], {"copied": True}, ("target is the input", "warning")),
         ([LEARNT], {"column": 2}, ("target among the inputs", "warning")),
         ([LEARNT], {"leaked": True}, ("target among the inputs", "warning")),
+        (
+            [replace(FAILED, excess=math.inf, first_excess=math.nan, first_loss=-0.02, last_loss=-0.13)],
+            {"known": False},
+            ("small sample not learnt", "info"),
+        ),
         ([FAILED], {"known": False}, ("small sample not learnt", "info")),
         ([FAILED], {"targets_given": False}, ("small sample not learnt", "info")),
         ([FAILED], {"penalty": 0.3}, ("small sample not learnt", "info")),
         ([FAILED], {"frozen": 1000}, ("frozen parameters", "info")),
+        ([LEARNT], {"frozen": 1000}, ("overfits a small sample", "info")),
+        ([LEARNT], {"frozen": 1000, "untrained": ["head"]}, ("frozen parameters", "info")),
         ([FAILED], {"trainable": 10}, ("small sample not learnt", "info")),
     ],
 )
@@ -208,7 +221,7 @@ def test_the_bounds_of_what_is_said_beside() -> None:
 def test_layers_in_evaluation_mode_and_names() -> None:
     assert found([LEARNT], asleep=["a"])[0] == ("evaluation mode in training", "warning")
     assert ("evaluation mode in training", "info") in found([LEARNT], asleep=["a"], awake=True)
-    assert "a, b, c and 1 more layers" in messages([LEARNT], asleep=list("abcd"))
+    assert "the layers a, b, c and 1 more are in" in messages([LEARNT], asleep=list("abcd"))
     assert "a, b, c are in" in messages([LEARNT], asleep=list("abc"))
     assert "a start at 0." in messages([FAILED], without_gradient=["a"], zeros=["a"])
     assert ("frozen parameters", "info") not in found([LEARNT], frozen=1000)

@@ -114,11 +114,21 @@ def test_whose_target_each_output_has() -> None:
 
 def test_padding_is_a_class_that_fills_rows_up_and_is_nowhere_else() -> None:
     rows = torch.tensor([[1, 2, 9, 9], [3, 9, 9, 9], [1, 2, 3, 4]])
-    assert padding([rows]) == (5 / 12, 9)
+    assert padding([rows]) == (pytest.approx(5 / 12), 9)
     assert padding([rows.flip(1)])[0] == 0
     assert padding([torch.tensor([[1, 9, 2, 9], [9, 1, 9, 9]])])[0] == 0
     assert padding([torch.tensor([1, 9, 9])]) == (0.0, -1)
-    assert padding([rows, torch.tensor([[5, 9]])]) == (6 / 14, 9)
+    assert padding([rows, torch.tensor([[5, 9]])]) == (pytest.approx(6 / 14), 9)
     assert padding([rows, torch.tensor([[9], [9]])]) == (0.0, -1)
     assert padding([torch.tensor([[1, 9], [2, 9], [3, 4]])])[0] == 0  # an end of every row, it may be
     assert padding([]) == (0.0, -1)
+
+
+def test_padding_of_the_inputs_may_have_the_target_of_something_else() -> None:
+    tokens = torch.tensor([[5, 6, 0, 0], [7, 0, 0, 0], [5, 6, 7, 8]])
+    kinds = torch.tensor([[1, 3, 3, 3], [2, 3, 3, 3], [3, 1, 3, 2]])
+    assert padding([kinds], [tokens]) == (pytest.approx(5 / 12), 3)
+    assert padding([kinds], [tokens[:, :3]]) == (0.0, -1)
+    assert padding([kinds], [torch.tensor([[5, 0, 0, 0], [0, 7, 0, 0], [5, 6, 7, 8]])]) == (0.0, -1)
+    kinds[0, 3] = 1  # has a meaning there
+    assert padding([kinds], [tokens]) == (0.0, -1)
