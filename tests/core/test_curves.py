@@ -304,7 +304,7 @@ def test_data_sorted_by_class_are_told() -> None:
 
 
 def test_bad_arguments_are_refused() -> None:
-    with pytest.raises(ValueError, match="target_loss must be a number"):
+    with pytest.raises(ValueError, match="target_loss must be a finite number"):
         CurvesRule(math.nan)
-    with pytest.raises(TypeError, match="target_loss must be a number"):
+    with pytest.raises(TypeError, match="target_loss must be a finite number"):
         CurvesRule("low")  # type: ignore[arg-type]
