@@ -284,7 +284,8 @@ class CriticalPointProbe(pl.Callback):
                 self._fail(trainer, surface, error)
                 return
         log_scalars(trainer, {"sharpness": spectrum.largest, "sharpness_over_limit": over_limit.value})
-        limit = f", {over_limit.value:.2g} of what the optimizer can stay at" if math.isfinite(over_limit.value) else ""
+        ratio = over_limit.value  # 0 where the learning rate has decayed to 0, which can stay anywhere
+        limit = f", {ratio:.2g} of what the optimizer can stay at" if 0 < ratio < math.inf else ""
         tell(
             trainer,
             Finding(

@@ -41,18 +41,21 @@ UNREAD = 1000  # updates at most until they are judged
 AGAIN = 100  # updates without it until an instability of a kind is told again
 KEPT = 2  # good states to go back to
 JUMPS = ("not finite", "spike", "burst", "exploding gradient")  # of one update, which can be cancelled
-ORDER = "in this order: warmup, gradient clipping, another optimizer, x + f(Norm(x)) instead of Norm(x + f(x)) with f"
-ORDER += " starting at 0, and a lower learning rate last"
+REST = (
+    "another optimizer, x + f(Norm(x)) instead of Norm(x + f(x)) with f starting at 0, and a lower learning rate last"
+)
+ORDER = f"in this order: warmup, gradient clipping, {REST}"
 CURES = {
     "not finite": "Look for an overflow, a division or a logarithm in the loss and for such values in the data.",
     "spike": f"If it comes again, {ORDER}.",
     "burst": f"Look at these batches; if they are sound, {ORDER}.",
-    "exploding gradient": f"Clip the gradients (PercentileGradientClipping); else, {ORDER}.",
+    "exploding gradient": f"Clip the gradients (PercentileGradientClipping); else, in this order: warmup, {REST}.",
     "vanishing gradient": "Units have died or saturated: warm up or cut the learning rate, look at initialisation and"
     " normalisation, and use residual connections.",
     "no progress": "Check labels and loss (can a small sample be overfitted?), and warm up or cut the learning rate.",
     "divergence": f"Stabilise the training, {ORDER}.",
-    "early instability": f"Warm the learning rate up, longer if it is already; else, {ORDER}.",
+    "early instability": "Warm the learning rate up, longer if it is already; else, in this order: gradient clipping,"
+    f" {REST}.",
     "GradScaler storm": "Train in bfloat16, or look for values that half precision cannot hold.",
 }
 
@@ -456,6 +459,8 @@ def _first_of_all(trainer: pl.Trainer, where: str) -> str:
 def _finding(update: _Update, found: Instability, decision: str, where: str, rivals: bool) -> Finding:
     towards = "down" if found.kind == "vanishing gradient" else "up"
     bound = "" if math.isinf(found.expected) else f", where {towards} to {found.expected:.3g} would have been normal"
+    if found.kind == "no progress":
+        bound = f", and {found.expected:.3g} at the start"
     did = {
         "told": "",
         "cancelled": " The update was cancelled.",

@@ -208,7 +208,8 @@ class SnapshotEnsemble(pl.Callback):
             raise MisconfigurationException(
                 f"{name}: {cycles} cycles"
                 + (f" with {self.schedule.warmup_steps} updates of warmup each" if self.schedule.warmup_steps else "")
-                + f" do not fit into a run of {run.steps:,.0f} updates"
+                + f" do not fit into a run of {run.steps:,.0f} updates: train longer"
+                + (f", or take {fitting}" if fitting else "")
             )
         return run
 

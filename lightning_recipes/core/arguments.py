@@ -21,8 +21,8 @@ def check_real(name: str, value: object, low: float, high: float) -> float:
             ...
         ValueError: percentile must be a number above 0 and below 100, got 100
     """
-    bounds = f" and below {high:g}" if math.isfinite(high) else ""
-    rule = f"{name} must be a number above {low:g}{bounds}" if math.isfinite(low) else f"{name} must be a finite number"
+    bounds = " and ".join(f"{side} {end:g}" for side, end in (("above", low), ("below", high)) if math.isfinite(end))
+    rule = f"{name} must be a number {bounds}" if bounds else f"{name} must be a finite number"
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{rule}, got {value!r}")
     number = float(value)

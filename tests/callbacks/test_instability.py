@@ -449,3 +449,12 @@ def test_deepspeed_is_refused(tmp_path: Path) -> None:
 def test_bad_arguments_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         InstabilityDetector(**arguments)
+
+
+def test_a_cure_names_a_measure_once_and_no_progress_is_told_against_the_start() -> None:
+    for cure in module_under_test.CURES.values():
+        assert cure.lower().count("warm") <= 1
+        assert cure.lower().count("gradient clipping") + cure.startswith("Clip ") <= 1
+    update = module_under_test._Update(0, 1.39, 0.1, 32, 0.05, step=308, epoch=4, batch_idx=56)
+    found = module_under_test._finding(update, Instability("no progress", "loss", 308, 1.39, 1.43), "told", "")
+    assert found.message == "The loss was 1.39 at batch 56 of epoch 4, and 1.43 at the start."

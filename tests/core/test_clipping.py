@@ -254,6 +254,13 @@ def test_clipped_fraction_and_typical_factor_are_those_of_the_window() -> None:
     assert (PercentileThreshold().clipped_fraction(), PercentileThreshold().typical_factor()) == (0.0, 1.0)
 
 
+def test_a_share_is_no_percentile() -> None:
+    with pytest.raises(
+        ValueError, match=r"percentile is in percent: at 0.9 nearly every update is clipped; 90 is usual"
+    ):
+        PercentileThreshold(percentile=0.9)
+
+
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [

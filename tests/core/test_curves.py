@@ -353,9 +353,9 @@ def test_an_order_that_is_the_same_but_not_sorted_may_be_meant() -> None:
 
 
 def test_bad_arguments_are_refused() -> None:
-    with pytest.raises(ValueError, match="target_loss must be a number"):
+    with pytest.raises(ValueError, match="target_loss must be a finite number"):
         CurvesRule(math.nan)
-    with pytest.raises(TypeError, match="target_loss must be a number"):
+    with pytest.raises(TypeError, match="target_loss must be a finite number"):
         CurvesRule("low")  # type: ignore[arg-type]
 
 

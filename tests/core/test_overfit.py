@@ -225,5 +225,5 @@ def test_layers_in_evaluation_mode_and_names() -> None:
     assert "a, b, c are in" in messages([LEARNT], asleep=list("abc"))
     assert "a start at 0." in messages([FAILED], without_gradient=["a"], zeros=["a"])
     assert ("frozen parameters", "info") not in found([LEARNT], frozen=1000)
-    assert "50% of the parameters are frozen, and 16 examples" in messages([FAILED], frozen=1000)
+    assert "50% of the parameters are frozen; 16 examples were not learnt" in messages([FAILED], frozen=1000)
     assert nothing_to_train(1234).message == "None of the 1,234 parameters requires a gradient."
