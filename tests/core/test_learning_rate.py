@@ -151,6 +151,17 @@ def test_a_stable_trial_is_judged_by_its_validation_loss() -> None:
     assert found.summary["sensitivity"] == pytest.approx((1 + 5 + 6) / 3 - 1)  # of the training losses
 
 
+def test_an_unstable_rate_counts_as_the_worst_there_is() -> None:
+    search = LearningRateSearch((0.1, 0.2, 0.4, 0.8, 1.6), 20, max_steps=20)
+    ends = (9.0, 6.0, 3.2, 2.6, math.nan)
+    outcomes = {
+        trial: Outcome(not math.isnan(loss), loss, 20, losses=(6.0,)) for trial, loss in zip(search.ask({}), ends)
+    }
+    best = search.result(outcomes).best
+    assert best is not None
+    assert best.learning_rate == 0.4  # 3.75, against 4.35; with the 6 before training 0.8 would have 3.6
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -175,6 +175,7 @@ def test_a_run_of_unknown_length_is_refused_by_what_needs_it(schedule: Schedule)
         (lambda: CyclicCosine(2, warmup_steps=-1), "warmup_steps must be"),
         (lambda: WarmupStableDecay(warmup_steps=-1, decay_steps=5), "warmup_steps must be"),
         (lambda: WarmupStableDecay(warmup_steps=5, decay_steps=-1), "decay_steps must be"),
+        (lambda: WarmupStableDecay(warmup_steps=5, shape="round"), "shape must be"),  # type: ignore[arg-type]
         (lambda: ReduceOnPlateau(gamma=1.0), "gamma must be"),
         (lambda: ReduceOnPlateau(max_cuts=0), "max_cuts must be"),
         (lambda: CyclicCosine(0), "cycles must be a whole number of at least 1"),

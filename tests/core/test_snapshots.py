@@ -54,6 +54,13 @@ def test_another_process_may_write_the_file(tmp_path: Path) -> None:
     assert rule.states() == [{"weight": torch.ones(1)}]
 
 
+def test_what_is_no_tensor_is_copied_too() -> None:
+    rule, extra = SnapshotRule("float16"), {"seen": [1]}
+    rule.keep({"_extra_state": extra})
+    extra["seen"].append(2)
+    assert rule.states() == [{"_extra_state": {"seen": [1]}}]
+
+
 def test_a_wrong_dtype_is_refused() -> None:
     with pytest.raises(ValueError, match="dtype must be 'same' or"):
         SnapshotRule("float8")
