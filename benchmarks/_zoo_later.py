@@ -429,7 +429,9 @@ LATER = [
             Training(Letters(Attention()), rate=1e-3, optimizer="adamw", schedule=endless_warmup, accuracy=False),
             epochs=4,
         ),
-        named(*SLOW, "best at the end", "warmup longer than the run"),
+        named(
+            *SLOW, "best at the end", "warmup longer than the run", "learning rate rises"
+        ),  # the last was written since
     ),
     Case("padding counted in the loss", padded, named("padding counted", "imbalanced classes")),
     Case(

@@ -90,7 +90,9 @@ class InstabilityDetector(pl.Callback):
     updates; of updates cancelled in a row the first has a line. Where it can be read at once (``action`` other than
     ``"warn"`` and ``"stop"``, or on a CPU), it also says where a value is not finite: in which tensor of the batch,
     parameter, gradient or optimizer state, or else, by one more ``training_step`` that leaves no trace, in which module
-    of the forward pass; and of an exploding gradient which parameters have most of it.
+    of the forward pass; and of an exploding gradient which parameters have most of it. With several optimizers, which
+    may be adversaries, a loss that rises is information and no warning; of a loss that is no measure of progress, as
+    that of a policy gradient, this callback is better left out.
 
     The actions:
 

@@ -432,9 +432,10 @@ class Reading:
         first, best = self.first, checks.best
         learned = first - self.end
         sure = learned > max(6 * self.spread / math.sqrt(FIRST), FLAT * abs(first)) and trend(self.means).falls
-        falls = checks.values[0] - checks.values[best] > max(FLAT * abs(checks.values[0]), 0.5 * learned)
+        level, since = checks.values[0], checks.train[0] - checks.train[-1]
+        falls = level - checks.values[best] > max(FLAT * abs(level), 0.5 * since)
         if not sure or falls or first - checks.values[best] > FLAT * learned:
-            return None  # a loss that falls from a higher level is another one, as that of larger batches may be
+            return None  # a loss that falls with that of training is only another one, as that of larger batches may be
         return self.found(
             "validation never improves",
             "warning",
