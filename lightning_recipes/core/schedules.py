@@ -44,17 +44,17 @@ class Run:
         return max(1, round(parse_duration(name, duration).in_updates(self.steps_per_epoch, self.steps)))
 
     def passed(self, step: int) -> float:
-        """The share of the run that lies behind at a step, at most 1: all of a run without an update.
+        """The share of the run that lies behind at a step, at most 1.
 
         Raises:
             ValueError: If nobody knows how long the run is.
         """
-        if not 0 <= self.steps < math.inf:
+        if not 0 < self.steps < math.inf:
             raise ValueError(
                 "the schedule needs the length of the run, which is not known here (a loader without length, or no"
                 " max_steps): give the number of steps"
             )
-        return min(step, self.steps) / self.steps if self.steps else 1.0
+        return min(step, self.steps) / self.steps
 
 
 class Schedule(ABC):
