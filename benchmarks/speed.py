@@ -1,6 +1,6 @@
 """What the recipes cost, beside their peers and the limits of the machine: one table of ratios for each question.
 
-    python benchmarks/speed.py [average] [clip] [threshold] [loop] [--seconds 10] [--models resnet,small,gpt2]
+    python benchmarks/speed.py [average] [clip] [threshold] [loop] [import] [--seconds 10] [--models resnet,small,gpt2]
 
 Peers are optional: pip install ema-pytorch zclip autoclip
 """
@@ -10,6 +10,8 @@ import importlib
 import logging
 import random
 import statistics
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -195,9 +197,32 @@ def measure_threshold(seconds: float) -> Times:
     return times
 
 
+# ------------------------------------------------------------------------------ import
+
+
+def measure_import(pairs: int) -> None:
+    """CPU time of fresh processes, user and system, in turn."""
+    resource: Any = importlib.import_module("resource")  # not on Windows
+
+    def seconds(code: str) -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-c", code], check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return float(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+
+    kinds = ["import lightning.pytorch", "import lightning.pytorch, lightning_recipes"]
+    for code in kinds:
+        seconds(code)  # compiles what is new
+    alone, both = zip(*(map(seconds, kinds) for _ in range(pairs)), strict=True)
+    shares = sorted(more / one - 1 for one, more in zip(alone, both, strict=True))
+    print(f"\nimport lightning.pytorch, median of {pairs} fresh processes: {statistics.median(alone):.2f} s here")
+    low, high = shares[pairs // 4], shares[3 * pairs // 4]
+    print(f"import lightning_recipes adds {statistics.median(shares):.1%} (half of the pairs: {low:.1%} to {high:.1%})")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    questions = ["average", "clip", "threshold", "loop"]
+    questions = ["average", "clip", "threshold", "loop", "import"]
     parser.add_argument("questions", nargs="*", default=questions, metavar="question", help=", ".join(questions))
     parser.add_argument("--seconds", type=float, default=10.0, help="for each table")
     parser.add_argument("--models", default="resnet,small", help="of resnet, small, gpt2")
@@ -216,6 +241,8 @@ def main() -> None:
         table("The threshold of one step, window 1,000", times, "numpy", "after 1,000 steps")
     if "loop" in options.questions:
         measure_steps(options.seconds)
+    if "import" in options.questions:
+        measure_import(15)
 
 
 if __name__ == "__main__":

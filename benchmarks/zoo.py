@@ -22,7 +22,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from _zoo import BROKEN, FRESH, HEALTHY, Case, Run, Training, bits, sigmoid_twice
+from _zoo_last import HEALTHY_LAST, LAST
 from _zoo_later import HEALTHY_LATER, LATER, broadcast
+from _zoo_unseen import UNSEEN
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
@@ -39,7 +41,16 @@ from lightning_recipes.callbacks.trials import seed_all
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.sweep import diagnose
 
-PARTS = {"broken": BROKEN, "fresh": FRESH, "later": LATER, "healthy": HEALTHY, "healthy-later": HEALTHY_LATER}
+PARTS = {
+    "broken": BROKEN,
+    "fresh": FRESH,
+    "later": LATER,
+    "unseen": UNSEEN,
+    "last": LAST,
+    "healthy": HEALTHY,
+    "healthy-later": HEALTHY_LATER,
+    "healthy-last": HEALTHY_LAST,
+}
 REGRESSION = (functional.mse_loss, functional.huber_loss, broadcast)
 SEVERITY = {"error": 0, "warning": 1, "info": 2}
 ALL_IS_WELL = {"initial loss as expected", "overfits a small sample", "sharpness", "done", "cannot tell"}
@@ -50,7 +61,8 @@ def losses(module: Training, data: tuple[Tensor, Tensor]) -> list[float]:
     criterion = functional.mse_loss if module.loss in REGRESSION else functional.cross_entropy
     module.eval()
     with torch.no_grad():
-        chunks = zip(torch.split(data[0][:500], 10), torch.split(data[1][:500], 10), strict=True)
+        inputs = module.trainer.precision_plugin.convert_input(data[0][:500])
+        chunks = zip(torch.split(inputs, 10), torch.split(data[1][:500], 10), strict=True)
         return [float(criterion(module(inputs), targets)) for inputs, targets in chunks]
 
 
@@ -68,6 +80,8 @@ def diagnosed(run: Run, held_out: tuple[Tensor, Tensor] | None) -> list[Finding]
     if not all(map(math.isfinite, (*train, *val, *(own or ())))):
         return []
     trivial = float(targets.var() if targets.is_floating_point() else -(prior * prior.log()).sum())
+    if trivial <= 0:
+        return []
     inputs: dict[str, Any] = {"train_inputs": run.train[0], "val_inputs": run.val[0]} if own is None else {}
     return [diagnose(train, val, trivial_loss=trivial, held_out_loss=own, **inputs).finding]
 

@@ -4,8 +4,11 @@ import io
 import multiprocessing
 import os
 import socket
+import sys
 import traceback
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,6 +64,31 @@ def _report(sender: Any, environment: dict[str, str], function: Callable[..., An
         torch.save((False, traceback.format_exc()), outcome)
     sender.send_bytes(outcome.getvalue())
     os._exit(0)  # nothing that belongs to the parent is to be cleaned up here
+
+
+def output_of(function: Callable[[], Any], arguments: list[str], folder: Path) -> str:
+    """What a script would print, run in a fork, which has imported already what takes longer than most of them."""
+
+    def run() -> None:
+        output = os.open(folder / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.chdir(folder)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        sys.argv = arguments
+        warnings.resetwarnings()  # the tests make errors of them
+        warnings.simplefilter("ignore")
+        function()
+        sys.stdout.flush()
+
+    process = multiprocessing.get_context("fork").Process(target=run, daemon=True)
+    process.start()
+    process.join(5 * TIMEOUT)
+    printed = (folder / "output").read_text()
+    if process.exitcode != 0:
+        process.kill()
+        raise RuntimeError(f"{' '.join(arguments)} ended with {process.exitcode}: {printed}")
+    return printed
 
 
 def run_until_killed(function: Callable[..., Any], *args: Any) -> int:

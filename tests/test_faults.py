@@ -132,7 +132,7 @@ def is_whole(path: Path) -> bool:
         return bool(yaml.safe_load(content))
     if path.suffix == ".jsonl":
         return all(json.loads(line) for line in content.splitlines())
-    return content.endswith({".png": b"IEND\xaeB`\x82", ".html": b"</html>", ".md": b"\n"}[path.suffix])
+    return content.endswith({".png": b"IEND\xaeB`\x82", ".html": b"</html>", ".md": b"\n", ".csv": b"\n"}[path.suffix])
 
 
 def files_in(folder: Path) -> list[Path]:

@@ -65,7 +65,7 @@ class PercentileGradientClipping(pl.Callback):
         in_trials: True: the trials of :class:`~lightning_recipes.WarmupSweep` have a copy of it.
 
     Args:
-        percentile: Share of the norms at or below the threshold, in percent, above 0 and below 100.
+        percentile: Share of the norms at or below the threshold, in percent, at least 1, below 100.
         window: Updates that the percentile is taken of, at least 1.
         warmup_steps: Updates before the percentile is trusted, at least 0. With 0 the first gradient is not clipped.
         skip_nonfinite: Cancel an update whose gradient is not finite, on all ranks together, by setting the gradients

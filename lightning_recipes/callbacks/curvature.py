@@ -82,7 +82,7 @@ class CriticalPointProbe(pl.Callback):
         every_n_steps: Look every so many optimizer updates, too, whether the loss falls or not; at least 1. No look
             before the sample is full.
         patience: Updates over which the loss has not fallen, at least 20.
-        batches: Of the sample, on each rank, at least 1; below 3 there is no telling the noise.
+        batches: Batches of the sample, on each rank, at least 1; below 3 there is no telling the noise.
         max_products: Hessian-vector products for a spectrum, at least 1. It takes as many as it needs: up to 150 on
             networks of a few thousand parameters, for both ends to be exact to 1 % (the smallest, where it is next to
             nothing, to 1e-3 of the largest); 10 to 15 do for the largest.
@@ -284,7 +284,8 @@ class CriticalPointProbe(pl.Callback):
                 self._fail(trainer, surface, error)
                 return
         log_scalars(trainer, {"sharpness": spectrum.largest, "sharpness_over_limit": over_limit.value})
-        limit = f", {over_limit.value:.2g} of what the optimizer can stay at" if math.isfinite(over_limit.value) else ""
+        ratio = over_limit.value  # 0 where the learning rate has decayed to 0, which can stay anywhere
+        limit = f", {ratio:.2g} of what the optimizer can stay at" if 0 < ratio < math.inf else ""
         tell(
             trainer,
             Finding(

@@ -14,6 +14,7 @@ from typing_extensions import override
 from lightning_recipes.callbacks.measuring import index_of, mean_over_ranks, share_before_save
 from lightning_recipes.callbacks.telling import show, tell
 from lightning_recipes.callbacks.unused import pass_over_unused_hooks
+from lightning_recipes.core.arguments import check_name
 from lightning_recipes.core.curves import CS231N, CurvesRule
 from lightning_recipes.core.early_stopping import EarlyStoppingRule, reading
 from lightning_recipes.core.findings import Finding, listing
@@ -38,9 +39,10 @@ class LearningCurves(pl.Callback):
 
     At the end of fit it tells, each as a finding with the measured numbers: the loss diverged, does not fall, rises,
     falls too slowly, or fell fast and then stayed (at a constant rate); a decay of the learning rate that came too
-    early; overfitting and since when; a best check in the first tenth or the last quarter, or a run of few checks that
-    still falls; a validation that never improves, or jumps from check to check; a training loss far above it; a pattern
-    that all epochs share (data that are not shuffled); and, if ``target_loss`` says what would be good, underfitting.
+    early, or a rate that rises to the end; overfitting and since when; a best check in the first tenth or the last
+    quarter, or a run of few checks that still falls; a validation that never improves, or jumps from check to check; a
+    training loss far above it; a pattern that all epochs share (data that are not shuffled); and, if ``target_loss``
+    says what would be good, underfitting.
     At the first validation it tells of layers that are left in training mode. Where the noise does not allow it nothing
     is said, and nothing of a run of fewer than 100 batches; what an :class:`~lightning_recipes.EarlyStopping` beside it
     tells is left to that one. :meth:`findings` has the same at any moment.
@@ -74,8 +76,8 @@ class LearningCurves(pl.Callback):
     """
 
     def __init__(self, monitor: str | None = None, target_loss: float | None = None) -> None:
-        if monitor is not None and not isinstance(monitor, str):
-            raise TypeError(f"monitor must be the name of a metric or None, got {monitor!r}")
+        if monitor is not None:
+            check_name("monitor", monitor, "a metric, or None")
         CurvesRule(target_loss)  # refuses bad arguments
         self.monitor, self.target_loss = monitor, target_loss
         self._forget()

@@ -4,7 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -20,7 +20,7 @@ from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.substitute import substitute
 from lightning_recipes.callbacks.telling import tell
 from lightning_recipes.callbacks.unused import pass_over_unused_hooks
-from lightning_recipes.core.arguments import check_count, check_flag
+from lightning_recipes.core.arguments import check_choice, check_count, check_flag, check_name, check_real
 from lightning_recipes.core.early_stopping import Criterion, EarlyStoppingRule, Patience, reading
 
 BEST = "best_weights"  # beside state_dict in a checkpoint
@@ -57,7 +57,7 @@ class EarlyStopping(LightningEarlyStopping):
 
     Args:
         monitor: Name of the metric.
-        min_delta: ``"auto"``: judge by the noise of the curve, as above. Or what an improvement has to exceed: a
+        min_delta: ``"auto"``: judge by the noise of the curve. Or what an improvement has to exceed: a
             number, or a share of the absolute best value such as ``"1%"``; then every check counts alike, from the
             first on, as in Lightning.
         patience: Checks without an improvement after which to stop, at least 0.
@@ -69,7 +69,7 @@ class EarlyStopping(LightningEarlyStopping):
         divergence_threshold: Stop when the metric is worse than this.
         check_on_train_epoch_end: Check at the end of the training epoch, not of the validation; None to choose.
         log_rank_zero_only: Log on rank zero only.
-        criterion: Decides in the place of ``patience``: one of those in :mod:`lightning_recipes.core.early_stopping`
+        criterion: Decides in the place of ``patience``: one of those in ``lightning_recipes.core.early_stopping``
             (``Patience`` with other units, ``GeneralizationLoss``, ``ProgressQuotient``, ``SuccessiveRises``,
             ``AnyOf``, ``AllOf``) or your own.
         train_monitor: Name of a metric with the training loss, lower is better; None for the mean of what
@@ -81,7 +81,7 @@ class EarlyStopping(LightningEarlyStopping):
     Raises:
         TypeError: If an argument is not of its kind.
         ValueError: If it is out of its range or unknown.
-        MisconfigurationException: If ``mode`` is unknown, or when fit starts, if the best weights cannot be restored.
+        MisconfigurationException: When fit starts, if the best weights cannot be restored.
 
     Example:
         >>> trainer = pl.Trainer(callbacks=[EarlyStopping("val_loss")], logger=False)
@@ -97,7 +97,7 @@ class EarlyStopping(LightningEarlyStopping):
         min_delta: float | str = "auto",
         patience: int = 3,
         verbose: bool = False,
-        mode: str = "min",
+        mode: Literal["min", "max"] = "min",
         strict: bool = True,
         check_finite: bool = True,
         stopping_threshold: float | None = None,
@@ -109,23 +109,31 @@ class EarlyStopping(LightningEarlyStopping):
         start_epoch: int = 0,
         restore_best_weights: bool = True,
     ) -> None:
+        thresholds = {"stopping_threshold": stopping_threshold, "divergence_threshold": divergence_threshold}
+        for name, threshold in thresholds.items():
+            if threshold is not None:
+                check_real(name, threshold, float("-inf"), float("inf"))
+        if check_on_train_epoch_end is not None:
+            check_flag("check_on_train_epoch_end", check_on_train_epoch_end)
         super().__init__(
-            monitor,
+            check_name("monitor", monitor, "a metric"),
             0.0,
             check_count("patience", patience, 0),
-            verbose,
-            mode,
-            strict,
-            check_finite,
+            check_flag("verbose", verbose),
+            check_choice("mode", mode, ("min", "max")),
+            check_flag("strict", strict),
+            check_flag("check_finite", check_finite),
             stopping_threshold,
             divergence_threshold,
             check_on_train_epoch_end,
-            log_rank_zero_only,
+            check_flag("log_rank_zero_only", log_rank_zero_only),
         )
         self.rule = EarlyStoppingRule(min_delta, mode)
         if criterion is not None and not isinstance(criterion, Criterion):
             raise TypeError(f"criterion must be one of lightning_recipes.core.early_stopping, got {criterion!r}")
         self.criterion = criterion
+        if train_monitor is not None:
+            check_name("train_monitor", train_monitor, "a metric, or None")
         self.train_monitor = train_monitor
         self.start_epoch = check_count("start_epoch", start_epoch, 0)
         self.restore_best_weights = check_flag("restore_best_weights", restore_best_weights)

@@ -42,7 +42,7 @@ class InitialLossCheck(pl.Callback):
     Args:
         expected_loss: What the training step should return: a number, or a function of module and batch; None for what
             follows from its criteria.
-        batches: How many, at least 2, for the confidence interval.
+        batches: How many batches, at least 2, for the confidence interval.
 
     Raises:
         TypeError: If an argument is not of its kind.
@@ -148,7 +148,7 @@ def _only_compute(closure: Callable[[], Any] | None = None, **_: object) -> Any:
 
 
 def _inputs(batch: Any, criteria: list[Criterion]) -> list[Tensor]:
-    """Floating-point tensors of a batch that no criterion has as its targets."""
+    """Tensors of a batch that no criterion has as its targets."""
     targets = {call.targets.untyped_storage().data_ptr() for call in criteria}
-    leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
     return [leaf for leaf in leaves if leaf.dim() > 1 and leaf.untyped_storage().data_ptr() not in targets]

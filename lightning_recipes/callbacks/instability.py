@@ -41,18 +41,21 @@ UNREAD = 1000  # updates at most until they are judged
 AGAIN = 100  # updates without it until an instability of a kind is told again
 KEPT = 2  # good states to go back to
 JUMPS = ("not finite", "spike", "burst", "exploding gradient")  # of one update, which can be cancelled
-ORDER = "in this order: warmup, gradient clipping, another optimizer, x + f(Norm(x)) instead of Norm(x + f(x)) with f"
-ORDER += " starting at 0, and a lower learning rate last"
+REST = (
+    "another optimizer, x + f(Norm(x)) instead of Norm(x + f(x)) with f starting at 0, and a lower learning rate last"
+)
+ORDER = f"in this order: warmup, gradient clipping, {REST}"
 CURES = {
     "not finite": "Look for an overflow, a division or a logarithm in the loss and for such values in the data.",
     "spike": f"If it comes again, {ORDER}.",
     "burst": f"Look at these batches; if they are sound, {ORDER}.",
-    "exploding gradient": f"Clip the gradients (PercentileGradientClipping); else, {ORDER}.",
+    "exploding gradient": f"Clip the gradients (PercentileGradientClipping); else, in this order: warmup, {REST}.",
     "vanishing gradient": "Units have died or saturated: warm up or cut the learning rate, look at initialisation and"
     " normalisation, and use residual connections.",
     "no progress": "Check labels and loss (can a small sample be overfitted?), and warm up or cut the learning rate.",
     "divergence": f"Stabilise the training, {ORDER}.",
-    "early instability": f"Warm the learning rate up, longer if it is already; else, {ORDER}.",
+    "early instability": "Warm the learning rate up, longer if it is already; else, in this order: gradient clipping,"
+    f" {REST}.",
     "GradScaler storm": "Train in bfloat16, or look for values that half precision cannot hold.",
 }
 
@@ -107,7 +110,8 @@ class InstabilityDetector(pl.Callback):
         rewinds: How often the training went back.
 
     Args:
-        action: ``"warn"``, ``"skip"``, ``"rewind"``, ``"stop"`` or ``"raise"``.
+        action: What to do about an instability: only ``"warn"``, ``"skip"`` the update, ``"rewind"`` to a good state,
+            ``"stop"`` the training or ``"raise"`` an error.
         max_rewinds: How often to go back before stopping instead, at least 0.
         keep_every: Updates from one good state that is kept to the next, at least 1.
         lr_factor: Multiplies the learning rate at each rewind, above 0 and at most 1.
@@ -136,7 +140,9 @@ class InstabilityDetector(pl.Callback):
         self.action = check_choice("action", action, ("warn", "skip", "rewind", "stop", "raise"))
         self.max_rewinds = check_count("max_rewinds", max_rewinds, 0)
         self.keep_every = check_count("keep_every", keep_every, 1)
-        self.lr_factor = lr_factor if lr_factor == 1 else check_real("lr_factor", lr_factor, 0, 1)
+        self.lr_factor = check_real("lr_factor", lr_factor, 0, float("inf"))
+        if self.lr_factor > 1:
+            raise ValueError(f"lr_factor must be a number above 0 and at most 1, got {lr_factor!r}")
         self.rule: PerOptimizer[InstabilityRule] = PerOptimizer(
             partial(InstabilityRule, cancels=self.action in ("skip", "rewind"))
         )
@@ -259,7 +265,7 @@ class InstabilityDetector(pl.Callback):
         where = self._locate(pl_module, optimizer, update, found) if optimizer is not None else ""
         if optimizer is not None and found.kind == "not finite":
             where = _first_of_all(trainer, where)
-        finding = _finding(update, found, decision, where)
+        finding = _finding(update, found, decision, where, rivals=len(trainer.optimizers) > 1)
         since = update.step - self._seen.get(found.kind, -AGAIN)
         self._seen[found.kind] = update.step
         if since >= AGAIN or decision not in ("told", "cancelled"):
@@ -450,9 +456,11 @@ def _first_of_all(trainer: pl.Trainer, where: str) -> str:
     return f"first on rank {rank}, {where.removeprefix('first ')}" if len(set(said)) > 1 else where
 
 
-def _finding(update: _Update, found: Instability, decision: str, where: str) -> Finding:
+def _finding(update: _Update, found: Instability, decision: str, where: str, rivals: bool) -> Finding:
     towards = "down" if found.kind == "vanishing gradient" else "up"
     bound = "" if math.isinf(found.expected) else f", where {towards} to {found.expected:.3g} would have been normal"
+    if found.kind == "no progress":
+        bound = f", and {found.expected:.3g} at the start"
     did = {
         "told": "",
         "cancelled": " The update was cancelled.",
@@ -460,9 +468,10 @@ def _finding(update: _Update, found: Instability, decision: str, where: str) -> 
         "stopped": " The training was stopped with the last good state.",
         "raised": "",
     }[decision]
+    # Where optimizers work against each other a loss may well rise: what one of them wins another loses.
     return Finding(
         rule=found.kind,
-        severity="warning",
+        severity="info" if rivals and found.kind in ("divergence", "early instability") else "warning",
         message=f"The {found.signal} was {found.value:.3g} at batch {update.batch_idx} of epoch {update.epoch}{bound}"
         f"{f'; {where}' if where else ''}.{did}",
         advice=CURES[found.kind],

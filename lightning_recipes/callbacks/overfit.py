@@ -1,6 +1,7 @@
 """Learn a handful of examples by heart before training starts: what cannot do that has a bug."""
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import wraps
@@ -40,8 +41,9 @@ from lightning_recipes.core.dependence import (
     varied_examples,
 )
 from lightning_recipes.core.fits import LEARNT, Fit, FitRule, fit_of, flipped, helps, mean_loss, other_factors
+from lightning_recipes.core.frozen import untrained
 from lightning_recipes.core.overfit import Symptoms, activation_of, judge, nothing_to_train, shrinks
-from lightning_recipes.core.repeats import Repeats, repeats
+from lightning_recipes.core.repeats import Repeats, repeats, target_column
 
 BATCH_NORM, DROPOUT = nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd
 MOST_VALIDATED = 50  # batches that training examples are looked for in
@@ -61,10 +63,15 @@ class OverfitCheck(pl.Callback):
     without dropout and weight decay, until no more than 3 % is left of the loss of the best constant output. If it does
     not get there in ``max_steps`` it has three times as many, and other learning rates are tried, so that the finding
     can say which would do.
-    Beside, it is seen whether every trainable parameter is in an optimizer, has a gradient and moves; whether gradients
-    are set to zero; whether the outputs depend on the inputs, on other examples of the batch (in evaluation mode, in
-    which BatchNorm does not mix them), on tokens that are to be predicted; whether targets are inputs; and whether an
-    activation stands between the logits and the loss.
+    Beside, it is seen whether every trainable parameter is in one optimizer, has a gradient and moves; whether frozen
+    layers have their first random weights; whether gradients are set to zero; whether the outputs depend on the inputs,
+    on other examples of the batch (in evaluation mode, in which BatchNorm does not mix them), on tokens that are to be
+    predicted; whether targets are inputs, or a column of them tells the target; and whether an activation stands
+    between the logits and the loss.
+
+    What cannot be seen before training: labels that do not belong to their inputs (they are learnt by heart, too), data
+    whose noise hides the signal, a network that is too small for more than the sample, and layers that share weights by
+    mistake, as some networks do on purpose.
 
     Findings are warnings where the network surely has a defect; where the loss is of another kind, has other terms, or
     belongs to several optimizers, they are information. The training that follows is bit for bit the one without this
@@ -76,9 +83,9 @@ class OverfitCheck(pl.Callback):
         symptoms: The :class:`~lightning_recipes.core.overfit.Symptoms`.
 
     Args:
-        examples: In the sample, at least 2; the first ones of training. Where it is not clear how to take them from a
-            batch it is the whole batch.
-        max_steps: Updates that should do, at least 10.
+        examples: How many to learn by heart, at least 2; the first ones of training. Where it is not clear how to take
+            them from a batch it is the whole batch.
+        max_steps: Updates in which they should be learnt, at least 10.
 
     Raises:
         TypeError: If an argument is not of its kind.
@@ -132,7 +139,10 @@ class OverfitCheck(pl.Callback):
         batch_norm = any(isinstance(module, BATCH_NORM) for module in pl_module.modules())
         examples = sum(map(examples_of, sample))
         seen = Symptoms(examples, trainable=counts[True], frozen=counts[False], batch_norm=batch_norm)
+        seen.untrained = untrained(pl_module)
         seen.repeats = self._repeats(trainer, pl_module)
+        with first_batches(trainer, pl_module) as batches:
+            seen.column = target_column(islice(batches, MOST_BATCHES))
         first = self._fit(trainer, pl_module, sample, 1.0, seen)
         self.fits, self.symptoms = [first], seen
         explained = first.learnt or flipped(self.fits) or seen.explained
@@ -286,8 +296,9 @@ class _Drive(pl.Callback):
         if self.seen is None:
             return
         self.seen.optimizers = len(trainer.optimizers)
-        owned = {id(each) for optimizer in trainer.optimizers for each in parameters_of(optimizer)}
+        owned = Counter(id(each) for optimizer in trainer.optimizers for each in parameters_of(optimizer))
         for name, parameter in pl_module.named_parameters():
+            self.seen.shared += [name] if owned[id(parameter)] > 1 else []
             if parameter.requires_grad and id(parameter) in owned:
                 self._without[name] = parameter
             elif parameter.requires_grad:

@@ -12,8 +12,10 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils._pytree import tree_leaves, tree_map
+from typing_extensions import override
 
 from lightning_recipes.callbacks.sharding import is_sharded
+from lightning_recipes.callbacks.substitute import substitute
 from lightning_recipes.callbacks.trials import fit_quietly, of_its_own, quiet, same_loaders, settings_of
 
 
@@ -88,22 +90,42 @@ def rehearse(
         pl_module: To be copied.
         batches: On the device.
         steps: Updates at most.
-        watch: The only callback.
+        watch: The only callback but for one that keeps schedules from going on.
         prepare: Is given the copy first.
     """
     with isolate_rng():
         module: Any = copy.deepcopy(pl_module)
         module.configure_callbacks = list
         module.prepare_data = module.setup = module.configure_model = _nothing  # it is set up
+        configure = module.configure_optimizers
+
+        def configure_as_in_the_run() -> Any:
+            own, module._trainer = module._trainer, trainer  # which knows how many epochs and updates there will be
+            try:
+                return configure()
+            finally:
+                module._trainer = own
+
+        module.configure_optimizers = configure_as_in_the_run
         module.on_before_batch_transfer = module.transfer_batch_to_device = module.on_after_batch_transfer = _as_it_is
         prepare(module)
         own = {
             "max_epochs": 1,
             "limit_train_batches": 1.0,
             "accumulate_grad_batches": len(batches) if module.automatic_optimization else 1,
-            "callbacks": [watch],
+            "callbacks": [_NoSchedules(), watch],
         }
         fit_quietly(module, {**settings_of(trainer), **own}, Repeated(batches, steps))
+
+
+class _NoSchedules(pl.Callback):
+    """Keeps schedules where they begin: they are made for another number of updates, and for metrics."""
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for config in trainer.lr_scheduler_configs:
+            config.strict = False  # nothing is validated
+            substitute(config.scheduler, "step", _nothing)
 
 
 def _as_it_is(batch: Any, *_: object, **__: object) -> Any:

@@ -64,7 +64,7 @@ class TrainingReport(pl.Callback):
         path: Of the page, or None before it is written.
 
     Args:
-        every_n_seconds: From one page to the next while the training goes on, above 0.
+        every_n_seconds: Seconds from one page to the next while the training goes on, above 0.
 
     Raises:
         TypeError: If the argument is not a number.

@@ -71,7 +71,7 @@ class LearningRateSchedule(pl.Callback):
         plateau: The :class:`~lightning_recipes.core.schedules.PlateauRule` of a ``ReduceOnPlateau``, or None.
 
     Args:
-        schedule: One of those in :mod:`lightning_recipes.core.schedules`, your own, or the name of one of them with its
+        schedule: One of those in ``lightning_recipes.core.schedules``, your own, or the name of one of them with its
             default arguments: ``"constant"``, ``"cosine"``, ``"cyclic cosine"``, ``"inverse square root"``,
             ``"linear"``, ``"one cycle"``, ``"polynomial"``, ``"step decay"``, ``"warmup stable decay"``.
         warmup_steps: Length of a warmup: updates, ``"2 epochs"``, ``"0.1 of the run"``, or 0 for none.

@@ -33,13 +33,12 @@ from lightning_recipes.callbacks.measuring import scaler_of
 from lightning_recipes.callbacks.replay import without_trace
 from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.substitute import substitute
-from lightning_recipes.callbacks.telling import log_scalars, run_folder, spared, tell
+from lightning_recipes.callbacks.telling import log_scalars, log_text, run_folder, spared, tell
 from lightning_recipes.callbacks.tracking import share_
 from lightning_recipes.callbacks.unused import pass_over_unused_hooks
-from lightning_recipes.core.arguments import check_choice, check_count, check_flag
-from lightning_recipes.core.ensembles import Combination, Ensemble
+from lightning_recipes.core.arguments import check_choice, check_count, check_flag, check_name
+from lightning_recipes.core.ensembles import Ensemble
 from lightning_recipes.core.evidence import Evidence
-from lightning_recipes.core.files import put
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.per_optimizer import PerOptimizer
 from lightning_recipes.core.schedules import CyclicCosine, LearningRates, Run
@@ -77,18 +76,20 @@ class SnapshotEnsemble(pl.Callback):
         report: A :class:`~lightning_recipes.core.selection.Report`; None before, or without validation data.
 
     Args:
-        cycles: How many, at least 1.
-        cycle_steps: Updates of each, at least 1: the training ends after the last one. None to divide the run.
+        cycles: How many cycles, at least 1.
+        cycle_steps: Updates of each cycle, at least 1: the training ends after the last one. None to divide the run.
         warmup_steps: Updates in which each cycle rises to its top, at least 0.
         reset_momentum: Whether momentum (the first moment in Adam) is 0 when a cycle starts.
-        weights: ``"raw"``, or ``"average"`` for those that :class:`~lightning_recipes.EMAWeights` has beside.
+        weights: ``"raw"``, or ``"average"`` for those that ``EMAWeights`` has beside.
         storage: Where snapshots are kept: ``"memory"`` (and in checkpoints), or ``"files"`` in the run's folder, with
             the ensemble as ``ensemble.pt``; a run is resumed with the files where they are.
-        dtype: Of what is kept: ``"same"``, ``"bfloat16"`` or ``"float16"``, which takes half the memory.
-        weighting: ``"auto"``, ``"best"``, ``"uniform"``, ``"greedy"`` or ``"simplex"``; see
-            :func:`~lightning_recipes.core.selection.select`.
-        combine: ``"auto"`` (by the targets), ``"logits"``, ``"binary logits"``, ``"mean"`` or a function; see
-            :class:`~lightning_recipes.core.ensembles.Ensemble`.
+        dtype: Number format of what is kept: ``"same"``, ``"bfloat16"`` or ``"float16"``, which takes half the memory.
+        weighting: How the validation data weighs the snapshots: the ``"best"`` alone, all alike (``"uniform"``), those
+            that help most (``"greedy"``), the convex weights of the lowest loss (``"simplex"``), or ``"auto"``: which
+            of these does best on held-out samples, beyond noise; see ``lightning_recipes.core.selection.select``.
+        combine: What the outputs are, to take their mean as probabilities or as they are: ``"logits"`` of classes,
+            ``"binary logits"``, ``"mean"`` for anything else, ``"auto"`` to tell by the targets, or a function; see
+            ``lightning_recipes.core.ensembles.Ensemble``.
         module: Name of the submodule that makes the predictions, such as ``"net"``; None for the module itself, or its
             only submodule where it has no ``forward``.
         split_batch: Makes inputs and targets of a batch; None where a batch is such a pair. The submodule is called
@@ -118,9 +119,9 @@ class SnapshotEnsemble(pl.Callback):
         storage: Literal["memory", "files"] = "memory",
         dtype: Literal["same", "bfloat16", "float16"] = "same",
         weighting: Literal["auto", "best", "uniform", "greedy", "simplex"] = "auto",
-        combine: str | Combination = "auto",
+        combine: str | Callable[[Any, Any], Any] = "auto",  # of Tensor the command line's help shows all subclasses
         module: str | None = None,
-        split_batch: Split | None = None,
+        split_batch: Callable[[Any], Any] | None = None,
         evaluate: bool = False,
     ) -> None:
         self.schedule = CyclicCosine(cycles, warmup_steps)
@@ -133,7 +134,9 @@ class SnapshotEnsemble(pl.Callback):
         self.dtype = dtype
         self.weighting = check_choice("weighting", weighting, HOW)
         self.combine = combine if callable(combine) else check_choice("combine", combine, COMBINES)
-        self.module = module
+        self.module = None if module is None else check_name("module", module, "a submodule, or None")
+        if split_batch is not None and not callable(split_batch):
+            raise TypeError(f"split_batch must be a function of a batch, or None, got {split_batch!r}")
         self.split_batch = split_batch
         self.evaluate = check_flag("evaluate", evaluate)
         self._forget()
@@ -205,7 +208,8 @@ class SnapshotEnsemble(pl.Callback):
             raise MisconfigurationException(
                 f"{name}: {cycles} cycles"
                 + (f" with {self.schedule.warmup_steps} updates of warmup each" if self.schedule.warmup_steps else "")
-                + f" do not fit into a run of {run.steps:,.0f} updates"
+                + f" do not fit into a run of {run.steps:,.0f} updates: train longer"
+                + (f", or take {fitting}" if fitting else "")
             )
         return run
 
@@ -386,10 +390,7 @@ class SnapshotEnsemble(pl.Callback):
         }
         log_scalars(trainer, {name: value for name, value in scalars.items() if not math.isnan(value)})
         yield made.finding
-        folder = run_folder(trainer)
-        if folder is not None:
-            with spared(trainer, folder / "ensemble.md"):
-                put(folder / "ensemble.md", made.to_markdown() + "\n")
+        log_text(trainer, "ensemble", made.to_markdown())
         if len(members) > 1:
             yield can_average(module, states, self.ensemble, data, step)
         if self._exact:

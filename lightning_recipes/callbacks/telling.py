@@ -5,7 +5,8 @@ Nothing here is a collective: what one rank has to say must not wait for the oth
 
 import importlib.util
 import json
-import operator
+import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,17 +16,19 @@ from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_recipes.core.files import append_line, replaced
+from lightning_recipes.callbacks.outlets import Bin, Files, Outlet, outlet_of
+from lightning_recipes.core.files import append_line
 from lightning_recipes.core.findings import Finding
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+WITHOUT = "the training goes on without it"
 NO_FIGURES = Finding(
     rule="no figures",
     severity="info",
@@ -67,8 +70,14 @@ def tell(trainer: pl.Trainer, finding: Finding) -> None:
     Not if the same but for the step was told in this fit before, by whatever callback.
     """
     if _is_new(trainer, _said(finding)):
-        (rank_zero_info if finding.severity == "info" else rank_zero_warn)(finding.text)
+        (rank_zero_info if finding.severity == "info" else _warn)(finding.text)
         _write(trainer, finding)
+
+
+@rank_zero_only
+def _warn(text: str) -> None:
+    """Warn each time: what was warned of in one fit Python would not show in the next one of a notebook."""
+    warnings.warn_explicit(text, UserWarning, "lightning_recipes", 1, module=__name__, registry={})
 
 
 def note(trainer: pl.Trainer, finding: Finding) -> None:
@@ -78,21 +87,24 @@ def note(trainer: pl.Trainer, finding: Finding) -> None:
 
 
 @contextmanager
-def spared(trainer: pl.Trainer, path: Path, instead: str = "the training goes on without it") -> Iterator[None]:
+def spared(trainer: pl.Trainer, path: Path, instead: str = WITHOUT) -> Iterator[None]:
     """Within the context a file that cannot be written, on a full or read-only disk, costs the training no more than
     the file; that is told, once a fit.
 
     Args:
         trainer: Of the training.
-        path: Of the file.
+        path: Of the file, where the error does not say it.
         instead: What happens without it.
     """
     try:
         yield
     except OSError as error:
-        said = f"{path} could not be written ({error.strerror or error}): {instead}."
-        if _is_new(trainer, said):
-            rank_zero_warn(said)
+        _warn_once(trainer, f"{error.filename or path} could not be written ({error.strerror or error}): {instead}.")
+
+
+def _warn_once(trainer: pl.Trainer, text: str) -> None:
+    if _is_new(trainer, text):
+        _warn(text)
 
 
 def _said(finding: Finding) -> str:
@@ -107,77 +119,97 @@ def _is_new(trainer: pl.Trainer, said: str) -> bool:
 
 
 def _write(trainer: pl.Trainer, finding: Finding) -> None:
-    folder = run_folder(trainer)
-    if folder is None:
-        return
-    path = folder / "findings.jsonl"
-    with spared(trainer, path, "findings are told, and not kept"):
-        append_line(path, json.dumps(finding.as_dict(), allow_nan=False))
-    for experiment in _experiments(trainer, "add_text"):
-        experiment.add_text(f"findings/{finding.rule}", f"{finding.message} **{finding.advice}**", finding.step)
+    def append(folder: Path) -> None:
+        append_line(folder / "findings.jsonl", json.dumps(finding.as_dict(), allow_nan=False))
+
+    name, text = f"findings/{finding.rule}", f"{finding.message} **{finding.advice}**"
+    _publish(trainer, lambda outlet: outlet.text(name, text, finding.step), append, "findings are told, and not kept")
 
 
 def show(trainer: pl.Trainer, name: str, draw: "Callable[[], Figure]") -> None:
-    """Draw a figure for the loggers that show figures; if none does, write ``<name>.png`` beside the logs.
+    """Draw a figure for every logger; ``<name>.png`` in the run's folder is for those that show no figures.
 
     Where matplotlib is not installed, that is told.
     """
-    folder = run_folder(trainer)
-    if folder is None or not trainer.loggers:
+    if not trainer.loggers or not _may_write(trainer):
         return
     if importlib.util.find_spec("matplotlib") is None:
         tell(trainer, NO_FIGURES)
         return
-    experiments, path = _experiments(trainer, "add_figure"), folder / f"{name.replace('/', '_')}.png"
-    with spared(trainer, path):  # matplotlib itself wants to write when it is first used
-        figure = draw()
-        for experiment in experiments:
-            experiment.add_figure(name, figure, logger_step(trainer))
-        if not experiments:
-            save_figure(figure, path)
+    with spared(trainer, Path(name)):  # matplotlib itself wants to write when it is first used
+        figure, step = draw(), logger_step(trainer)
+        _publish(trainer, lambda outlet: outlet.figure(name, figure, step))
 
 
-def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a figure as PNG, all at once."""
-    with replaced(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+def log_histogram(trainer: pl.Trainer, name: str, bins: Sequence[Bin]) -> None:
+    """Hand a histogram to every logger; ``<name>.csv`` in the run's folder is for those that show no histograms."""
+    if bins and trainer.loggers:
+        _publish(trainer, lambda outlet: outlet.histogram(name, bins, logger_step(trainer)))
 
 
-def log_histogram(trainer: pl.Trainer, name: str, bins: Sequence[tuple[float, float, int]]) -> None:
-    """Hand a histogram, bins of ``(lower edge, upper edge, count)``, to the loggers that show histograms."""
-    if not trainer.is_global_zero or not bins:
+def log_text(trainer: pl.Trainer, name: str, text: str) -> None:
+    """Write Markdown into ``<name>.md`` in the run's folder, and hand it to the loggers that show texts."""
+
+    def put(outlet: Outlet) -> None:
+        outlet.text(name, text, logger_step(trainer))
+
+    _publish(trainer, put, lambda folder: put(Files(folder)))
+
+
+def _publish(
+    trainer: pl.Trainer,
+    put: Callable[[Outlet], None],
+    write: Callable[[Path], None] | None = None,
+    instead: str = WITHOUT,
+) -> None:
+    """Put it into every logger, and write it; without ``write`` there are files for the loggers that do not show it.
+
+    A training is worth more than what is told of it: an error of a logger, or of the disk, is a warning.
+    """
+    if not _may_write(trainer):
         return
-    middles = [(low + high) / 2 for low, high, _ in bins]
-    counts = [count for _, _, count in bins]
-    for experiment in _experiments(trainer, "add_histogram_raw"):
-        experiment.add_histogram_raw(
-            name,
-            min=bins[0][0],
-            max=bins[-1][1],
-            num=sum(counts),
-            sum=sum(map(operator.mul, middles, counts)),
-            sum_squares=sum(middle**2 * count for middle, count in zip(middles, counts, strict=True)),
-            bucket_limits=[high for _, high, _ in bins],
-            bucket_counts=counts,
-            global_step=logger_step(trainer),
-        )
+    shown = [_is_shown(trainer, logger, put) for logger in trainer.loggers]
+    folder = run_folder(trainer)
+    if folder is None or (write is None and all(shown)):
+        return
+    with spared(trainer, folder, instead):
+        if write is None:
+            put(Files(folder))
+        else:
+            write(folder)
+
+
+def _is_shown(trainer: pl.Trainer, logger: Any, put: Callable[[Outlet], None]) -> bool:
+    try:
+        outlet = outlet_of(logger)
+        if outlet is not None:
+            put(outlet)
+    except Exception as error:  # whatever a logger, its client and its server may raise
+        _warn_once(trainer, f"{type(logger).__name__} did not take all: {type(error).__name__}: {error}")
+        return False
+    return outlet is not None
 
 
 def run_folder(trainer: pl.Trainer) -> Path | None:
     """The folder of the run, which need not be there yet, on rank zero; None where it is remote or nothing is to be
     left behind.
 
-    That of ``Trainer.log_dir``, which asks all ranks.
+    That of the first logger, in which Lightning has the folder of checkpoints; ``default_root_dir`` without a logger.
     """
     run: Any = trainer  # connectors set some attributes
     logger: Any = trainer.logger
-    folder: str = getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None) or run.default_root_dir
-    if not trainer.is_global_zero or run.fast_dev_run or run.barebones or "://" in folder:
+    folder: str | None = getattr(logger, "log_dir", None)
+    if folder is None:
+        folder = getattr(logger, "save_dir", None) or run.default_root_dir
+        if logger is not None:  # of W&B or MLflow: many runs in a folder
+            version = f"version_{logger.version}" if isinstance(logger.version, int) else logger.version
+            folder = os.path.join(folder, *(str(part) for part in (logger.name, version) if part is not None))
+    if not _may_write(trainer) or "://" in folder:
         return None
     return Path(folder)
 
 
-def _experiments(trainer: pl.Trainer, method: str) -> list[Any]:
-    """The loggers' own objects that have a method, TensorBoard's writer above all."""
-    experiments = [getattr(logger, "experiment", None) for logger in trainer.loggers]
-    return [experiment for experiment in experiments if callable(getattr(experiment, method, None))]
+def _may_write(trainer: pl.Trainer) -> bool:
+    """Whether this rank leaves something behind, in this kind of run."""
+    run: Any = trainer  # connectors set some attributes
+    return trainer.is_global_zero and not run.fast_dev_run and not run.barebones

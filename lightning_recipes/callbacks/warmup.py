@@ -20,11 +20,12 @@ from lightning_recipes.callbacks.learning_rates import (
     scale_learning_rates,
     take_hold,
 )
+from lightning_recipes.callbacks.outlets import Files
 from lightning_recipes.callbacks.sharding import is_sharded
-from lightning_recipes.callbacks.telling import run_folder, save_figure, show, spared, tell
+from lightning_recipes.callbacks.telling import run_folder, show, spared, tell
 from lightning_recipes.callbacks.trials import ModuleTrials, peak_rate, progress, run_trials, settings_of
 from lightning_recipes.callbacks.unused import pass_over_unused_hooks
-from lightning_recipes.core.arguments import check_count
+from lightning_recipes.core.arguments import check_count, check_flag, check_name
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.per_optimizer import PerOptimizer
 from lightning_recipes.core.schedules import LearningRates
@@ -58,10 +59,11 @@ class WarmupSweep(pl.Callback):
         rule: The :class:`~lightning_recipes.core.schedules.LearningRates` of each optimizer.
 
     Args:
-        base_learning_rate: The learning rate to be made stable (of the first parameter group; the others keep their
-            ratio); None for ``times`` the lowest unstable one.
-        unstable_base_learning_rate: The lowest that is unstable without a warmup; None to find it.
-        times: 10, or 100 in a second sweep; at least 1.
+        base_learning_rate: The learning rate to be made stable, above 0 (of the first parameter group; the others keep
+            their ratio); None for ``times`` the lowest unstable one.
+        unstable_base_learning_rate: The lowest that is unstable without a warmup, above 0; None to find it.
+        times: How many times the lowest unstable learning rate to make stable if ``base_learning_rate`` is not given,
+            at least 1; 10, or 100 in a second sweep.
         seeds: With how many a warmup has to be stable, at least 1; of eight, seven will do.
         exhaustive: Try every warmup with every seed instead of bisecting.
         max_steps: Length of the run, at least 100 updates of each optimizer; None for that of the Trainer.
@@ -95,10 +97,11 @@ class WarmupSweep(pl.Callback):
     ) -> None:
         asked = (base_learning_rate, unstable_base_learning_rate, times, seeds, exhaustive)
         WarmupSearch(1.0, LEAST if max_steps is None else check_count("max_steps", max_steps, LEAST), *asked)
+        check_flag("exhaustive", exhaustive)
         self._asked = asked
         self.max_steps = max_steps
-        self.path = path
-        self.show_progress = show_progress
+        self.path = None if path is None else check_name("path", path, "a file, or None")
+        self.show_progress = check_flag("show_progress", show_progress)
         self._forget()
 
     def _forget(self) -> None:
@@ -183,10 +186,9 @@ class WarmupSweep(pl.Callback):
         tell(trainer, result.finding)
         folder = run_folder(trainer)
         if folder is not None and importlib.util.find_spec("matplotlib") is not None:
-            path = folder / "warmup_sweep.png"
-            with spared(trainer, path):
+            with spared(trainer, folder):
                 figure, _ = result.plot()
-                save_figure(figure, path)
+                Files(folder).figure("warmup_sweep", figure, trainer.global_step)
                 show(trainer, "warmup_sweep", lambda: figure)
 
     @override

@@ -1,7 +1,9 @@
 """Refuse a bad argument where it is given, with its name, the rule it breaks and its value."""
 
 import math
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
+from typing import Any
 
 
 def check_real(name: str, value: object, low: float, high: float) -> float:
@@ -19,8 +21,8 @@ def check_real(name: str, value: object, low: float, high: float) -> float:
             ...
         ValueError: percentile must be a number above 0 and below 100, got 100
     """
-    bounds = f" and below {high:g}" if math.isfinite(high) else ""
-    rule = f"{name} must be a number above {low:g}{bounds}"
+    bounds = " and ".join(f"{side} {end:g}" for side, end in (("above", low), ("below", high)) if math.isfinite(end))
+    rule = f"{name} must be a number {bounds}" if bounds else f"{name} must be a finite number"
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{rule}, got {value!r}")
     number = float(value)
@@ -65,6 +67,40 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
     return str(value)
+
+
+def check_name(name: str, value: object, of: str) -> str:
+    """Return ``value`` if it is a string with something in it.
+
+    Raises:
+        TypeError: If it is anything else.
+
+    Example:
+        >>> check_name("monitor", None, "a metric")
+        Traceback (most recent call last):
+            ...
+        TypeError: monitor must be the name of a metric, got None
+    """
+    if not isinstance(value, str) or not value:
+        raise TypeError(f"{name} must be the name of {of}, got {value!r}")
+    return value
+
+
+def check_list(name: str, value: object, of: str) -> tuple[Any, ...]:
+    """Return what is in ``value`` if it is a list or anything like one: a tuple, an array, a ListConfig of Hydra.
+
+    Raises:
+        TypeError: If it is not, and a string is not.
+
+    Example:
+        >>> check_list("milestones", "10", "durations")
+        Traceback (most recent call last):
+            ...
+        TypeError: milestones must be a list of durations, got '10'
+    """
+    if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a list of {of}, got {value!r}")
+    return tuple(value)
 
 
 def check_flag(name: str, value: object) -> bool:

@@ -234,7 +234,7 @@ class PercentileThreshold:
         weight_norm: The norm of the weights at the first update; None before, and where nobody told.
 
     Args:
-        percentile: Share of the norms at or below the threshold, in percent, above 0 and below 100.
+        percentile: Share of the norms at or below the threshold, in percent, at least 1 and below 100.
         window: Updates that the percentile is taken of, at least 1.
         warmup_steps: Updates before the percentile is trusted, at least 0. With 0 the first gradient is not clipped.
 
@@ -257,6 +257,8 @@ class PercentileThreshold:
 
     def __init__(self, percentile: float = 90.0, window: int = 1000, warmup_steps: int = 20) -> None:
         self.percentile = check_real("percentile", percentile, 0, 100)
+        if self.percentile < 1:
+            raise ValueError(f"percentile is in percent: at {percentile!r} nearly every update is clipped; 90 is usual")
         self.window = check_count("window", window, 1)
         self.warmup_steps = check_count("warmup_steps", warmup_steps, 0)
         self.ranks, self.quartile, self.median = _Ranks(self.percentile), _Ranks(75.0), _Ranks(50.0)

@@ -158,7 +158,7 @@ class Watch(TorchFunctionMode):
         bound.apply_defaults()
         given = dict(bound.arguments)
         outputs, targets = given.pop("input"), given.pop("target")
-        if isinstance(result, Tensor) and outputs.numel() and isinstance(targets, Tensor):
+        if outputs.numel():
             name, tensor = self._activated.get(outputs.untyped_storage().data_ptr(), ("", outputs))
             same = tensor.numel() == outputs.numel()
             self.seen.append(Criterion(func, given, outputs, targets, result, name if same else ""))

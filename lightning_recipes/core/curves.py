@@ -30,6 +30,8 @@ WOBBLES = 0.02  # of the fall: spread of the step losses above which a flat curv
 SLOW = 0.5  # of the fall in the first half, that the second one brings where the learning rate is too low
 STUCK = 0.02  # of the loss at the start: a run in which it changes by less has learned nothing
 DEAD = 0.01  # of the highest learning rate: below it a run goes nowhere
+ALIVE = 0.2  # of a run, which is hardly one if its learning rate is dead from there on
+RISES = 1.5  # times higher at the end than in the half before: the run ends in a warmup or at the top of a cycle
 DROP = 2.0  # times lower within a twentieth of the run: the learning rate was dropped
 PERIODIC = 26.0  # a chi-squared with 6 degrees of freedom exceeds it once in 5,000 times
 SEEN = 0.03  # of the fall, from where on a period is told
@@ -180,7 +182,7 @@ class Reading:
         of_checks = self.never_improves() or self.of_checks() or self.still_falls()
         mine: list[Callable[[], Finding | None]] = [self.jumps]
         if self.readable:
-            mine += [self.does_not_fall, self.falls_too_slowly, self.decayed_too_early, self.periodic]
+            mine += [self.rate_rises, self.does_not_fall, self.falls_too_slowly, self.decayed_too_early, self.periodic]
             mine += [self.underfits, self.learns_less, self.flat]
         found = [*filter(None, (look() for look in mine))]
         if of_checks is not None and of_checks.rule == "validation never improves":  # to learn it faster is no help
@@ -243,6 +245,22 @@ class Reading:
             end=self.end,
         )
 
+    def rate_rises(self) -> Finding | None:
+        """The run ends while its learning rate goes up, and by much."""
+        half = self.rates[len(self.rates) // 2 :]
+        if not half[-1] > max(RISES * min(half), 0.5 * self.highest):
+            return None
+        lowest = half.index(min(half)) - len(half)
+        return self.found(
+            "learning rate rises",
+            "info",
+            f"The learning rate went up from {min(half):.2g} at step {self.bins[lowest].last:,} to {half[-1]:.2g} at"
+            " the end, where it should be low.",
+            "Make warmup and cycles shorter than the run: does the schedule count updates, and how many?",
+            lowest=min(half),
+            end=half[-1],
+        )
+
     def falls_too_slowly(self) -> Finding | None:
         """The second half of the run brings at least half of what the first one does, at a rate that is not lower."""
         top = next((at for at, rate in enumerate(self.rates) if rate >= 0.9 * self.highest), 0)
@@ -300,7 +318,27 @@ class Reading:
 
     def decayed_too_early(self) -> Finding | None:
         """Flat after the learning rate went down, while the loss was still falling before it."""
-        return next(filter(None, (self._lost_by(*decay) for decay in self._decays())), None)
+        return next(filter(None, (self._lost_by(*decay) for decay in self._decays())), None) or self._idle()
+
+    def _idle(self) -> Finding | None:
+        """Hardly a part of the run had a learning rate to speak of, whatever the loss was before."""
+        alive = self._alive
+        if not 0 < alive <= ALIVE * len(self.rates):
+            return None
+        step = self.bins[alive - 1].last
+        return self.found(
+            "decayed too early",
+            "info",
+            f"The learning rate has been below a hundredth of its highest, {self.highest:.2g}, since step {step:,} of"
+            f" {self.step:,}.",
+            "Let it decay over the whole run: does the schedule count epochs, and is it asked every batch?",
+            dropped_at=step,
+        )
+
+    @property
+    def _alive(self) -> int:
+        """Bins up to the last one with a learning rate of a hundredth of the highest."""
+        return max((at + 1 for at, rate in enumerate(self.rates) if rate >= DEAD * self.highest), default=0)
 
     def _decays(self) -> Iterable[tuple[int, int, int]]:
         """Where a constant rate drops, or stays below a hundredth of the highest; with what lies before and after."""
@@ -310,7 +348,7 @@ class Reading:
             if dropped and max(rates[at // 2 : at]) <= 1.3 * min(rates[at // 2 : at]):
                 yield at // 2, at, at + window
                 break
-        alive = max((at + 1 for at, rate in enumerate(rates) if rate >= DEAD * self.highest), default=0)
+        alive = self._alive
         if 2 * BLOCKS <= alive <= len(rates) // 2:
             yield alive // 3, alive, alive
 
@@ -394,8 +432,9 @@ class Reading:
         first, best = self.first, checks.best
         learned = first - self.end
         sure = learned > max(6 * self.spread / math.sqrt(FIRST), FLAT * abs(first)) and trend(self.means).falls
-        if not sure or first - checks.values[best] > FLAT * learned:
-            return None
+        falls = checks.values[0] - checks.values[best] > max(FLAT * abs(checks.values[0]), 0.5 * learned)
+        if not sure or falls or first - checks.values[best] > FLAT * learned:
+            return None  # a loss that falls from a higher level is another one, as that of larger batches may be
         return self.found(
             "validation never improves",
             "warning",

@@ -34,7 +34,6 @@ class Dependence:
         next_token: Whether the targets are the inputs, one position later.
         future: Whether outputs depend on inputs that they are to predict.
         copied: Whether the targets are the inputs of the same positions.
-        column: Of the inputs that is equal to the target, -1 if there is none.
         least_loss: That the best network would have, as equal inputs have different targets (classes only).
         zeroed: The criterion with all inputs set to zero, where that leaves the targets alone.
     """
@@ -49,7 +48,6 @@ class Dependence:
     next_token: bool = False
     future: bool = False
     copied: bool = False
-    column: int = -1
     least_loss: float = 0.0
     zeroed: list[Criterion] = field(default_factory=list)
 
@@ -141,10 +139,8 @@ def look(run: Run, batch: Any) -> Dependence:
     found.alike = bool(inputs) and all(torch.equal(leaves[place], leaves[place].roll(1, 0)) for place in inputs)
     if found.targets_given:
         found.mixed = _mixed(probe, leaves)
-    _sequences(probe, leaves, inputs, found)
+    _sequences(probe, leaves, found)
     single = len(before.rows) == found.examples
-    if single and inputs:
-        found.column = _column(before, [leaves[place] for place in inputs])
     if set(used) & set(inputs) or (single and found.fed and before.kind == "classes"):
         zeroed = probe({place: torch.zeros_like(leaves[place]) for place in inputs})
         if zeroed is not None and _same_targets(before, zeroed) and (single or not found.fed):
@@ -192,15 +188,13 @@ def _mixed(probe: _Probe, leaves: list[Tensor]) -> bool:
     if not other or after is None:
         return False
     change = probe.change(after)
-    noticed = []
-    for each in (change, change.view(-1, probe.examples).T):  # examples first, or positions first
-        if not each.numel() or not float(each.max()):
-            return False
-        noticed.append(int((each[1:].amax(1) > SAME * each.max()).sum()))
-    return min(noticed) > 1
+    if not change.numel():
+        return False
+    either = (change, change.view(-1, probe.examples).T)  # examples first, or positions first
+    return min(int((each[1:].amax(1) > SAME * each.max()).sum()) for each in either) > 1
 
 
-def _sequences(probe: _Probe, leaves: list[Tensor], inputs: list[int], found: Dependence) -> None:
+def _sequences(probe: _Probe, leaves: list[Tensor], found: Dependence) -> None:
     """Whether the targets are tokens of the input, and which of them the outputs see."""
     before, examples = probe.before, probe.examples
     targets = before.targets
@@ -218,25 +212,20 @@ def _sequences(probe: _Probe, leaves: list[Tensor], inputs: list[int], found: De
             else _agree(wanted, tokens[:, 1:], valid)
         )
         same = _agree(wanted, tokens[:, :length], valid)
-        if max(ahead, same) < 0.95 or (place not in inputs and same > ahead and not _is_used(probe, place)):
-            continue  # neither, or the labels themselves
+        if max(ahead, same) < 0.95:
+            continue
         half = length // 2
         future = torch.cat([leaf[:, : half + 1], leaf.roll(1, 0)[:, half + 1 :]], 1)
         after = probe({place: future})
         change = probe.change(after) if after is not None else torch.zeros(examples, 0)
         if not change.numel() or not float(change.max()):
-            continue
+            continue  # it cannot be told, or these are the labels themselves
         early = change[:, : half + 1][valid[:, : half + 1]]
         sees = bool(early.numel()) and float(early.max()) > SAME * float(change.max())
         found.next_token, found.copied = ahead > same, same > ahead and not sees
         found.future = found.next_token and sees
         if found.next_token and not sees and examples * length <= MOST_ROWS:
             found.least_loss = _ambiguity(tokens, wanted, valid)
-
-
-def _is_used(probe: _Probe, place: int) -> bool:
-    after = probe({place: probe.leaves[place].roll(1, 0)})
-    return after is not None and float(probe.change(after).sum()) > 0
 
 
 def _agree(wanted: Tensor, tokens: Tensor, valid: Tensor) -> float:
@@ -260,19 +249,3 @@ def _ambiguity(tokens: Tensor, wanted: Tensor, valid: Tensor) -> float:
     groups = [torch.tensor(list(seen.values()), dtype=torch.float64) for seen in follows.values() if len(seen) > 1]
     nats = sum(float(-(group * (group / group.sum()).log()).sum()) for group in groups)
     return nats / max(1, total)
-
-
-def _column(before: Criterion, inputs: list[Tensor]) -> int:
-    """Of a matrix of inputs, that is the target of each example."""
-    targets = before.targets.detach().float().flatten()
-    if targets.numel() != inputs[0].shape[0] or len(targets) < 8:
-        return -1
-    _, counts = torch.unique(targets, return_counts=True)
-    if len(counts) < 2 or int(counts.max()) > len(targets) - 4:
-        return -1
-    for leaf in inputs:
-        if leaf.dim() == 2:
-            found = (leaf.float() == targets[:, None]).all(0).nonzero().flatten().tolist()
-            if found:
-                return int(found[0])
-    return -1

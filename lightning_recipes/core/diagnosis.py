@@ -272,7 +272,7 @@ def _of_validation(evidence: Evidence, than: str) -> Diagnosis:
     gap = val - train
     saw += f"; the validation loss is {val}"
     if evidence.target is not None:
-        high, low = val.low > evidence.target, val.value <= evidence.target or val.low <= evidence.target
+        high, low = val.low > evidence.target, val.low <= evidence.target
     else:
         bound = LOW * (evidence.trivial or 0.0)
         high, low = gap.low > bound, gap.high <= bound

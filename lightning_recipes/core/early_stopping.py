@@ -7,7 +7,7 @@ patience is judged by the new one. :class:`EarlyStoppingRule` keeps the curve an
 import math
 import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise, takewhile
@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from typing_extensions import override
 
-from lightning_recipes.core.arguments import check_choice, check_count, check_real
+from lightning_recipes.core.arguments import check_choice, check_count, check_list, check_real
 from lightning_recipes.core.findings import Finding
 
 PLAYBOOK = "Deep Learning Tuning Playbook, training curves: https://github.com/google-research/tuning_playbook"
@@ -279,13 +279,14 @@ class AnyOf(Criterion):
         criteria: At least one.
 
     Raises:
+        TypeError: If one is no criterion.
         ValueError: If there is none.
     """
 
-    criteria: list[Criterion]
+    criteria: Sequence[Criterion]
 
     def __post_init__(self) -> None:
-        _check_any(self.criteria)
+        object.__setattr__(self, "criteria", _checked(self.criteria))
 
     @override
     def verdict(self, curve: Curve) -> str | None:
@@ -300,13 +301,14 @@ class AllOf(Criterion):
         criteria: At least one.
 
     Raises:
+        TypeError: If one is no criterion.
         ValueError: If there is none.
     """
 
-    criteria: list[Criterion]
+    criteria: Sequence[Criterion]
 
     def __post_init__(self) -> None:
-        _check_any(self.criteria)
+        object.__setattr__(self, "criteria", _checked(self.criteria))
 
     @override
     def verdict(self, curve: Curve) -> str | None:
@@ -314,9 +316,14 @@ class AllOf(Criterion):
         return " and ".join(map(str, verdicts)) if all(verdicts) else None
 
 
-def _check_any(criteria: list[Criterion]) -> None:
-    if not criteria:
+def _checked(criteria: Sequence[Criterion]) -> tuple[Criterion, ...]:
+    given = check_list("criteria", criteria, "criteria")
+    if not given:
         raise ValueError("criteria must have at least one, got []")
+    if not all(isinstance(each, Criterion) for each in given):
+        how = " (in a configuration of Hydra write _convert_: all beside)" if isinstance(given[0], Mapping) else ""
+        raise TypeError(f"criteria must be some of lightning_recipes.core.early_stopping{how}, got {criteria!r}")
+    return given
 
 
 @dataclass

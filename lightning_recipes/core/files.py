@@ -31,9 +31,9 @@ def replaced(path: str | Path, by: str = "part", sync: bool = False) -> Iterator
         ('1 2', ['numbers.txt'])
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{by}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with beside.open("wb") as file:
             yield file
             if sync:
@@ -43,6 +43,8 @@ def replaced(path: str | Path, by: str = "part", sync: bool = False) -> Iterator
     except BaseException as error:
         with contextlib.suppress(OSError):  # the first error says more
             beside.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)
         hidden = error.__context__
         if isinstance(error, RuntimeError) and isinstance(hidden, OSError):
             raise OSError(hidden.errno, hidden.strerror, str(path)) from error
@@ -57,9 +59,13 @@ def put(path: Path, text: str) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """Append a line to a text file: a line of its own, even if a full disk or a kill has cut off the one before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 1))
-        start = b"\n" if file.read(1) not in (b"", b"\n") else b""
-        file.write(start + line.encode() + b"\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            start = b"\n" if file.read(1) not in (b"", b"\n") else b""
+            file.write(start + line.encode() + b"\n")
+    except OSError as error:
+        error.filename = str(path)
+        raise

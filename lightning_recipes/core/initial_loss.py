@@ -1,6 +1,7 @@
 """Whether the loss before the first update is what it should be, and if not, why."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from lightning_recipes.core.criteria import Criterion
 from lightning_recipes.core.findings import Finding, Severity
 from lightning_recipes.core.selection import paired, quantile
-from lightning_recipes.core.targets import LARGE, commonest, constant_of, fit, padding, unnormalised
+from lightning_recipes.core.targets import LARGE, clustered, commonest, constant_of, fit, padding, unnormalised
 
 RECIPE = "Karpathy, A recipe for training neural networks, 2019: http://karpathy.github.io/2019/04/25/recipe/"
 CLOSE, FAR = 0.10, 0.60  # of the expected loss: below the first all is well, above the second something is wrong
@@ -96,6 +97,7 @@ class _Group:
         self.changes: list[float] = []
         self.means: list[Tensor] = []
         self.no_log = True
+        self.tokens: list[Tensor] = []  # of the inputs, where they are as many as the targets
 
     def update(self, calls: list[Criterion]) -> None:
         zero = torch.zeros(self.classes if self.kind == "classes" else ())
@@ -220,7 +222,7 @@ class InitialLossRule:
         self._groups: dict[str, _Group] = {}
         self._totals: list[float] = []
         self._sums: list[float] = []
-        self._inputs: list[tuple[float, float]] = []
+        self._inputs: list[float] = []  # the largest root mean square of each
         self._finite = True
         self._broken_inputs = False
 
@@ -236,15 +238,16 @@ class InitialLossRule:
         Args:
             loss: That the training step returned, if any.
             criteria: That it is made of.
-            inputs: Floating-point tensors of the batch that are no targets.
+            inputs: Tensors of the batch that are no targets.
             expected: The expected loss of this very batch.
         """
         value = math.nan if loss is None else float(loss.detach())
         values = [call.mean for call in criteria]
-        for tensor in inputs:
+        for tensor in filter(torch.is_floating_point, inputs):
             numbers = tensor.detach().float()
             self._broken_inputs |= not bool(numbers.isfinite().all())
-            self._inputs.append((float(numbers.mean()), float(numbers.square().mean().sqrt())))
+            columns = numbers if numbers.dim() == 2 else numbers.flatten()[:, None]  # those of a table have their own
+            self._inputs.append(float(columns.square().mean(0).max().sqrt()))
         if not all(map(math.isfinite, values)) or (loss is not None and not math.isfinite(value)):
             self._finite = False
             return
@@ -264,6 +267,7 @@ class InitialLossRule:
         for key, same in calls.items():
             group = self._groups.setdefault(key, _Group(same[0].name, same[0]))
             group.update(same)
+            group.tokens += [each for each in inputs if not each.is_floating_point() and each.dim() == 2][:1]
 
     def results(self) -> list[InitialLoss]:
         """What was measured, of each criterion, and of the loss if something was expected."""
@@ -304,13 +308,14 @@ class InitialLossRule:
                 continue
             if not say.squashed(group, result) and call.reduction == "sum" and call.positions > 1 and summed:
                 say.summed(result, call.positions)
-            say.sorted(group) or say.off_centre(group, result)
+            say.sorted(group) or say.several(group) or say.off_centre(group, result)
         named = bool(say.findings)
-        large = max((size for _, size in self._inputs), default=0.0)
+        large = max(self._inputs, default=0.0)
         for result in results:
             told = (self.expectations and result.criterion != "loss") or say.far(result, large, named)
             if not named and not say.imbalanced(result) and not told:
                 say.as_expected(result)
+        say.beside(large, self.penalty, statistics.fmean(self._sums) if self._sums else math.inf)
         for key, result in judged.items():
             say.dead(self._groups[key], result)
         return say.findings
@@ -361,6 +366,23 @@ class _Say:
             f"The training step returns {total:.4g}, minus its criterion, {value:.4g}: training makes it worse.",
             "Return the criterion itself.",
         )
+
+    def beside(self, large: float, penalty: float, criteria: float) -> None:
+        """What is said of the inputs and of the other terms of the loss, whatever the criteria are."""
+        if penalty > abs(criteria):
+            self(
+                "penalty outweighs the loss",
+                "info",
+                f"The criteria are {criteria:.4g}, and the training step returns {penalty:.4g} beside them.",
+                "Scale the other terms down, if that was not meant.",
+            )
+        if large > LARGE and not any("not normalised" in finding.message for finding in self.findings):
+            self(
+                "inputs not normalised",
+                "info",
+                f"The inputs are not normalised: the largest of them have a root mean square of {large:.3g}.",
+                "Bring each feature to mean 0 and standard deviation 1, or begin with a layer that does.",
+            )
 
     def squashed(self, group: _Group, result: InitialLoss) -> bool:
         found = next((name for name in SQUASHED if name in group.activations), "")
@@ -448,14 +470,14 @@ class _Say:
         return self("targets broadcast", "error", message, "Give both the same shape: targets.view_as(outputs).")
 
     def padded(self, group: _Group) -> bool:
-        share, label = padding([call.targets for batch in group.whole_batches for call in batch])
+        share, label = padding([call.targets for batch in group.whole_batches for call in batch], group.tokens)
         if share < PADDED or label == group.calls[0][0].arguments.get("ignore_index"):
             return False
         message = (
-            f"{share:.0%} of the targets are {label}, in runs to the end of their rows and nowhere else: padding, which"
-            " the loss counts."
+            f"{share:.0%} of the targets are those of padding, in runs to the end of their rows: all are {label}, and"
+            " the loss counts them."
         )
-        return self("padding counted", "warning", message, f"Leave it out: ignore_index={label}.")
+        return self("padding counted", "warning", message, "Leave them out: set them to ignore_index.")
 
     def sorted(self, group: _Group) -> bool:
         labels = [torch.cat([call.targets[call.valid] for call in batch]) for batch in group.whole_batches]
@@ -464,13 +486,29 @@ class _Say:
             return False
         pure = sum(commonest(each) for each in several) / len(several)
         every = torch.cat(several)
-        if pure < 1 and (pure < PURE or commonest(every) > PURE / 2):
+        single = group.calls[0][0].targets.dim() == 1  # one label an example: else neighbours may well be alike
+        if pure < PURE or (pure < 1 and commonest(every) > PURE / 2 and not (single and clustered(several))):
             return False
         message = (
             f"{pure:.0%} of the labels in each of the first {len(several)} batches are of a single class"
             f" ({len(torch.unique(every))} classes in {len(every):,} labels)."
         )
         return self("labels all alike", "warning", message, "Shuffle the training data; look at the labels.")
+
+    def several(self, group: _Group) -> bool:
+        shares = [call.targets for batch in group.calls for call in batch if call.targets.is_floating_point()]
+        if group.kind != "classes" or not shares:
+            return False
+        sums = torch.cat([each.detach().float().sum(1 if each.dim() > 1 else 0).flatten() for each in shares])
+        off = float(((sums - 1).abs() > 0.01).float().mean())
+        if off < 0.05:
+            return False
+        message = (
+            f"{off:.0%} of the targets of {group.name} do not sum to 1 (their mean sum is {float(sums.mean()):.3g}):"
+            " these are no shares of classes that exclude each other."
+        )
+        advice = "Classes that an example may have several of need binary_cross_entropy_with_logits."
+        return self("targets do not sum to 1", "info", message, advice)
 
     def off_centre(self, group: _Group, result: InitialLoss) -> bool:
         targets = group.unnormalised

@@ -18,6 +18,7 @@ from lightning_recipes.core.updates import not_optimized
 
 RECIPE = "Karpathy, A recipe for training neural networks, 2019: http://karpathy.github.io/2019/04/25/recipe/"
 SHOT_UP = 10.0  # excess after which a sample that is learnt in the end is worth a word
+VALIDATED = 30  # examples below which a validation says little
 DROPS = 0.85  # probability of dropout above which a training can hardly go on
 SHRINKS = 0.01  # of the weights, by which weight decay shrinks them in an update: no training in order comes near
 
@@ -34,13 +35,16 @@ class Symptoms:
         optimizers: How many.
         trainable: Parameters that require a gradient, in numbers.
         frozen: Those that do not.
+        untrained: Layers of these, by name, whose weights are the random ones that they were made with.
         unowned: Trainable parameters that no optimizer has, by name, and whether they get a gradient.
+        shared: Parameters that several optimizers have, by name.
         without_gradient: Of those that an optimizer has, and that never had a gradient other than 0.
         zeros: Of these, matrices that start at 0.
         unmoved: Of those that had one, and stayed what they were.
         asleep: BatchNorm and dropout layers that the step leaves in evaluation mode, beside weights that are trained.
         awake: Whether there are others that are in training mode.
         repeats: Training examples that are validation examples, too.
+        column: Of the inputs that gives the target away, -1 if there is none.
         drops: The largest probability of dropout.
         shrinks: By how much weight decay shrinks the weights in an update, at most, as a share.
         alone: Excess in evaluation mode, of a sample of several batches that has been learnt in training mode with
@@ -60,13 +64,16 @@ class Symptoms:
     optimizers: int = 1
     trainable: int = 0
     frozen: int = 0
+    untrained: list[str] = field(default_factory=list)
     unowned: dict[str, bool] = field(default_factory=dict)
+    shared: list[str] = field(default_factory=list)
     without_gradient: list[str] = field(default_factory=list)
     zeros: list[str] = field(default_factory=list)
     unmoved: list[str] = field(default_factory=list)
     asleep: list[str] = field(default_factory=list)
     awake: bool = False
     repeats: Repeats = field(default_factory=Repeats)
+    column: int = -1
     drops: float = 0.0
     shrinks: float = 0.0
     alone: float = math.nan
@@ -154,6 +161,13 @@ class _Judge:
             names = [name for name, has in seen.unowned.items() if has is has_gradient]
             if names:
                 self.findings.append(not_optimized(names, has_gradient))
+        if seen.shared:
+            self.say(
+                "parameters in several optimizers",
+                "info",
+                f"{listing(seen.shared)} belong to more than one optimizer: each update moves them again.",
+                "Give each parameter to one optimizer, unless it has several objectives.",
+            )
         if seen.carried:
             self.say(
                 "gradients not set to zero",
@@ -184,11 +198,11 @@ class _Judge:
                 "The targets are the tokens of the same positions, which a causal network can see.",
                 "Shift the targets by one position.",
             )
-        if found.column >= 0:
+        if seen.column >= 0:
             self.say(
                 "target among the inputs",
                 "warning",
-                f"Column {found.column} of the inputs equals the target in all {found.examples} examples.",
+                f"Column {seen.column} of the inputs gives the target away in all examples that were looked at.",
                 "Take it out of the inputs.",
             )
         elif seen.leaked and not found.future:
@@ -203,12 +217,22 @@ class _Judge:
     def _set_up(self) -> None:
         """What is wrong with how data and modes are set up."""
         seen = self.seen
-        if seen.repeats.is_leak:
+        repeats = seen.repeats
+        if repeats.is_leak:
             self.say(
                 "validation data in the training data",
-                "warning",
-                f"{seen.repeats.found} of {seen.repeats.examples} training examples are validation examples, too.",
+                "warning" if repeats.is_sure else "info",
+                f"{repeats.found} of {repeats.examples} training examples are validation examples, too"
+                + (f"; {repeats.natural} are like an earlier one of training." if repeats.natural else "."),
                 "Split before anything is repeated or augmented: validation says nothing about data that were learnt.",
+            )
+        if 0 < repeats.validation < VALIDATED:
+            self.say(
+                "few validation examples",
+                "info",
+                f"Validation has {repeats.validation} examples: a share of them is known to"
+                f" ± {1 / math.sqrt(repeats.validation):.0%} at worst.",
+                "Validate on more, or by cross-validation.",
             )
         if seen.drops > DROPS:
             self.say(
@@ -299,7 +323,7 @@ class _Judge:
                 f"All targets of {sample} are the same, so that nothing can be told: the data seem to be sorted.",
                 "Shuffle the training data.",
             )
-        elif flipped(self.fits) and seen.optimizers == 1:
+        elif seen.known and flipped(self.fits) and seen.optimizers == 1:
             self.say(
                 "wrong sign of the loss",
                 "error",
@@ -357,16 +381,19 @@ class _Judge:
             self._rate(sample)
 
     def frozen(self) -> None:
-        """Frozen parameters, where the sample was not learnt."""
+        """Frozen parameters, where the sample was not learnt or nobody has trained them."""
         seen = self.seen
-        if seen.frozen and not self.first.learnt:
-            self.say(
-                "frozen parameters",
-                "info",
-                f"{seen.frozen / (seen.frozen + seen.trainable):.0%} of the parameters are frozen, and"
-                f" {seen.examples} examples were not learnt.",
-                "Set requires_grad=True if they should be trained: frozen weights have to be pretrained ones.",
-            )
+        if not seen.frozen or (self.first.learnt and not seen.untrained):
+            return
+        share = f"{seen.frozen / (seen.frozen + seen.trainable):.0%} of the parameters are frozen"
+        random = f"the layers {listing(seen.untrained)} with the random weights that they were made with"
+        learnt = "were" if self.first.learnt else "were not"
+        self.say(
+            "frozen parameters",
+            "info",
+            f"{share}" + (f", {random}" if seen.untrained else "") + f"; {seen.examples} examples {learnt} learnt.",
+            "Set requires_grad=True if they should be trained: frozen weights have to be pretrained ones.",
+        )
 
     @property
     def _left(self) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_recipes.core.arguments import check_choice, check_count, check_flag, check_real
+from lightning_recipes.core.arguments import check_choice, check_count, check_flag, check_list, check_real
 from lightning_recipes.core.durations import parse_duration
 from lightning_recipes.core.early_stopping import EarlyStoppingRule, Patience
 
@@ -150,6 +150,8 @@ class PiecewiseConstant(Schedule):
     factors: Sequence[float] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "milestones", check_list("milestones", self.milestones, "durations"))
+        object.__setattr__(self, "factors", check_list("factors", self.factors, "numbers"))
         if len(self.milestones) != len(self.factors):
             raise ValueError(f"factors must be one for each of {len(self.milestones)} milestones, got {self.factors!r}")
         parsed = [parse_duration("milestones", milestone) for milestone in self.milestones]

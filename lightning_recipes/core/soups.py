@@ -77,8 +77,7 @@ def greedy_soup(losses_of: Callable[[State], Tensor], states: Sequence[State], s
         inside = folds == fold
         for name, rule in rules.items():
             judged[name][inside] = ingredients.losses(rule(inside if inside.all() else ~inside))[inside]
-    finite = {name: each for name, each in judged.items() if each.isfinite().all()}
-    tried, gain, error, beyond = compared(finite, ingredients.losses(ingredients.best(everywhere)), ones)
+    tried, gain, error, beyond = compared(judged, ingredients.losses(ingredients.best(everywhere)), ones)
     how = tried if beyond else "best"
     members = rules[how](everywhere)
     return Soup(

@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_recipes.core.criteria import Criterion
 
 LARGE = 10.0  # root mean square of inputs, or standard deviation of targets, that nobody has normalised
+PERMUTATIONS = 999
 FAR_OFF = 3.0  # standard deviations of the targets that their mean is from 0
 
 
@@ -68,18 +69,37 @@ def unnormalised(calls: Sequence[Criterion], spread: float) -> str:
     return f"mean {mean:.3g} and standard deviation {deviation:.3g}"
 
 
-def padding(targets: Sequence[Tensor]) -> tuple[float, int]:
-    """Share of the targets that are of the class that rows end with, if all of that class are there; and the class."""
-    if not targets or any(each.dim() != 2 or each.shape[1] < 2 for each in targets):
+def padding(targets: Sequence[Tensor], tokens: Sequence[Tensor] = ()) -> tuple[float, int]:
+    """Share of the targets of sequences that are those of padding, and the class that they are.
+
+    Padding is a class, or else a token of the input, that rows end with, and that is nowhere else; the targets of such
+    tokens are all the same.
+
+    Args:
+        targets: Classes, of shape (batch, positions).
+        tokens: Of the inputs, of the same shapes; none if there are none such.
+    """
+    found = _trailing(targets)
+    if found is None and [each.shape for each in tokens] == [each.shape for each in targets]:
+        found = _trailing(tokens)
+    if found is None:
         return 0.0, -1
-    last = torch.cat([each[:, -1].cpu() for each in targets])
+    filled = torch.cat([each.flatten().cpu() for each in targets])[found]
+    if bool((filled != filled[0]).any()):
+        return 0.0, -1
+    return float(found.float().mean()), int(filled[0])
+
+
+def _trailing(rows: Sequence[Tensor]) -> Tensor | None:
+    """Where rows are filled up to their end with what is nowhere else, as one mask for all; None if they are not."""
+    if not rows or any(each.dim() != 2 or each.shape[1] < 2 for each in rows):
+        return None
+    last = torch.cat([each[:, -1].cpu() for each in rows])
     label = int(last.mode().values)
-    is_label = [each.cpu() == label for each in targets]
-    trailing = [each.flip(1).cummin(1).values.flip(1) for each in is_label]  # to the end of the row
-    found, at_the_end = (sum(int(each.sum()) for each in masks) for masks in (is_label, trailing))
-    if found > at_the_end or found < 2 * int((last == label).sum()):
-        return 0.0, label
-    return found / sum(each.numel() for each in targets), label
+    is_label = [each.cpu() == label for each in rows]
+    trailing = torch.cat([each.flip(1).cummin(1).values.flip(1).flatten() for each in is_label])  # to the end of a row
+    found, at_the_end = sum(int(each.sum()) for each in is_label), int(trailing.sum())
+    return None if found > at_the_end or found < 2 * int((last == label).sum()) else trailing
 
 
 def fit(outputs: Sequence[int], targets: Sequence[int]) -> bool:
@@ -91,3 +111,28 @@ def fit(outputs: Sequence[int], targets: Sequence[int]) -> bool:
 def commonest(labels: Tensor) -> float:
     """Share of the most frequent label."""
     return float(torch.unique(labels, return_counts=True)[1].max()) / len(labels)
+
+
+def clustered(batches: Sequence[Tensor]) -> bool:
+    """Whether labels differ more from batch to batch than in any of 999 shuffles of them.
+
+    Example:
+        >>> labels = torch.arange(64) // 16
+        >>> clustered(labels.split(8)), clustered(labels.view(4, 16).T.flatten().split(8))
+        (True, False)
+    """
+    labels = torch.cat([batch.cpu() for batch in batches])
+    one_hot = torch.nn.functional.one_hot(torch.unique(labels, return_inverse=True)[1]).float()
+    sizes = torch.tensor([len(batch) for batch in batches])
+    of = torch.arange(len(batches)).repeat_interleave(sizes)
+
+    def spread(rows: Tensor) -> float:
+        """By Pearson's statistic, but for what no shuffle changes."""
+        counts = torch.zeros(len(batches), rows.shape[1]).index_add(0, of, rows)
+        return float((counts.square() / rows.sum(0) / sizes[:, None]).sum())
+
+    chance = torch.Generator().manual_seed(0)
+    seen = spread(one_hot)
+    return all(
+        spread(one_hot[torch.randperm(len(labels), generator=chance)]) < seen - 1e-6 for _ in range(PERMUTATIONS)
+    )

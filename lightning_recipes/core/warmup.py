@@ -196,8 +196,8 @@ class WarmupSearch:
         without = max(stable, default=0.0)
         summary = {"unstable_base_learning_rate": unstable, "stable_without_warmup": without}
         evidence: dict[str, float | str] = {**summary, "learning_rate": rate, "warmup_steps": warmup}
-        steps = sum(outcome.steps for outcome in outcomes.values())
-        found = partial(Finding, step=steps, evidence=evidence, source=PLAYBOOK)
+        evidence["steps_of_trials"] = sum(outcome.steps for outcome in outcomes.values())
+        found = partial(Finding, step=0, evidence=evidence, source=PLAYBOOK)  # before training
         up_to = f"No warmup of up to {self.warmups[-1]:,} steps"
         if warmup == 0 and self.base_learning_rate in (None, rate):
             finding = found(
@@ -214,9 +214,9 @@ class WarmupSearch:
             rates = f"{lowest:.3g} to {highest:.3g}" if lowest < highest else f"{highest:.3g}"
             finding = found(
                 "warmup does not help",
-                "warning",
+                "info" if without and self.base_learning_rate is None else "warning",  # nobody needs a higher one
                 f"{up_to} makes a learning rate of {rates} stable"
-                + (f"; {without:.3g} is without." if without else "."),
+                + (f"; {without:.3g} is stable without one." if without else "."),
                 "Keep the learning rate; look at gradient clipping, another optimizer, normalisation and residual"
                 " connections (x + f(Norm(x)) with f starting at 0).",
             )

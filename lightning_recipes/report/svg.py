@@ -184,8 +184,10 @@ def chart(
     guides: Sequence[tuple[float, str]] = (),
     width: int = 360,
     height: int = 220,
+    x_label: str = "updates",
+    log_x: bool = False,
 ) -> Markup:
-    """Lines over the updates.
+    """Lines over the updates, or whatever else.
 
     Args:
         key: An id that no other picture of the page has.
@@ -196,6 +198,8 @@ def chart(
         guides: Values to compare with, and their names.
         width: Pixels.
         height: Pixels.
+        x_label: What the lines are over.
+        log_x: Whether it is on a logarithmic scale.
     """
     picture = Picture(key, title, description, width, height)
     top = picture.legend([line.name for line in lines])
@@ -207,8 +211,8 @@ def chart(
     labels = [shown(tick) for tick in y.ticks(max(2, int(abs(y.end - y.start) / 36)))]
     left = 10 + CHARACTER * max((len(label) for label in labels), default=1)
     steps = [point.x for point in points]
-    x = Axis(min(steps), max(steps) if max(steps) > min(steps) else min(steps) + 1, left, width - 10)
-    picture.axes(x, y, "updates", least=1)
+    x = Axis(min(steps), max(steps) if max(steps) > min(steps) else min(steps) + 1, left, width - 10, log_x)
+    picture.axes(x, y, x_label, least=1)
     for value, _ in guides:
         picture.line("guide", x.start, y(value), x.end, y(value))
     picture.events(x, y, [event for event in events if x.low <= event.step <= x.high])

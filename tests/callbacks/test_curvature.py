@@ -252,6 +252,15 @@ def test_the_end_is_that_of_the_trained_weights_with_an_average_too(tmp_path: Pa
     assert [each["rule"] for each in findings_of(tmp_path)] == ["sharpness"] * 4
 
 
+@pytest.mark.parametrize(("learning_rate", "compared"), [(0.1, True), (0.0, False)])
+def test_a_learning_rate_of_zero_can_stay_anywhere(learning_rate: float, compared: bool, tmp_path: Path) -> None:
+    module = Given(nn.Linear(3, 2), partial(torch.optim.SGD, lr=learning_rate), functional.mse_loss)
+    data = [(torch.randn(4, 3), torch.randn(4, 2)) for _ in range(8)]
+    fit(tmp_path, module, CriticalPointProbe(), data=DataLoader(data, batch_size=None))
+    (found,) = findings_of(tmp_path)
+    assert ("of what the optimizer can stay at" in found["message"]) == compared
+
+
 def test_a_look_at_the_end_is_of_a_sample_without_doubles(tmp_path: Path) -> None:
     probe = CriticalPointProbe(batches=8, every_n_steps=9)
     shares = []

@@ -260,8 +260,8 @@ def test_ranks_have_the_curve_of_the_whole_batch(tmp_path: Path) -> None:
     ("arguments", "error", "message"),
     [
         ({"monitor": 3}, TypeError, "monitor must be the name of a metric or None, got 3"),
-        ({"target_loss": "low"}, TypeError, "target_loss must be a number"),
-        ({"target_loss": math.inf}, ValueError, "target_loss must be a number"),
+        ({"target_loss": "low"}, TypeError, "target_loss must be a finite number"),
+        ({"target_loss": math.inf}, ValueError, "target_loss must be a finite number"),
     ],
 )
 def test_bad_arguments_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:

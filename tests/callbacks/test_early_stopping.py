@@ -7,7 +7,6 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from models import Regression, Resumable, SeedEachStep, quiet_trainer, regression_data, same, weights_of
@@ -334,7 +333,7 @@ def test_a_short_run_is_told_nothing(tmp_path: Path) -> None:
         ({"min_delta": "little"}, ValueError, "min_delta must be .* got 'little'"),
         ({"start_epoch": -1}, ValueError, "start_epoch must be a whole number of at least 0, got -1"),
         ({"restore_best_weights": "yes"}, TypeError, "restore_best_weights must be True or False, got 'yes'"),
-        ({"mode": "lowest"}, MisconfigurationException, "`mode` can be min, max, got lowest"),
+        ({"mode": "lowest"}, ValueError, "mode must be 'min' or 'max', got 'lowest'"),
         ({"criterion": 3}, TypeError, "criterion must be one of lightning_recipes.core.early_stopping, got 3"),
     ],
 )

@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,22 @@ def test_what_happened_is_told_with_the_place_the_numbers_and_the_cure(
     assert where in evidence["where"]
     assert evidence["learning_rate"] == 0.01
     assert finding["advice"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "severity"), [("divergence", "info"), ("early instability", "info"), ("spike", "warning")]
+)
+def test_a_loss_may_rise_where_optimizers_work_against_each_other(
+    kind: Any, severity: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = InstabilityDetector()
+    monkeypatch.setattr(
+        module_under_test.InstabilityRule, "update", lambda *_, **__: Instability(kind, "loss", 0, 2.0, 1.0)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(tmp_path, Adversaries(), detector, batches=12)
+    assert {(each["rule"], each["severity"]) for each in findings_of(tmp_path)} == {(kind, severity)}
 
 
 def test_it_is_attributed_to_its_step_where_it_is_read_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,3 +449,12 @@ def test_deepspeed_is_refused(tmp_path: Path) -> None:
 def test_bad_arguments_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         InstabilityDetector(**arguments)
+
+
+def test_a_cure_names_a_measure_once_and_no_progress_is_told_against_the_start() -> None:
+    for cure in module_under_test.CURES.values():
+        assert cure.lower().count("warm") <= 1
+        assert cure.lower().count("gradient clipping") + cure.startswith("Clip ") <= 1
+    update = module_under_test._Update(0, 1.39, 0.1, 32, 0.05, step=308, epoch=4, batch_idx=56)
+    found = module_under_test._finding(update, Instability("no progress", "loss", 308, 1.39, 1.43), "told", "")
+    assert found.message == "The loss was 1.39 at batch 56 of epoch 4, and 1.43 at the start."

@@ -209,6 +209,23 @@ class Decays(Classifier):
         return torch.optim.SGD(self.parameters(), 0.1, momentum=0.9, weight_decay=0.5)
 
 
+class Twice(Classifier):
+    """Two optimizers have all parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        for optimizer in self.optimizers():  # type: ignore[union-attr]
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [super(Twice, self).configure_optimizers() for _ in range(2)]
+
+
 class Accumulates(Classifier):
     """By hand, and right: two backward passes for an update."""
 
@@ -247,6 +264,7 @@ def check(folder: Path, module: Any, inputs: Any = None, shuffle: bool = True, *
         (Mixes, ["examples mixed", "overfits a small sample"]),
         (Blind, ["input without information", "no gradient"]),
         (Frozen, ["nothing to train"]),
+        (Twice, ["parameters in several optimizers", "overfits a small sample"]),
         (Zeros, ["no gradient", "input without information"]),
         (ZeroHead, ["overfits a small sample"]),
         (Decays, ["weight decay too large", "overfits a small sample"]),
@@ -299,6 +317,35 @@ def test_a_schedule_with_a_warmup_is_at_its_top_and_warmed_up_to(
     _, found = check(tmp_path, Warmed())
     assert found == ["overfits a small sample"]
     assert rates[:12] == pytest.approx([0.001 * step for step in range(1, 11)] + [0.01, 0.01])
+
+
+@pytest.mark.parametrize("recipe", [OverfitCheck, InitialLossCheck])
+@pytest.mark.parametrize("kind", ["plateau", "one cycle", "parts of the run"])
+def test_a_schedule_is_made_as_in_the_run_and_stays_where_it_begins(recipe: Any, kind: str, tmp_path: Path) -> None:
+    class Scheduled(Classifier):
+        def configure_optimizers(self) -> Any:
+            optimizer, all_steps = super().configure_optimizers(), int(self.trainer.estimated_stepping_batches)
+            assert (all_steps, self.trainer.max_epochs) == (9, 3)
+            assert self.trainer.train_dataloader is not None
+            scheduler: Any = {
+                "plateau": lambda: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer),
+                "one cycle": lambda: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, all_steps),
+                "parts of the run": lambda: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, all_steps // 6),
+            }[kind]()
+            interval = "epoch" if kind == "plateau" else "step"
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {"scheduler": scheduler, "interval": interval, "monitor": "val_loss"},
+            }
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val_loss", nn.functional.cross_entropy(self.outputs(batch[0]), batch[1]))
+
+    inputs = torch.randn(96, 8, generator=torch.Generator().manual_seed(0))
+    loader = DataLoader(TensorDataset(inputs, classes_of(inputs)), 32)
+    quiet_trainer(tmp_path, max_epochs=3, callbacks=[recipe()]).fit(Scheduled(), loader, loader)
+    found = [json.loads(line)["rule"] for line in (tmp_path / "findings.jsonl").read_text().splitlines()]
+    assert found[-1] in ("overfits a small sample", "initial loss as expected")
 
 
 def test_it_takes_several_small_batches_and_batches_it_cannot_divide(tmp_path: Path) -> None:

@@ -562,7 +562,7 @@ def test_a_run_of_unknown_length_needs_cycle_steps(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ({"cycles": 20, "cycle_steps": 10}, "20 cycles of 10 updates do not fit into a run of 20"),
-        ({"cycles": 30}, "30 cycles do not fit into a run of 20 updates"),
+        ({"cycles": 30}, "30 cycles do not fit into a run of 20 updates: train longer, or take 20"),
         ({"cycles": 3, "warmup_steps": 7}, "3 cycles with 7 updates of warmup each do not fit into a run of 20"),
         ({"module": "body"}, "has no attribute `body`; there are: \\['net'\\]"),
     ],

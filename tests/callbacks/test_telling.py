@@ -1,4 +1,5 @@
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,17 @@ def test_the_same_is_told_once_a_fit_whoever_says_it(tmp_path: Path) -> None:
         trainer.fit(Regression(), regression_data(4))
         rules = rules_of(tmp_path)
         assert {rule: rules.count(rule) for rule in rules} == {"same": fits, "noted": fits, "new": 2 * fits}
+
+
+def test_a_warning_is_shown_in_every_fit(tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")  # as Python and notebooks have it
+        for _ in range(2):
+            trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[Says(), Says()])
+            trainer.fit(Regression(), regression_data(1))
+    told = [each for each in seen if str(each.message).startswith("same at step")]
+    assert [str(each.message) for each in told] == 2 * ["same at step 0: Again. Stop it."]
+    assert {each.filename for each in told} == {"lightning_recipes"}  # not where in it
 
 
 class Forgets(Regression):

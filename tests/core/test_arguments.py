@@ -23,6 +23,12 @@ def test_a_number_without_upper_bound() -> None:
         check_real("half_life", math.inf, 0, math.inf)
 
 
+def test_any_finite_number() -> None:
+    assert check_real("target_loss", -3, -math.inf, math.inf) == -3.0
+    with pytest.raises(ValueError, match="target_loss must be a finite number, got nan"):
+        check_real("target_loss", math.nan, -math.inf, math.inf)
+
+
 @pytest.mark.parametrize(("value", "error"), [(0, ValueError), (-3, ValueError), (1.0, TypeError), (True, TypeError)])
 def test_a_count_is_a_whole_number_of_at_least_its_minimum(value: object, error: type[Exception]) -> None:
     with pytest.raises(error, match="window must be a whole number of at least 1, got"):

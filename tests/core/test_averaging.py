@@ -1,5 +1,6 @@
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -203,6 +204,36 @@ def test_a_resumed_average_goes_on_as_if_nothing_had_been(every: int, skipped: s
 
     assert torch.equal(run(None).averages["x"], run(17).averages["x"])
     assert str(run(None).state_dict()) == str(run(17).state_dict())
+
+
+def test_what_is_loaded_goes_on_in_a_rule_that_has_averaged_already() -> None:
+    positions = walk(60)
+    whole, used = ExponentialMovingAverage(0.9), ExponentialMovingAverage(0.9)
+    tensors = {"x": torch.zeros(3)}
+    for position in positions[:20]:
+        tensors["x"].copy_(position)
+        used.update(tensors)
+    follow(whole, positions[:40])
+    used.load_state_dict(whole.state_dict())
+    used.averages = {"x": used.averages["x"].clone()}
+    for position in positions[40:]:
+        tensors["x"].copy_(position)
+        used.update(tensors)
+    assert torch.equal(used.averages["x"], follow(whole, positions[40:]))
+
+
+def test_the_same_mapping_is_gone_through_once() -> None:
+    class Counted(dict[str, Tensor]):
+        looks = 0
+
+        def items(self) -> Any:
+            self.looks += 1
+            return super().items()
+
+    tensors, ema = Counted(x=torch.zeros(3)), ExponentialMovingAverage(0.9)
+    for _ in range(10):
+        ema.update(tensors)
+    assert tensors.looks == 1
 
 
 def test_state_is_what_was_seen_not_what_was_asked() -> None:

@@ -41,6 +41,14 @@ def test_the_difference_is_paired_by_seed() -> None:
     assert compared.difference == pytest.approx(0.32 / 3)
     assert compared.difference_error == pytest.approx(0.0115470 / 3**0.5, rel=1e-4)
     assert compared.verdict == "optimization"
+    losses = "2.107 against 2 (difference 0.11 ± 0.007, 3 seeds, 0 updates)"
+    assert compared.finding.message == f"The smaller network reaches a lower training loss: {losses}."
+    known = compare([1.1, 2.1, 3.12], [1.0, 2.0, 3.0], 9.0, 4000)
+    assert "3 seeds, 4,000 updates; a constant has 9)." in known.finding.message
+    assert known.finding.evidence["model_loss"] == known.model_loss == pytest.approx(6.32 / 3)
+    assert (known.baseline_loss, known.finding.step) == (2.0, 4000)
+    nothing_left = compare([0.1, 0.1], [0.0, 0.0], 1.0)
+    assert nothing_left.verdict == "optimization"
 
 
 @pytest.mark.parametrize("losses", [([1.0], [1.0]), ([1.0, 2.0], [1.0])])

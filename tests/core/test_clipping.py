@@ -254,6 +254,13 @@ def test_clipped_fraction_and_typical_factor_are_those_of_the_window() -> None:
     assert (PercentileThreshold().clipped_fraction(), PercentileThreshold().typical_factor()) == (0.0, 1.0)
 
 
+def test_a_share_is_no_percentile() -> None:
+    with pytest.raises(
+        ValueError, match=r"percentile is in percent: at 0.9 nearly every update is clipped; 90 is usual"
+    ):
+        PercentileThreshold(percentile=0.9)
+
+
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [
@@ -298,6 +305,10 @@ def test_history_knows_the_percentiles_of_all_norms() -> None:
     assert sum(count for *_, count in history.histogram()) == 1502
     assert history.histogram()[0] == (0.0, 0.0, 2)
     assert NormHistory().percentile(90) == 0.0
+    octave = NormHistory()
+    for step in range(1000):
+        octave.add(1 + step / 1000, math.inf)
+    assert len(octave.histogram()) == 64
 
 
 def test_total_norm_is_the_norm_of_everything() -> None:

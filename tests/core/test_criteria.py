@@ -1,4 +1,5 @@
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ CLASSES = torch.tensor([0, 1, 2, 2, 0])
 
 
 def outputs(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
 
 @pytest.mark.parametrize(
@@ -50,6 +51,76 @@ def test_a_criterion_is_noted_and_gives_its_value_for_constant_outputs(
     assert criterion.value.grad_fn is None
 
 
+@pytest.mark.parametrize(
+    ("function", "shape", "targets", "rows", "classes", "positions"),
+    [
+        (functional.cross_entropy, (5, 3), CLASSES, (5, 3), 3, 5),
+        (functional.cross_entropy, (5, 3), torch.tensor([0, 1, -100, -100, 2]), (5, 3), 3, 3),
+        (functional.cross_entropy, (3,), torch.tensor(1), (1, 3), 3, 1),
+        (functional.cross_entropy, (3,), torch.tensor([0.2, 0.3, 0.5]), (1, 3), 3, 1),
+        (functional.cross_entropy, (5, 3), torch.full((5, 3), 1 / 3), (5, 3), 3, 5),
+        (functional.cross_entropy, (5, 3, 2, 4), CLASSES.view(5, 1, 1).expand(5, 2, 4), (40, 3), 3, 40),
+        (functional.binary_cross_entropy_with_logits, (5, 3), torch.ones(5, 3), (5, 3), 2, 15),
+        (functional.binary_cross_entropy_with_logits, (5,), torch.ones(5), (5, 1), 2, 5),
+        (functional.mse_loss, (5, 3, 2), torch.ones(5, 3, 2), (5, 6), 0, 30),
+        (functional.l1_loss, (), torch.ones(()), (1, 1), 0, 1),
+    ],
+)
+def test_what_is_predicted_and_of_how_many_classes(
+    function: Any, shape: tuple[int, ...], targets: Tensor, rows: tuple[int, int], classes: int, positions: int
+) -> None:
+    given = outputs(*shape)
+    with Watch() as watch:
+        value = function(given, targets)
+    (criterion,) = watch.part_of(value)
+    assert criterion.rows.shape == rows
+    assert (criterion.classes, criterion.positions) == (classes, positions)
+    assert float(criterion.value_at(given * 1)) == pytest.approx(float(value.detach()))
+    if criterion.kind == "classes":
+        of_rows = functional.cross_entropy(criterion.rows, targets.reshape(rows if targets.is_floating_point() else -1))
+        assert float(of_rows) == pytest.approx(float(value.detach()))
+        constant = torch.tensor([0.5, -1.0, 2.0])
+        everywhere = constant.view(3, *[1] * (len(shape) - 2)).expand(shape)
+        assert float(criterion.at(constant)) == pytest.approx(float(function(everywhere, targets)))
+
+
+@pytest.mark.filterwarnings("ignore:size_average and reduce args will be deprecated")
+@pytest.mark.parametrize("size_average", [None, True, False])
+@pytest.mark.parametrize("reduce", [None, True, False])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_reduction_is_what_was_made_of_the_losses(
+    size_average: bool | None, reduce: bool | None, reduction: str
+) -> None:
+    given = outputs(5, 3)
+    each = functional.cross_entropy(given, CLASSES, reduction="none")
+    with Watch() as watch:
+        value = functional.cross_entropy(given, CLASSES, size_average=size_average, reduce=reduce, reduction=reduction)
+    made = {"mean": each.mean(), "sum": each.sum(), "none": each}[watch.seen[0].reduction]
+    torch.testing.assert_close(made, value)
+
+
+def test_other_outputs_are_judged_in_single_precision() -> None:
+    with torch.autocast("cpu", torch.bfloat16), Watch() as watch:
+        functional.mse_loss(torch.zeros(5).bfloat16().requires_grad_(), torch.ones(5).bfloat16())
+        value = watch.seen[0].value_at(torch.full((5,), 1 / 3))
+    assert value.dtype == torch.float32
+    assert float(value) == pytest.approx(4 / 9, rel=1e-6)
+
+
+def test_a_batch_of_nothing_is_not_noted() -> None:
+    with Watch() as watch:
+        functional.mse_loss(torch.zeros(0, 3).requires_grad_(), torch.zeros(0, 3))
+    assert not watch.seen
+
+
+def test_tensors_are_let_go_of() -> None:
+    with Watch() as watch:
+        activated = weakref.ref(torch.relu(outputs(5, 3)))
+        assert activated() is not None  # or its memory would be that of another
+    assert activated() is None
+    assert not watch.seen
+
+
 def test_uniform_log_probabilities_and_probabilities_give_ln_c() -> None:
     with Watch() as watch:
         functional.nll_loss(outputs(5, 3).log_softmax(1), CLASSES)
@@ -80,6 +151,12 @@ def test_without_a_graph_those_that_could_be_learnt_from_or_all_of_them_count(lo
     assert len(watch.part_of(loss)) == count
 
 
+def first_rows_rectified(x: Tensor) -> Tensor:
+    changed = x + 0
+    changed[:2].relu_()
+    return changed
+
+
 @pytest.mark.parametrize(
     ("change", "name"),
     [
@@ -89,6 +166,8 @@ def test_without_a_graph_those_that_could_be_learnt_from_or_all_of_them_count(lo
         (lambda x: nn.ReLU(inplace=True)(x + 0), "relu"),
         (nn.Tanh(), "tanh"),
         (lambda x: torch.relu(x) + 1, ""),
+        (lambda x: torch.cat([x, x]).relu()[:5], ""),  # a part of it, which may be of another kind
+        (first_rows_rectified, ""),
         (lambda x: nn.Linear(3, 3)(x.relu()), ""),
     ],
 )

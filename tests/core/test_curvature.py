@@ -7,7 +7,7 @@ import torch
 from surfaces import network, slow_hessian
 
 from lightning_recipes.core.curvature import CriticalPoint, Estimate, judge, measure, verdict
-from lightning_recipes.core.hessian import Spectrum, steps_of
+from lightning_recipes.core.hessian import LossSurface, Spectrum, steps_of
 
 
 def test_the_squared_gradient_is_unbiased_and_its_error_is_the_jackknife() -> None:
@@ -59,6 +59,61 @@ def test_at_the_noise_floor_of_a_quadratic_gain_and_loss_are_equal() -> None:
             gains.append(float((curvature * weight).square().sum(1).mean()) * lr / (1 - beta))
     lost = (lr / (1 - beta)) ** 2 * float(curvature.sum()) / 2
     assert sum(gains) / len(gains) == pytest.approx(lost, rel=0.03)
+
+
+def test_weight_decay_is_a_part_of_the_loss() -> None:
+    model, _, surface = network()
+    parameters = list(model.parameters())
+    decayed = steps_of([torch.optim.SGD(parameters, 0.2, weight_decay=0.3)], parameters)
+    plain = steps_of([torch.optim.SGD(parameters, 0.2)], parameters)
+    losses = [
+        lambda loss=loss: loss() + 0.15 * sum(each.square().sum() for each in parameters) for loss in surface.losses
+    ]
+    found, expected = measure(surface, decayed), measure(LossSurface(losses, parameters), plain)
+    assert found.loss == pytest.approx(expected.loss)
+    for name in ("slope", "gain", "over_limit"):
+        one, other = getattr(found, name), getattr(expected, name)
+        assert (one.value, one.error) == (pytest.approx(other.value), pytest.approx(other.error)), name
+    assert found.spectrum.smallest == pytest.approx(expected.spectrum.smallest)
+    assert found.loss_to_noise == pytest.approx(expected.loss_to_noise)
+    assert found.ahead == pytest.approx(expected.ahead)
+
+
+def test_steps_ahead_are_parts_of_what_the_optimizer_would_make_of_the_mean_gradient() -> None:
+    model, _, surface = network()
+    point = measure(surface, steps_of([torch.optim.SGD(model.parameters(), 0.2)], list(model.parameters())))
+    assert max(point.ahead) == 1.0
+    gradient = torch.stack(surface.gradients()[1]).mean(0)
+    for fraction, change in point.ahead.items():
+        assert fraction > 0
+        assert change == pytest.approx(surface.loss_at(-0.2 * fraction * gradient) - point.loss)
+
+
+@pytest.mark.parametrize(("centre", "length"), [([3.0, 4.0], 5.0), ([0.0, 0.0], 1.0)])
+def test_steps_out_of_a_saddle_have_lengths_in_those_of_the_weights(centre: list[float], length: float) -> None:
+    saddle = torch.tensor(centre).double()
+    weight = torch.nn.Parameter(saddle.clone())
+    signs = torch.tensor([1.0, -1.0]).double()
+    point = measure(LossSurface([lambda: 1 + (weight - saddle).square() @ signs], [weight]), None, share=1.0)
+    assert len(point.escape) >= 2
+    for step, change in point.escape.items():
+        assert change == pytest.approx(-((length * step) ** 2))
+        assert -step in point.escape
+    assert verdict(point) == "saddle"
+
+
+def test_what_is_within_rounding_was_not_seen() -> None:
+    assert replace(POINT, ahead={1.0: 5e-7, 0.3: 1e-7}).best_fraction == 0
+    assert replace(POINT, ahead={1.0: 5e-7, 0.3: -9e-7}).best_fraction == 0
+    assert replace(POINT, ahead={1.0: 5e-7, 0.3: -2e-6}).best_fraction == 0.3
+    for smallest, negative in ((1e-4, False), (-9e-4, False), (-1.1e-3, True)):  # of the largest, 1
+        assert replace(POINT, spectrum=replace(FLAT, smallest=smallest)).has_negative_curvature == negative
+
+
+def test_a_loss_that_is_not_finite_is_refused() -> None:
+    weight = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(ArithmeticError, match="the loss or its gradient is not finite"):
+        measure(LossSurface([lambda: weight.sum() * math.inf], [weight]), None)
 
 
 # ---------------------------------------------------------------------------------- verdicts

@@ -128,6 +128,7 @@ def test_flat_at_a_constant_rate_is_told_and_since_when() -> None:
     assert rules_of(trained(level, 0.2, rate=lambda share: 0.1 * (1 - share))) == []
     assert rules_of(trained(level, 0.2, rate=lambda share: 0.1 if share < 0.2 else 0.01)) == []
     assert rules_of(trained(level, 0.001)) == []  # has arrived
+    assert rules_of(trained(level, 6.0)) == []  # half a run may have brought more than a tenth of the fall
 
 
 def test_a_decay_that_came_too_early() -> None:
@@ -154,6 +155,32 @@ def test_a_decay_in_the_first_tenth_of_a_run(seed: int) -> None:
     rule = trained(until_a_twelfth, rate=lambda share: 0.1 if share < 1 / 12 else 0.005, seed=seed)
     (finding,) = rule.findings()
     assert (finding.rule, finding.severity) == ("decayed too early", "warning")
+
+
+@pytest.mark.parametrize(
+    ("updates", "severity"), [(30, "info"), (60, "warning"), (150, "warning"), (600, ""), (3000, "")]
+)
+def test_a_rate_that_decays_at_once_is_told_whatever_the_loss_was(updates: int, severity: str) -> None:
+    """The rate is divided by e in so many updates of 3,000; after a few of them nothing is known of the loss."""
+    rule = trained(learned, 0.1, rate=lambda share: 0.1 * math.exp(-3000 * share / updates))
+    assert {each.rule: each.severity for each in rule.findings()}.get("decayed too early", "") == severity
+
+
+@pytest.mark.parametrize(
+    ("rate", "told"),
+    [
+        (lambda share: 1e-3 * share, True),  # a warmup that never ends
+        (lambda share: 1 + math.cos(6 * math.pi * share + math.pi), False),  # three cycles
+        (lambda share: 1.01 - math.cos(5 * math.pi * share), True),  # that end at the top
+        (lambda share: min(1.0, 20 * share), False),
+        (lambda share: 0.5 if share < 0.7 else 0.6, False),
+        (lambda share: 1.0 if share < 0.3 else 0.01 + 0.3 * share, False),
+        (lambda share: 0.0, False),
+        (lambda share: math.nan, False),
+    ],
+)
+def test_a_learning_rate_that_rises_to_the_end(rate: Callable[[float], float], told: bool) -> None:
+    assert ("learning rate rises" in rules_of(trained(learned, 0.1, rate=rate))) is told
 
 
 def test_a_rate_that_is_halved_again_and_again_until_nothing_goes_on() -> None:
@@ -205,7 +232,12 @@ def test_a_validation_that_shows_nothing_of_what_is_learned() -> None:
     def falls(share: float) -> float:
         return 0.1 + 2.2 * math.exp(-5 * share)
 
-    for validation in (lambda share: 2.3 + share, lambda share: 3.0 - 0.6 * share, lambda share: 150.0):
+    for validation in (
+        lambda share: 2.3 + share,
+        lambda share: 3.0 - 0.6 * share,
+        lambda share: 150.0,
+        lambda share: 2e4 - 900 * share,
+    ):
         for checks in (3, 30):
             rule = trained(falls, 0.1, rate=lambda share: 1 - share, validation=validation, checks=checks, jump=0.05)
             assert rules_of(rule)[0] == "validation never improves"
@@ -213,6 +245,9 @@ def test_a_validation_that_shows_nothing_of_what_is_learned() -> None:
     assert rules_of(slowly) == ["validation never improves"]
     overfits = trained(falls, 0.1, rate=lambda share: 1 - share, validation=lambda share: 1.2 + 2 * (share - 0.3) ** 2)
     assert rules_of(overfits) == ["overfitting"]
+    # A contrastive loss is higher in the larger batches of validation, and falls there as well.
+    apart = trained(falls, 0.1, rate=lambda share: 1 - share, validation=lambda share: 2.5 + 2 * math.exp(-5 * share))
+    assert rules_of(apart) == []
     learns_nothing = trained(lambda share: 2.3, 0.1, validation=lambda share: 2.4)
     assert "validation never improves" not in rules_of(learns_nothing)
 
@@ -291,20 +326,113 @@ def test_underfitting_only_where_a_target_is_known() -> None:
         assert rules_of(rule) == expected
 
 
-def test_data_sorted_by_class_are_told() -> None:
+def in_the_same_order(pattern: Callable[[int], float]) -> list[Any]:
+    """What is said of an order that is the same in each epoch: a factor of each batch beside the level."""
     rule, chance = CurvesRule(), random.Random(0)
     for epoch in range(12):
         for batch in range(40):
             level = 2.3 * 0.8 ** (epoch + batch / 40)
-            rule.update(
-                level * (1 + 0.8 * (batch // 10 % 2)) + chance.gauss(0, 0.02), 0.1, 40 * epoch + batch, batch / 40
-            )
-    finding = next(finding for finding in rule.findings() if finding.rule == "periodic training loss")
+            rule.update(level * (1 + pattern(batch)) + chance.gauss(0, 0.02), 0.1, 40 * epoch + batch, batch / 40)
+    return [finding for finding in rule.findings() if finding.rule == "periodic training loss"]
+
+
+def test_data_sorted_by_class_are_told() -> None:
+    (finding,) = in_the_same_order(lambda batch: 0.8 * (batch // 10 % 2))
     assert finding.severity == "warning"
+    assert "neighbouring batches are alike" in finding.message
+    assert finding.advice == "The data come in the same order in each epoch: shuffle."
+
+
+def test_an_order_that_is_the_same_but_not_sorted_may_be_meant() -> None:
+    heights = [random.Random(batch).random() for batch in range(40)]
+    (finding,) = in_the_same_order(heights.__getitem__)
+    assert finding.severity == "info"
+    assert "neighbouring" not in finding.message
+    assert finding.advice.endswith("shuffle, if that was not meant.")
+    assert in_the_same_order(lambda batch: 0.03 * (batch // 10 % 2)) == []  # too small to matter
 
 
 def test_bad_arguments_are_refused() -> None:
-    with pytest.raises(ValueError, match="target_loss must be a number"):
+    with pytest.raises(ValueError, match="target_loss must be a finite number"):
         CurvesRule(math.nan)
-    with pytest.raises(TypeError, match="target_loss must be a number"):
+    with pytest.raises(TypeError, match="target_loss must be a finite number"):
         CurvesRule("low")  # type: ignore[arg-type]
+
+
+def told(rule: CurvesRule, name: str) -> Any:
+    return next(finding for finding in rule.findings() if finding.rule == name)
+
+
+def test_the_numbers_are_those_of_the_curves() -> None:
+    def near(**numbers: float) -> dict[str, Any]:
+        return {name: pytest.approx(value, abs=0.03) for name, value in numbers.items()}
+
+    slow = told(trained(lambda share: 2.3 - 0.4 * share), "falls too slowly")
+    assert slow.evidence == {**near(first_half=0.2, second_half=0.2), "error": slow.evidence["error"]}
+    assert 0 < slow.evidence["error"] < 0.05
+    assert "far from its end, 1.9" in slow.message
+    still = told(trained(lambda share: 2.303, 0.01), "training loss does not fall")
+    assert still.evidence == near(start=2.303, end=2.303)
+    flat = told(trained(lambda share: 0.5 + 2 * math.exp(-30 * share), 0.2), "falls fast, then flat")
+    assert flat.evidence["level"] == pytest.approx(0.5, abs=0.02)
+    assert abs(flat.evidence["change"]) < flat.evidence["error"] < 0.1
+    early = told(
+        trained(
+            lambda share: 2.3 - 3 * min(share, 0.3), 0.05, rate=lambda share: 0.1 if share < 0.3 else 0.01, steps=2000
+        ),
+        "decayed too early",
+    )
+    assert early.evidence["dropped_at"] == pytest.approx(600, abs=20)
+    assert early.evidence["before"] < -0.3
+    assert early.evidence["after"] == pytest.approx(0, abs=0.05)
+    assert "from 0.1 to 0.01" in early.message
+    rose = told(trained(lambda share: 2.0 + 8 * max(0.0, share - 0.5)), "diverged")
+    assert rose.evidence["start"] == pytest.approx(2.0, abs=0.2)
+    assert rose.evidence["peak"] == pytest.approx(6.0, abs=0.2)
+    assert rose.evidence["end"] == pytest.approx(5.8, abs=0.3)
+
+
+def test_the_numbers_are_those_of_validation_too() -> None:
+    gap = trained(
+        lambda share: 1.6 + 0.7 * math.exp(-20 * share), 0.1, rate=lambda share: 1 - share,
+        validation=lambda share: 0.5 + 1.8 * math.exp(-10 * share),
+    )  # fmt: skip
+    found = told(gap, "training loss above validation")
+    assert found.evidence["train"] == pytest.approx(1.6, abs=0.05)
+    assert found.evidence["fall"] == pytest.approx(1.8, abs=0.3)
+    never = told(
+        trained(
+            lambda share: 0.1 + 2.2 * math.exp(-5 * share), 0.1, rate=lambda share: 1 - share,
+            validation=lambda share: 2.3 + share,
+        ),
+        "validation never improves",
+    )  # fmt: skip
+    assert never.evidence["best"] == pytest.approx(2.3 + 1 / 30)
+    assert never.evidence["start"] == pytest.approx(2.3, abs=0.1)
+    assert never.evidence["end"] == pytest.approx(0.12, abs=0.05)
+    assert "(step 100)" in never.message
+    lost = told(trained(learned, validation=lambda share: math.inf if share > 0.9 else learned(share)), "diverged")
+    assert "is not finite since step 2,800" in lost.message
+    never_finite = told(trained(learned, validation=lambda share: math.nan), "diverged")
+    assert "since step 100" in never_finite.message
+    under = told(
+        trained(
+            lambda share: 0.3 + math.exp(-20 * share), 0.02, rate=lambda share: 1 - share,
+            validation=lambda share: 0.31 + math.exp(-20 * share), target_loss=0.1,
+        ),
+        "underfitting",
+    )  # fmt: skip
+    assert under.evidence == {
+        "end": pytest.approx(0.3, abs=0.01),
+        "target": 0.1,
+        "gap": pytest.approx(0.01, abs=0.01),
+    }
+    assert "at least 0.19 above the target of 0.1" in under.message
+    for checks, jumps in ((9, False), (10, True)):
+        rule = CurvesRule()
+        for check in range(checks):
+            rule.check(2 * math.exp(-check) + 0.2 * (-1) ** check, check)
+        assert ("validation jumps" in rules_of(rule)) == jumps
+    jumpy = told(rule, "validation jumps")
+    assert jumpy.evidence["noise"] == pytest.approx(0.48, abs=0.05)
+    assert jumpy.evidence["fall"] == pytest.approx(2.2 + 0.2, abs=0.05)

@@ -32,7 +32,6 @@ def test_an_ordinary_step() -> None:
     found = look(classify(), BATCH)
     assert (found.examples, found.inputs, found.used, found.targets_given) == (8, 1, True, True)
     assert [found.mixed, found.fed, found.alike, found.future, found.copied] == [False] * 5
-    assert found.column == -1
     assert len(found.zeroed) == 1
 
 
@@ -41,8 +40,13 @@ def others_alone(inputs: Tensor) -> Tensor:
     return inputs.sum(0) - inputs
 
 
+def two_before(inputs: Tensor) -> Tensor:
+    return inputs + inputs.roll(1, 0) + inputs.roll(2, 0)
+
+
 @pytest.mark.parametrize(
-    "change", [lambda x: x.t().reshape(x.shape), lambda x: x - x.mean(0), lambda x: x.cumsum(0), others_alone]
+    "change",
+    [lambda x: x.t().reshape(x.shape), lambda x: x - x.mean(0), lambda x: x.cumsum(0), others_alone, two_before],
 )
 def test_examples_that_are_mixed(change: Any) -> None:
     assert look(classify(change), BATCH).mixed
@@ -54,7 +58,7 @@ def test_what_a_mixup_mixes_is_not_a_defect() -> None:
 
 def test_an_input_that_is_not_used_and_one_that_is_alike() -> None:
     assert not look(classify(torch.zeros_like), BATCH).used
-    same = look(classify(), (torch.ones(8, 6), BATCH[1]))
+    same = look(classify(), (BATCH[0][:1].expand(8, 6), BATCH[1]))
     assert same.alike
     assert not same.used
 
@@ -66,10 +70,16 @@ def test_targets_made_in_the_step_are_known_as_such() -> None:
     assert not found.mixed
 
 
-def test_a_column_that_is_the_target() -> None:
-    leaked = BATCH[0].clone()
-    leaked[:, 4] = BATCH[1].float()
-    assert look(classify(), (leaked, BATCH[1])).column == 4
+def test_outputs_that_are_no_numbers_tell_nothing() -> None:
+    found = look(classify(lambda x: x.cumsum(0) * torch.nan), BATCH)
+    assert not found.mixed
+    assert not found.used
+
+
+def test_a_few_columns_of_numbers_are_no_tokens() -> None:
+    batch = (torch.stack([BATCH[1] * 0, BATCH[1]], 1), BATCH[1])
+    found = look(run(lambda b: functional.cross_entropy(b[0].float() @ torch.ones(2, 3), b[1])), batch)
+    assert not found.next_token
 
 
 def test_a_target_that_is_fed_to_the_network() -> None:
@@ -157,5 +167,7 @@ def test_taking_examples_of_a_batch() -> None:
 def test_labels_that_are_alike_are_made_up_for() -> None:
     batches = [(torch.zeros(4, 2), torch.tensor([1, 1, 1, 1])), (torch.ones(4, 2), torch.tensor([0, 1, 2, 1]))]
     assert [labels_alike(batch) for batch in batches] == [True, False]
+    assert labels_alike((torch.zeros(4, 2), torch.ones(4, 1).long()))
     assert not labels_alike((torch.zeros(4, 2), torch.ones(4, 3)))
+    assert not labels_alike((torch.ones(4, 2).long(), torch.ones(4)))  # neither is a label
     assert sorted(varied_examples(batches, 4)[1].tolist()) == [0, 1, 1, 2]

@@ -48,6 +48,12 @@ def leaf(train: Any, val: Any = None, **more: Any) -> str:
         ("cannot tell", {"train": 0.4, "val": 0.7, "trivial": 2.3, "held_out": 0.4}),
         ("mismatch", {"train": 0.4, "val": 1.5, "trivial": 2.3, "held_out": 0.5}),  # the gap comes first
         ("overfitting", {"train": 0.4, "val": 1.5, "trivial": 2.3, "held_out": 1.4}),
+        ("done", {"train": 0.5, "val": 0.5, "target": 0.5}),  # at the target is low
+        ("done", {"train": 0.9, "val": 1.9, "trivial": 10.0}),
+        ("overfitting", {"train": 0.9, "val": 1.91, "trivial": 10.0, "held_out": 1.9}),
+        ("cannot tell", {"train": 1.0, "val": 1.0, "trivial": 10.0}),  # a tenth is not low
+        ("cannot tell", {"train": 5.0, "trivial": 10.0, "curves": frozenset({"diverged"})}),  # nor a half high
+        ("optimization", {"train": 5.1, "trivial": 10.0, "curves": frozenset({"diverged"})}),
         ("mismatch", {"train": -3.0, "val": -1.0, "target": -2.5, "held_out": -2.9}),
     ],
 )
@@ -81,3 +87,21 @@ def test_a_sample_is_as_sure_as_it_is() -> None:
     for wrong in ("low", True, ["low"]):
         with pytest.raises(TypeError, match="loss must be a number or a sequence of numbers"):
             measured("loss", wrong)  # type: ignore[arg-type]
+
+
+def test_what_was_given_is_the_evidence_and_what_is_missing_is_to_be_measured() -> None:
+    given = Evidence(Measured(2.0), Measured(2.1), 0.1, 2.3, Measured(2.0, 1.0), Measured(2.2), ALIKE)
+    diagnosis = decide(given)
+    losses = {"train_loss": 2.0, "val_loss": 2.1, "smaller_loss": 2.0, "held_out_loss": 2.2}
+    errors = {f"{name}_error": 1.0 if name == "smaller_loss" else 0.0 for name in losses}
+    others = {"target_loss": 0.1, "trivial_loss": 2.3, "auc": 0.5, "auc_error": 0.04, "auc_by_chance": 0.04}
+    assert diagnosis.finding.evidence == {**losses, **errors, **others}
+    assert "that of a smaller network is 2 ± 1: too uncertain to compare" in diagnosis.finding.message
+    assert diagnosis.cures == ("both training losses with more seeds",)
+    alone = decide(Evidence(Measured(2.0), target=0.1))
+    assert alone.finding.evidence == {"train_loss": 2.0, "train_loss_error": 0.0, "target_loss": 0.1}
+    assert "smaller_train_loss" in alone.cures[0]
+    for smaller, said in ((2.5, "lower than the 2.5"), (2.0, "no higher than the 2")):
+        assert said in decide(Evidence(Measured(2.0), target=0.1, smaller=Measured(smaller))).finding.message
+    done = decide(Evidence(Measured(0.1), Measured(0.1), target=0.1)).finding
+    assert (done.severity, done.advice[:15]) == ("info", "Nothing to cure")

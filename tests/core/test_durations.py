@@ -10,6 +10,9 @@ from lightning_recipes.core.durations import Duration, parse_duration
     [
         (500, 500),
         (2.5, 2.5),
+        (1, 1),
+        ("1", 1),
+        ("1.5", 1.5),
         ("500", 500),
         ("500 updates", 500),
         ("5e2 updates", 500),

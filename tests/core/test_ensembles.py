@@ -1,4 +1,5 @@
 import copy
+import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -191,6 +192,19 @@ def test_vmap_is_chosen_only_if_it_is_clearly_faster(
     predicted(ensemble)
     assert uses_vmap(ensemble) is chosen
     assert (ensemble._stacked is not None) is chosen
+
+
+def test_results_that_differ_by_the_order_of_sums_alone_are_alike() -> None:
+    given = torch.tensor([1.0, -3.0, math.nan, 0.5])
+    assert ensembles._alike(given, given * (1 + 1e-6))
+    assert not ensembles._alike(given, given + 0.01)
+    assert not ensembles._alike(given, given.nan_to_num(0))
+    assert not ensembles._alike(given, given.double())
+    assert not ensembles._alike(given[:2], given[:1])
+    zeros = torch.tensor([0.0, math.nan])
+    assert not ensembles._alike(zeros, zeros + 1e-5)
+    assert ensembles._alike(torch.tensor([1, 2]), torch.tensor([1, 2]))
+    assert not ensembles._alike(torch.tensor([10_000, 2]), torch.tensor([10_000, 3]))
 
 
 def test_a_long_call_is_not_tried_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
 
 from lightning_recipes.core.ensembles import combined
-from lightning_recipes.core.evidence import Evidence
+from lightning_recipes.core.evidence import Evidence, Likelihoods, Squares
 from lightning_recipes.core.selection import select
 
 
@@ -149,3 +149,36 @@ def test_disagreement_of_regression_has_no_scale() -> None:
         pairs = evidence_of(scale * outputs, scale * targets).disagreements()
         assert pairs[0, 1].item() == pytest.approx(1, abs=0.1)
         assert pairs[0, 2].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_best_weights_of_two_members_are_those_of_a_search() -> None:
+    p = torch.tensor([[0.8, 0.3, 0.9, 0.5], [0.2, 0.9, 0.5, 0.6]]).double()
+    likelihoods = Likelihoods(p.log(), torch.arange(4))
+    residuals = torch.tensor([[1.0, -0.5, 2.0], [-0.8, 1.0, 1.0]]).double()
+    products = residuals.T[:, :, None] * residuals.T[:, None, :]
+    squares = Squares(products, torch.ones(3).double())
+    for table, loss in (
+        (likelihoods, lambda w: -(w @ p).log().mean()),
+        (squares, lambda w: (w @ residuals).square().mean()),
+    ):
+        shares = [torch.tensor([place / 1000, 1 - place / 1000]).double() for place in range(1001)]
+        best = min(shares, key=lambda w, of=loss: float(of(w)))
+        assert 0.1 < float(best[0]) < 0.9
+        found = table.simplex()
+        assert float(found.sum()) == pytest.approx(1)
+        assert found.tolist() == pytest.approx(best.tolist(), abs=5e-3)
+        assert table.loss(found) == pytest.approx(float(loss(found)))
+        assert float(table.losses(found).mean()) == pytest.approx(float(loss(found)))
+
+
+def test_a_member_that_is_worse_everywhere_has_no_weight() -> None:
+    residuals = torch.tensor([[1.0, -0.5, 2.0], [3.0, -4.0, 5.0]]).double()
+    products = residuals.T[:, :, None] * residuals.T[:, None, :]
+    assert Squares(products, torch.ones(3).double()).simplex().tolist() == pytest.approx([1.0, 0.0])
+
+
+def test_a_regression_has_no_accuracies() -> None:
+    evidence = evidence_of(torch.randn(3, 10), torch.randn(10))
+    for values in (evidence.accuracies(), evidence.calibration_errors()):
+        assert len(values) == 3
+        assert all(map(math.isnan, values))

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from lightning_recipes.core.criteria import Criterion, Watch
-from lightning_recipes.core.fits import Fit, FitRule, fit_of, flipped, other_factors
+from lightning_recipes.core.fits import Fit, FitRule, fit_of, flipped, helps, mean_loss, other_factors, unstable
 
 TARGETS = torch.tensor([0, 1, 2, 2])
 FAILED = Fit(1.0, 300, 0.9, learnt=False, stuck=True, first_loss=2.3, last_loss=2.0)
@@ -63,7 +63,14 @@ def test_a_training_is_over_when_it_is_learnt_hopeless_or_not_finite() -> None:
 
 @pytest.mark.parametrize(
     ("curve", "stuck"),
-    [([1 - step / 200 for step in range(150)], False), ([0.3] * 150, True), ([0.9] * 150, True), ([0.05] * 150, False)],
+    [
+        ([1 - step / 200 for step in range(150)], False),
+        ([0.3] * 150, True),
+        ([0.9] * 150, True),
+        ([0.05] * 150, False),
+        ([0.4] * 100 + [0.35] * 50, False),
+        ([0.4] * 100 + [0.37] * 50, True),
+    ],
 )
 def test_a_training_is_stuck_that_has_learnt_nothing_or_gets_no_further(curve: list[float], stuck: bool) -> None:
     rule = FitRule()
@@ -87,3 +94,99 @@ def test_a_loss_that_rises_with_its_criterion_has_the_right_sign() -> None:
     assert flipped([RISES])
     assert not flipped([replace(RISES, last_loss=100.0)])
     assert not flipped([replace(RISES, first_excess=60.0)])
+    edges = {1.0: (1.49, 1.51), 0.5: (1.49, 1.51), 2.0: (2.99, 3.01)}
+    for first, (at, beyond) in edges.items():  # half as much again as a constant, or as at the start
+        assert not flipped([replace(RISES, first_excess=first, excess=at)])
+        assert flipped([replace(RISES, first_excess=first, excess=beyond)])
+    for first, at, beyond in ((2.0, 1.81, 1.79), (-10.0, -10.9, -11.1)):  # by a tenth, whatever its sign
+        assert not flipped([replace(RISES, first_loss=first, last_loss=at)])
+        assert flipped([replace(RISES, first_loss=first, last_loss=beyond)])
+
+
+def test_a_loss_has_shot_up_at_twice_a_constants_or_the_first_one() -> None:
+    for first, at, beyond in ((1.0, 2.0, 2.01), (0.5, 2.0, 2.01), (3.0, 6.0, 6.01), (1.0, 0.0, math.nan)):
+        assert not unstable(replace(FAILED, first_excess=first, most_excess=at))
+        assert unstable(replace(FAILED, first_excess=first, most_excess=beyond))
+
+
+def test_a_training_helps_that_learns_or_halves_what_is_left() -> None:
+    assert not helps(replace(FAILED, excess=0.45), FAILED)
+    assert helps(replace(FAILED, excess=0.44), FAILED)
+    assert helps(replace(FAILED, learnt=True), FAILED)
+
+
+def test_what_a_rule_has_followed() -> None:
+    rule = FitRule()
+    for loss in (4.0, 20.0, 8.0, 6.0, 2.0):
+        rule.update(loss, [])
+    fit = fit_of(rule, 0.1)
+    assert (fit.factor, fit.steps, fit.excess, fit.learnt) == (0.1, 5, 1.5, False)  # the median
+    assert (fit.first_loss, fit.last_loss, fit.first_excess, fit.most_excess) == (4.0, 2.0, 1.0, 5.0)
+    rule.update(0.04, [])
+    assert rule.learnt
+    assert rule.excess == 0.01  # of what is learnt the last one
+    falls = FitRule()
+    falls.curve, falls.losses = [9.0, 3.0, 2.0], [9.0, 3.0, 2.0]
+    assert fit_of(falls, 1.0).most_excess == 3.0  # not the one before any update
+    falls.curve = [9.0]
+    assert fit_of(falls, 1.0).most_excess == 9.0
+    falls.curve = [9.0, math.nan]
+    assert fit_of(falls, 1.0).most_excess == math.inf
+
+
+def test_a_loss_that_nobody_knows_is_measured_by_the_first() -> None:
+    rule = FitRule()
+    assert rule.measure(4.0, []) == 1.0
+    assert rule.measure(2.0, [criterion(torch.zeros(4, 3))]) == 0.5  # the first ones set the scale
+    assert not rule.known
+    assert math.isnan(FitRule().measure(0.0, []))
+    assert not FitRule().update(0.0, [])
+
+
+def test_of_several_criteria_the_greatest_counts() -> None:
+    targets = torch.tensor([[99.0], [101.0], [100.0], [100.0]])
+    rule = FitRule()
+    nothing = criterion(torch.zeros(4, 3), torch.full((4,), -100))
+    rule.measure(1.0, [criterion(torch.zeros(4, 3)), criterion(targets * 0, targets, functional.mse_loss), nothing])
+    learnt = criterion(100 * functional.one_hot(TARGETS, 3).float())
+    constant = criterion(targets * 0 + 100, targets, functional.mse_loss)
+    assert rule.measure(1.0, [learnt, constant]) == pytest.approx(1.0)
+    assert rule.measure(1.0, [learnt]) == pytest.approx(0.0, abs=1e-6)
+    twice = [
+        criterion(targets * 0 + 100, targets, functional.mse_loss),
+        criterion(targets, targets, functional.mse_loss),
+    ]
+    assert rule.measure(1.0, [learnt, *twice]) == pytest.approx(0.5)  # the mean of those that are alike
+    assert math.isnan(rule.measure(1.0, [criterion(torch.full((4, 3), math.nan)), constant]))
+
+
+def test_floors_of_all_shapes() -> None:
+    soft = torch.tensor([0.2, 0.3, 0.5])
+    rule = FitRule()
+    rule.measure(1.0, [criterion(torch.zeros(3), soft)])
+    assert rule.one_label  # of one example the constant is the answer
+    pixels = TARGETS.view(4, 1, 1).repeat(1, 2, 2)
+    pixels[0, 0, 0] = -100
+    smooth = 0.9 * functional.one_hot(pixels.clamp(min=0), 3).float().movedim(-1, 1) + 0.1 / 3
+    rule = FitRule()
+    rule.measure(1.0, [criterion(torch.zeros(4, 3, 2, 2), pixels, label_smoothing=0.1)])
+    learnt = [criterion(smooth.log(), pixels, label_smoothing=0.1)]
+    assert rule.measure(1.0, learnt) == pytest.approx(0.0, abs=1e-6)
+    half = torch.tensor([[0.1, 0.7], [0.9, 0.2]])
+    rule = FitRule()
+    rule.measure(1.0, [criterion(half * 0 + 0.5, half, functional.binary_cross_entropy)])
+    assert rule.measure(1.0, [criterion(half, half, functional.binary_cross_entropy)]) == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_equal_inputs_leave_a_least_loss_to_means(reduction: str) -> None:
+    rule, least = FitRule(least_loss=0.2), torch.full((4, 3), -20.0)
+    rule.measure(1.0, [criterion(torch.zeros(4, 3), reduction=reduction)])
+    least[torch.arange(4), TARGETS] = math.log(2 / (math.exp(0.2) - 1)) - 20  # a loss of 0.2 each
+    measured = rule.measure(1.0, [criterion(least, reduction=reduction)])
+    assert (measured == pytest.approx(0.0, abs=1e-4)) == (reduction == "mean")
+
+
+def test_the_mean_of_the_losses_that_there_are() -> None:
+    assert mean_loss([torch.tensor(1.0), None, torch.tensor(2.0, requires_grad=True)]) == 1.5
+    assert math.isnan(mean_loss([None]))

@@ -50,6 +50,12 @@ def nearly_sorted() -> Callable[[], Tensor]:
     return lambda: next(following)
 
 
+def rarely_sorted() -> Callable[[], Tensor]:
+    """All of one class but for the end, where the next one begins."""
+    following = itertools.cycle((torch.arange(640) >= 620).long().split(64))
+    return lambda: next(following)
+
+
 def rules(rule: InitialLossRule) -> list[tuple[str, str]]:
     return [(finding.rule, finding.severity) for finding in rule.findings()]
 
@@ -81,6 +87,7 @@ CROSS = functional.cross_entropy
         (CROSS, rare, {"outputs": 2}, ("imbalanced classes", "info")),
         (CROSS, lambda: torch.full((64,), 3), {}, ("labels all alike", "warning")),
         (CROSS, nearly_sorted(), {}, ("labels all alike", "warning")),
+        (CROSS, rarely_sorted(), {"outputs": 2}, ("labels all alike", "warning")),
         (lambda o, t: CROSS(o, t) * math.nan, classes(), {}, ("initial loss not finite", "error")),
         (lambda o, t: (o**2).mean(), classes(), {}, ("initial loss not judged", "info")),
         (lambda o, t: (o**2).mean(), classes(), {"expected": 0.01}, ("initial loss as expected", "info")),
@@ -140,6 +147,39 @@ def test_targets_of_another_shape_are_broadcast() -> None:
         warnings.simplefilter("ignore")
         one_for_all = rules(judge(lambda o, _: functional.mse_loss(o, torch.ones(1)), normal, outputs=1))
     assert "targets broadcast" not in dict(one_for_all)
+
+
+def test_other_terms_of_the_loss_and_large_inputs_are_told_beside() -> None:
+    def penalised(weight: float) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda o, t: CROSS(o, t) + weight
+
+    assert ("penalty outweighs the loss", "info") in rules(judge(penalised(3.0), classes()))
+    assert rules(judge(penalised(2.0), classes())) == [("initial loss as expected", "info")]
+    assert rules(judge(CROSS, classes(), inputs=120.0))[1:] == [("inputs not normalised", "info")]
+    told = judge(CROSS, classes(), inputs=120.0, scale=3.0).findings()
+    assert [finding.rule for finding in told] == ["initial loss high"]
+    assert "not normalised" in told[0].message
+
+
+def test_targets_of_several_classes_at_once_are_no_shares() -> None:
+    def shares() -> Tensor:
+        return torch.rand(64, 10, generator=CHANCE).softmax(1)
+
+    several = rules(judge(CROSS, lambda: (torch.rand(64, 10, generator=CHANCE) < 0.3).float()))
+    assert ("targets do not sum to 1", "info") in several
+    assert rules(judge(CROSS, shares)) == [("initial loss as expected", "info")]
+    assert "targets do not sum to 1" not in dict(rules(judge(binary, lambda: shares().round(), outputs=10)))
+
+
+def test_one_large_column_of_a_table_is_enough() -> None:
+    rule = InitialLossRule()
+    for _ in range(3):
+        labels, inputs = torch.randint(10, (64,), generator=CHANCE), torch.randn(64, 30, generator=CHANCE)
+        inputs[:, 7] *= 20
+        with Watch() as watch:
+            loss = CROSS(torch.zeros(64, 10, requires_grad=True) * 1, labels)
+        rule.update(loss, watch.part_of(loss), [inputs])
+    assert ("inputs not normalised", "info") in rules(rule)
 
 
 def sequences(lengths: tuple[int, int], padding: int) -> Callable[[], Tensor]:
@@ -219,3 +259,54 @@ def test_outputs_that_are_all_alike_are_told() -> None:
 def test_inputs_that_are_not_finite_are_told() -> None:
     rule = judge(lambda o, t: CROSS(o, t) * math.nan, classes(), inputs=math.inf)
     assert "the inputs have NaN" in rule.findings()[0].message
+
+
+def said(rule: InitialLossRule, name: str) -> str:
+    return next(finding.message for finding in rule.findings() if finding.rule == name)
+
+
+def test_a_loss_that_nobody_knows_is_told_as_it_is_and_one_that_is_not_returned_too() -> None:
+    assert "is 0.5" in said(judge(lambda o, t: o.sum() * 0 + 0.5, classes()), "initial loss not judged")
+    rule = InitialLossRule()
+    rule.update(None, [])
+    assert "is not returned" in said(rule, "initial loss not judged")
+
+
+def test_without_penalties_none_are_told() -> None:
+    for penalty, told in ((0.0, False), (-0.5, True), (1e-4, False)):
+        rule = judge(lambda o, t, more=penalty: CROSS(o, t) + more, classes())
+        assert ("penalties add" in rule.findings()[0].message) == told
+    rule = InitialLossRule(expected=1.0)
+    rule.update(torch.tensor(1.0), [])
+    assert math.isnan(rule.penalty)
+
+
+def test_one_batch_has_no_interval() -> None:
+    rule = InitialLossRule(expected=1.0)
+    rule.update(torch.tensor(1.5), [])
+    (result,) = rule.results()
+    assert (result.loss, result.uniform, result.interval, result.batches) == (1.5, 1.0, math.inf, 1)
+    rule.update(torch.tensor(1.5), [], expected=2.0)  # of this very batch
+    (result,) = rule.results()
+    assert (result.loss, result.uniform, result.batches) == (1.5, 1.5, 2)
+
+
+def test_what_went_through_an_activation_without_a_call_is_known_by_its_values() -> None:
+    def rectified(outputs: Tensor, targets: Tensor) -> Tensor:
+        return CROSS(outputs * (outputs > 0), targets)
+
+    def shares(outputs: Tensor, targets: Tensor) -> Tensor:
+        exponents = outputs.exp()
+        return CROSS(exponents / exponents.sum(1, keepdim=True), targets)
+
+    assert rules(judge(rectified, classes()))[0] == ("activation on the logits", "warning")
+    assert rules(judge(shares, classes()))[0] == ("softmax applied twice", "warning")
+    assert rules(judge(lambda o, t: CROSS(o + 1, t), classes()))[0] == ("initial loss as expected", "info")  # above 0
+
+
+def test_a_few_classes_have_no_favourite() -> None:
+    favoured = "class 0 is favoured"
+    for outputs in (3, 4):
+        shift = torch.tensor([5.0, 0.0, 0.01, -0.01][:outputs])
+        rule = judge(CROSS, classes(outputs), outputs=outputs, scale=0.001, shift=shift)
+        assert (favoured in said(rule, "initial loss high")) == (outputs > 3)

@@ -16,12 +16,9 @@ def exact(gradients: Tensor) -> tuple[float, float]:
 
 def pairs_of(gradients: Tensor, small: int, large: int, count: int, seed: int = 0) -> list[tuple[float, float]]:
     generator = torch.Generator().manual_seed(seed)
-    pairs = []
-    for _ in range(count):
-        batch = gradients[torch.randint(0, len(gradients), (large,), generator=generator)]
-        norms = [float(part.mean(0).pow(2).sum()) for part in (batch[:small], batch)]
-        pairs.append(components(*norms, small, large))
-    return pairs
+    batches = gradients[torch.randint(0, len(gradients), (count, large), generator=generator)]
+    norms = zip(*(part.mean(1).pow(2).sum(1).tolist() for part in (batches[:, :small], batches)), strict=True)
+    return [components(*each, small, large) for each in norms]
 
 
 def population(signal: float, dimensions: int = 50, seed: int = 0) -> Tensor:
@@ -60,6 +57,34 @@ def test_the_delta_method_gives_the_spread_of_repeated_estimates() -> None:
     assert statistics.mean(scale.error for scale in scales) == pytest.approx(spread, rel=0.3)
 
 
+@pytest.mark.parametrize("signal", [0.3, 0.1])
+def test_at_the_ends_of_the_interval_the_difference_is_1_96_standard_errors_from_0(signal: float) -> None:
+    pairs = pairs_of(population(signal), 8, 64, 50)
+    scale = estimate(pairs)
+
+    def of_ratio(ratio: float) -> tuple[float, float]:
+        left = [variance - ratio * squared for variance, squared in pairs]
+        return statistics.fmean(left), statistics.stdev(left) / math.sqrt(50)
+
+    for end, side in ((scale.low, 1), (scale.high, -1)):
+        mean, error = of_ratio(end)
+        assert mean == pytest.approx(side * 1.96 * error)
+    mean, error = of_ratio(scale.value)
+    assert mean == pytest.approx(0, abs=1e-9)
+    assert scale.error == pytest.approx(error / scale.squared_gradient)
+    squares = [squared for _, squared in pairs]
+    assert scale.squared_gradient == pytest.approx(statistics.fmean(squares))
+    assert scale.squared_gradient_error == pytest.approx(statistics.stdev(squares) / math.sqrt(50))
+    assert scale.variance == pytest.approx(statistics.fmean(variance for variance, _ in pairs))
+
+
+def test_there_is_a_value_up_to_an_error_of_half_the_squared_gradient() -> None:
+    for spread, certain in ((0.99, True), (1.01, False)):  # over 2 / sqrt(4 x 3)
+        deviation = spread / 2 * math.sqrt(3)
+        pairs = [(16.0, 1 + sign * deviation) for sign in (1, -1, 1, -1)]
+        assert estimate(pairs).is_certain == certain
+
+
 def test_there_is_no_point_estimate_where_the_gradient_is_lost_in_noise() -> None:
     scale = estimate(pairs_of(population(0.0), 8, 64, 400))
     assert not scale.is_certain
@@ -95,6 +120,25 @@ def test_the_batch_is_compared_with_the_noise_scale(batch: int, verdict: str) ->
     assert finding.severity == "info"
     assert (finding.evidence["verdict"], finding.step) == (verdict, 7)
     assert "nan" not in finding.text
+
+
+def test_twice_the_batch_or_half_of_it_is_of_its_order() -> None:
+    for batch, verdict in ((7.9, "small"), (8, "balanced"), (32, "balanced"), (32.1, "large")):
+        rule = rule_of([(16.0, 1.0)] * 100, 1)
+        rule.batch = batch
+        finding = rule.finding(0)
+        assert finding is not None
+        assert finding.evidence["verdict"] == verdict
+        assert (f"{verdict} against it" in finding.message) == (verdict != "balanced")
+        assert "a bound" not in finding.message
+    short = NoiseScaleRule(window=10)
+    short.pairs.extend([(16.0, 1.0)] * 9)
+    assert short.finding(0) is None
+    short.update(3.0, 1.5, 8, 32)
+    assert (short.batch, short.measured) == (32.0, 1)
+    assert short.finding(0) is not None  # the window is full
+    short.pairs.extend([(-1.0, 1.0), (2.0, 1.0)] * 5)
+    assert short.finding(0) is None  # not even a bound
 
 
 def test_a_bound_says_that_it_is_one_and_no_more_than_it_can() -> None:

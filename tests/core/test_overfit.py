@@ -10,6 +10,7 @@ from lightning_recipes.core.criteria import Criterion, Watch
 from lightning_recipes.core.dependence import Dependence
 from lightning_recipes.core.fits import Fit
 from lightning_recipes.core.overfit import Symptoms, activation_of, judge, nothing_to_train, shrinks
+from lightning_recipes.core.repeats import Repeats
 
 TARGETS = torch.tensor([0, 1, 2, 2])
 GIVEN = Dependence(examples=16, targets_given=True, inputs=1, used=True)
@@ -76,15 +77,28 @@ TEN = replace(LEARNT, factor=10.0)
         ([FAILED], {"without_gradient": ["a", "b", "c", "d"]}, ("no gradient", "warning")),
         ([LEARNT], {"without_gradient": ["a"]}, ("no gradient", "info")),
         ([LEARNT], {"unmoved": ["a"]}, ("updates lost", "info")),
+        ([LEARNT], {"repeats": Repeats(9, 90, 3)}, ("validation data in the training data", "warning")),
+        ([LEARNT], {"repeats": Repeats(9, 90, 4)}, ("validation data in the training data", "info")),
+        ([LEARNT], {"repeats": Repeats(1, 90, 4)}, ("overfits a small sample", "info")),
+        ([LEARNT], {"repeats": Repeats(0, 90, 0, 29)}, ("few validation examples", "info")),
+        ([LEARNT], {"repeats": Repeats(0, 90, 0, 30)}, ("overfits a small sample", "info")),
+        ([LEARNT], {"shared": ["a"]}, ("parameters in several optimizers", "info")),
         ([LEARNT], {"mixed": True}, ("examples mixed", "warning")),
         ([LEARNT], {"future": True}, ("the future is seen", "error")),
         ([LEARNT], {"copied": True}, ("target is the input", "warning")),
         ([LEARNT], {"column": 2}, ("target among the inputs", "warning")),
         ([LEARNT], {"leaked": True}, ("target among the inputs", "warning")),
+        (
+            [replace(FAILED, excess=math.inf, first_excess=math.nan, first_loss=-0.02, last_loss=-0.13)],
+            {"known": False},
+            ("small sample not learnt", "info"),
+        ),
         ([FAILED], {"known": False}, ("small sample not learnt", "info")),
         ([FAILED], {"targets_given": False}, ("small sample not learnt", "info")),
         ([FAILED], {"penalty": 0.3}, ("small sample not learnt", "info")),
         ([FAILED], {"frozen": 1000}, ("frozen parameters", "info")),
+        ([LEARNT], {"frozen": 1000}, ("overfits a small sample", "info")),
+        ([LEARNT], {"frozen": 1000, "untrained": ["head"]}, ("frozen parameters", "info")),
         ([FAILED], {"trainable": 10}, ("small sample not learnt", "info")),
     ],
 )
@@ -122,3 +136,94 @@ def test_what_weight_decay_alone_does_to_the_weights() -> None:
             weight.grad = torch.zeros_like(weight)
             optimizer.step()
         assert 1 - weight.item() / before == pytest.approx(expected, rel=0.06)
+
+
+def messages(fits: Any, **symptoms: Any) -> str:
+    return " ".join(finding.text for finding in judge(fits, replace(HEALTHY, **symptoms)))
+
+
+def test_the_numbers_are_those_that_were_measured() -> None:
+    (finding,) = judge([FAILED, replace(FAILED, factor=10.0, excess=0.3, steps=120)], HEALTHY, 7)
+    assert finding.step == 7
+    assert finding.evidence == {
+        "examples": 16,
+        "updates": 300,
+        "excess": 0.9,
+        "first_loss": 2.3,
+        "last_loss": 2.0,
+        "factor": 10.0,
+        "excess_at_factor": 0.3,
+    }
+    assert (
+        "16 examples were not learnt in 300 updates (90% of the loss of a constant output is left)" in finding.message
+    )
+    assert "with 10 times the learning rate they come down to 30% in 120" in finding.message
+    (lower,) = judge([FAILED, replace(LEARNT, factor=0.1), replace(LEARNT, factor=0.01, excess=0.0)], HEALTHY)
+    assert "with 1/10 of the learning rate they are in 40" in lower.message  # the nearest that does
+    assert "nor with the learning rate times 10, 0.1" in messages(
+        [FAILED, replace(FAILED, factor=10.0), replace(FAILED, factor=0.1)]
+    )
+    assert "(the loss is not finite)" in messages([replace(FAILED, excess=math.inf, last_loss=3.0)])
+    assert "(loss 2.3 to 2)" in messages([FAILED], known=False)
+
+
+def test_why_a_failure_may_be_in_order() -> None:
+    for symptoms, reason in (
+        ({"known": False}, "what the loss can become is not known"),
+        ({"optimizers": 2}, "the objectives of several optimizers"),
+        ({"dependence": replace(GIVEN, targets_given=False)}, "targets are made in the training step"),
+        ({"penalty": 0.03}, "the loss has other terms"),
+        ({"frozen": 3000}, "75% of the parameters are frozen"),
+        ({"trainable": 31}, "31 parameters may be too few"),
+    ):
+        assert f"; {reason}" in messages([FAILED], **symptoms)
+    for healthy in ({"penalty": 0.02}, {"trainable": 32}):
+        assert found([FAILED], **healthy) == [("small sample not learnt", "warning")]
+
+
+def test_what_another_learning_rate_would_not_change_is_explained() -> None:
+    assert not HEALTHY.explained
+    for symptoms in (
+        {"known": False},
+        {"optimizers": 2},
+        {"unowned": {"a": False, "b": True}},
+        {"carried": True},
+        {"activation": "relu"},
+        {"one_label": True},
+        {"far": True},
+        {"dependence": replace(GIVEN, targets_given=False)},
+        {"dependence": replace(GIVEN, used=False)},
+        {"dependence": replace(GIVEN, alike=True)},
+    ):
+        assert replace(HEALTHY, **symptoms).explained, symptoms
+    assert not replace(HEALTHY, unowned={"a": False}).explained
+
+
+def test_the_bounds_of_what_is_said_beside() -> None:
+    for at, beyond, rule in (
+        ({"drops": 0.85}, {"drops": 0.86}, "dropout too large"),
+        ({"shrinks": 0.01}, {"shrinks": 0.011}, "weight decay too large"),
+        ({"alone": 0.5}, {"alone": 0.51}, "evaluation mode differs"),
+        ({"repeats": Repeats(2, 100)}, {"repeats": Repeats(3, 100)}, "validation data in the training data"),
+    ):
+        assert found([LEARNT], **at) == [("overfits a small sample", "info")]
+        assert found([LEARNT], **beyond)[0] == (rule, "warning")
+    assert "leaves one unit in 20" in messages([LEARNT], drops=0.95)
+    assert "halves the weights every 3 updates" in messages([LEARNT], shrinks=0.25)
+    assert "3 of 100 training examples" in messages([LEARNT], repeats=Repeats(3, 100))
+    fits, risen = [replace(LEARNT, most_excess=10.0)], [replace(LEARNT, most_excess=10.1)]
+    assert (found(fits)[0][0], found(risen)[0][0]) == ("overfits a small sample", "learning rate too high")
+    assert found([replace(LEARNT, most_excess=19.0, first_excess=2.0)])[0][0] == "overfits a small sample"
+    for excess, rule in ((-0.03, "overfits a small sample"), (-0.031, "no log-probabilities")):
+        assert found([replace(LEARNT, excess=excess)])[0][0] == rule
+
+
+def test_layers_in_evaluation_mode_and_names() -> None:
+    assert found([LEARNT], asleep=["a"])[0] == ("evaluation mode in training", "warning")
+    assert ("evaluation mode in training", "info") in found([LEARNT], asleep=["a"], awake=True)
+    assert "the layers a, b, c and 1 more are in" in messages([LEARNT], asleep=list("abcd"))
+    assert "a, b, c are in" in messages([LEARNT], asleep=list("abc"))
+    assert "a start at 0." in messages([FAILED], without_gradient=["a"], zeros=["a"])
+    assert ("frozen parameters", "info") not in found([LEARNT], frozen=1000)
+    assert "50% of the parameters are frozen; 16 examples were not learnt" in messages([FAILED], frozen=1000)
+    assert nothing_to_train(1234).message == "None of the 1,234 parameters requires a gradient."

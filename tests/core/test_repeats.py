@@ -1,6 +1,9 @@
+from typing import Any
+
+import pytest
 import torch
 
-from lightning_recipes.core.repeats import Repeats, repeats
+from lightning_recipes.core.repeats import Repeats, repeats, target_column
 
 
 def test_repeated_examples_are_counted_once_each_whatever_their_dtype() -> None:
@@ -9,21 +12,67 @@ def test_repeated_examples_are_counted_once_each_whatever_their_dtype() -> None:
         images = images.to(dtype) if dtype != torch.bfloat16 else torch.randn(40, 10).bfloat16()
         labels = torch.zeros(40, dtype=torch.long)
         train = [(images[:16], labels[:16]), {"x": images[16:32], "y": labels[16:32]}]
-        assert repeats(train, [(images[28:], labels[28:])]) == Repeats(4, 32, 0)
+        assert repeats(train, [(images[28:], labels[28:])]) == Repeats(4, 32, 0, 12)
 
 
 def test_what_repeats_by_itself_is_no_leak() -> None:
     coins = torch.randint(2, (320, 4), generator=torch.Generator().manual_seed(0))
     found = repeats([coins[:160]], [coins[160:]])
     assert found.found == 16
-    assert not found.is_leak
-    assert Repeats(10, 320, 3).is_leak
-    assert not Repeats(10, 320, 4).is_leak
+    assert found.is_leak
+    assert not found.is_sure
+    assert Repeats(10, 320, 3).is_sure
+    assert not Repeats(10, 320, 4).is_sure
     assert not Repeats(2, 20, 0).is_leak
+    assert not Repeats(2, 20, 0).is_sure
     assert not Repeats(5, 320, 0).is_leak  # below two per cent
 
 
 def test_batches_without_inputs_have_no_repeats() -> None:
     assert repeats([torch.ones(3)], [torch.ones(3)]) == Repeats()
-    assert repeats([], [torch.ones(3, 3)]) == Repeats()
+    assert repeats([], [torch.ones(3, 3)]) == Repeats(validation=3)
     assert repeats(["text"], [torch.ones(0, 3)]) == Repeats()
+
+
+def test_the_inputs_are_the_first_tensor_with_examples_and_features() -> None:
+    images = torch.arange(12.0).view(6, 2)
+    batch = {"scale": torch.tensor(1.0), "labels": torch.zeros(6), "images": images, "masks": torch.ones(6, 2)}
+    assert repeats([batch], [images[:2]]) == Repeats(2, 6, 0, 2)
+
+
+CHANCE = torch.Generator().manual_seed(0)
+INPUTS, LABELS = torch.randn(96, 3, generator=CHANCE), torch.randint(4, (96,), generator=CHANCE)
+PRICES = torch.randn(96, 1, generator=CHANCE)
+
+
+@pytest.mark.parametrize(
+    ("extra", "targets", "column"),
+    [
+        (LABELS, LABELS, 3),
+        (7.0 - 2 * LABELS, LABELS, 3),
+        ((LABELS == 2), LABELS, 3),  # one of four columns that say the class
+        (torch.tensor([5.0, 1.0, 1.0, 9.0])[LABELS], LABELS.float(), 3),
+        ((LABELS == 2) & (torch.arange(96) > 20), LABELS, -1),  # a feature that is right but for some examples
+        (torch.ones(96), LABELS, -1),
+        (torch.arange(96), (torch.arange(96) < 4).long(), -1),
+        (torch.arange(96) < 4, (torch.arange(96) < 4).long(), -1),  # too few to tell
+        (1e6 + 30 * PRICES[:, 0].double(), PRICES, 3),
+        (PRICES[:, 0] + 0.01 * INPUTS[:, 0], PRICES, -1),
+        (torch.ones(96), PRICES, -1),
+    ],
+)
+def test_a_column_that_gives_the_target_away(extra: Any, targets: torch.Tensor, column: int) -> None:
+    table = torch.cat([INPUTS, extra[:, None]], 1)
+    batches = list(zip(table.split(32), targets.split(32), strict=True))
+    assert target_column(batches) == column
+    assert target_column([{"labels": y, "inputs": x} for x, y in batches]) == column
+    assert target_column(batches[:1]) in (column, -1)
+
+
+def test_of_other_batches_no_column_is_told() -> None:
+    table = torch.cat([INPUTS, LABELS[:, None]], 1)
+    assert target_column([]) == -1
+    assert target_column([(table[:31], LABELS[:31])]) == -1
+    assert target_column([(table, LABELS, LABELS)]) == -1
+    assert target_column([(table.view(96, 2, 2), LABELS)]) == -1
+    assert target_column([(table, LABELS), (table[:, 1:], LABELS)]) == -1

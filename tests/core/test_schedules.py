@@ -166,7 +166,17 @@ def test_a_run_of_unknown_length_is_refused_by_what_needs_it(schedule: Schedule)
         (lambda: PiecewiseConstant([2, 1], [0.1, 0.1]), "milestones must rise"),
         (lambda: PiecewiseConstant([2], [-1.0]), "factors must be a number above 0"),
         (lambda: Cosine(final=2), "final must be a number above 0 and below 1"),
+        (lambda: Linear(final=1.5), "final must be"),
+        (lambda: Polynomial(final=-0.5), "final must be"),
         (lambda: Polynomial(power=0), "power must be"),
+        (lambda: OneCycle(initial=1.5), "initial must be"),
+        (lambda: StepDecay(interval=0), "interval must be"),
+        (lambda: InverseSquareRoot(0), "must be a number"),
+        (lambda: CyclicCosine(2, warmup_steps=-1), "warmup_steps must be"),
+        (lambda: WarmupStableDecay(warmup_steps=-1, decay_steps=5), "warmup_steps must be"),
+        (lambda: WarmupStableDecay(warmup_steps=5, decay_steps=-1), "decay_steps must be"),
+        (lambda: ReduceOnPlateau(gamma=1.0), "gamma must be"),
+        (lambda: ReduceOnPlateau(max_cuts=0), "max_cuts must be"),
         (lambda: CyclicCosine(0), "cycles must be a whole number of at least 1"),
         (lambda: OneCycle(rise=1.1), "rise must be"),
         (lambda: OneCycle(shape="square"), "shape must be 'cosine' or 'linear'"),  # type: ignore[arg-type]
@@ -286,6 +296,18 @@ def test_tensors_stay_the_same_tensors() -> None:
     assert rates_of(optimizer) == pytest.approx([0.025, 0.01])
     rates.finish()
     assert rates_of(optimizer) == pytest.approx([0.05, 0.02])
+
+
+def test_a_change_before_a_scheduler_is_stepped_is_not_lost() -> None:
+    optimizer = two_groups()
+    rates = on(optimizer, lambda step: 0.5)
+    optimizer.param_groups[0]["lr"] *= 3
+    with rates.unscaled():
+        assert rates_of(optimizer) == pytest.approx([0.3, 0.02])
+    assert rates_of(optimizer) == pytest.approx([0.15, 0.01])
+    negative = on(two_groups((0.1, -0.2)), lambda step: 0.5)  # as some ascend
+    negative.update()
+    assert negative.base == [0.1, -0.2]
 
 
 def test_a_warmup_in_front_holds_everything_else() -> None:

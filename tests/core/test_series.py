@@ -30,6 +30,7 @@ def test_bins_have_the_statistics_of_their_points(points: int, most: int) -> Non
         assert (each.first, each.last) == (start, start + len(own) - 1)
         assert each.mean == pytest.approx(statistics.fmean(own), rel=1e-12)
         assert each.deviation == pytest.approx(statistics.stdev(own) if len(own) > 1 else 0.0, rel=1e-6)
+        assert each.step == statistics.fmean(range(start, start + len(own)))
         assert (each.low, each.high) == (min(own), max(own))
         start += each.count
     assert start == points

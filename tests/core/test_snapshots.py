@@ -21,7 +21,7 @@ def kept(folder: Path | None, **arguments: Any) -> tuple[SnapshotRule, list[dict
 
 @pytest.mark.parametrize("files", [False, True])
 def test_each_cycle_is_kept_as_it_was(files: bool, tmp_path: Path) -> None:
-    rule, truth = kept(tmp_path / "new" if files else None)
+    rule, truth = kept(tmp_path / "new" / "folder" if files else None)
     assert [int(state["count"]) for state in truth] == [3, 5, 9]
     assert [{name: value.tolist() for name, value in state.items()} for state in rule.states()] == [
         {name: value.tolist() for name, value in state.items()} for state in truth
@@ -42,6 +42,7 @@ def test_half_the_memory_rounds_and_counts_stay_whole(dtype: str) -> None:
         assert state["weight"].dtype == getattr(torch, dtype)
         assert torch.equal(state["weight"], exact["weight"].to(state["weight"].dtype))
         assert torch.equal(state["count"], exact["count"])
+        assert state["count"].dtype == torch.int64
 
 
 def test_another_process_may_write_the_file(tmp_path: Path) -> None:
@@ -61,11 +62,16 @@ def test_a_wrong_dtype_is_refused() -> None:
 def test_a_shorter_run_divides_what_is_left() -> None:
     rule = SnapshotRule()
     rule.ends = [10, 20, 30]
-    rule.shorten(27)
-    assert rule.ends == [9, 18, 27]
+    rule.shorten(28)
+    assert rule.ends == [9, 18, 28]
     rule.keep({})
     rule.shorten(25)
     assert rule.ends == [9, 17, 25]
     rule.keep({})
     rule.shorten(17)  # nothing would be left
     assert rule.ends == [9, 17, 25]
+    rule.shorten(18)
+    assert rule.ends == [9, 17, 18]
+    rule.keep({})
+    rule.shorten(40)  # no cycle is left
+    assert rule.ends == [9, 17, 18]

@@ -2,9 +2,11 @@ import math
 from collections.abc import Callable, Mapping
 
 import pytest
+import scipy.stats
 import torch
 from torch import Tensor
 
+from lightning_recipes.core.selection import folds_of, gain_of
 from lightning_recipes.core.soups import barrier, greedy_soup
 
 Loss = Callable[[Mapping[str, Tensor]], Tensor]
@@ -61,6 +63,48 @@ def test_the_best_member_is_used_where_averages_are_worse() -> None:
         greedy_soup(two_valleys, [{"weight": torch.tensor(math.nan)}])
 
 
+def test_weights_that_cancel_are_no_average() -> None:
+    soup = greedy_soup(
+        lambda state: 1 / state["weight"].abs().expand(20), [{"weight": torch.tensor(w)} for w in (1.0, -1.0)]
+    )
+    assert (soup.how, soup.weights, soup.gain) == ("best", (1.0, 0.0), 0.0)
+    alone = greedy_soup(two_valleys, [{"weight": torch.tensor(1.0)}])
+    assert (alone.how, alone.tried, alone.gain, alone.gain_error) == ("best", "best", 0.0, 0.0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_a_soup_is_worth_is_measured_on_samples_that_did_not_choose_it(seed: int) -> None:
+    losses_of, states = basin(samples=60, noise=1.0), [*around([0.4] * 4), {"weight": torch.full((8,), 0.6)}]
+    soup = greedy_soup(losses_of, states, seed)
+
+    def mean_of(members: list[int]) -> Tensor:
+        return losses_of({"weight": torch.stack([states[member]["weight"] for member in members]).mean(0)}).double()
+
+    def greedy(chosen: Tensor) -> list[int]:
+        order = sorted(range(5), key=lambda member: float(mean_of([member])[chosen].mean()))
+        taken = order[:1]
+        for member in order[1:]:
+            if mean_of([*taken, member])[chosen].mean() < mean_of(taken)[chosen].mean():
+                taken.append(member)
+        return taken
+
+    folds, judged, best = folds_of(60, seed), torch.zeros(60).double(), torch.zeros(60).double()
+    for fold in range(5):
+        others = folds != fold
+        members = greedy(others) if soup.tried == "greedy" else range(5)
+        judged[~others] = mean_of(list(members))[~others]
+        best[~others] = mean_of(greedy(others)[:1])[~others]
+    expected = judged if soup.how == soup.tried else best
+    torch.testing.assert_close(soup.losses, expected)
+    everywhere = torch.ones(60, dtype=torch.bool)
+    of_all = mean_of(greedy(everywhere)[:1])
+    gain, error, beyond = gain_of(best - judged, of_all - judged, torch.ones(60).double())
+    assert (soup.gain, soup.gain_error) == (pytest.approx(gain), pytest.approx(error))
+    assert (soup.how == soup.tried) == beyond
+    members = greedy(everywhere) if soup.how == "greedy" else range(5) if beyond else greedy(everywhere)[:1]
+    assert [place for place, weight in enumerate(soup.weights) if weight] == sorted(members)
+
+
 def test_an_average_of_equal_members_claims_nothing() -> None:
     soup = greedy_soup(basin(), around([0.5]) * 3)
     assert soup.how == "best"
@@ -94,6 +138,22 @@ def test_a_barrier_is_the_height_over_the_line_between_the_ends() -> None:
     assert found.height == pytest.approx(1.0, abs=1e-6)
     assert found.beyond_noise
     assert found.losses[2] - found.losses[0] == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("points", [1, 5])
+def test_a_barrier_has_to_be_beyond_the_noise_of_the_highest_of_so_many_points(points: int) -> None:
+    noise = torch.tensor([1.0, -1.0] * 50).double()
+    limit = scipy.stats.t.ppf(1 - 0.05 / points, 99) * float(noise.std()) / 10
+    for height, beyond in ((0.99 * limit, False), (1.01 * limit, True)):
+        found = barrier(
+            lambda state, h=height: (noise + h) * float(state["weight"].abs() < 0.9),
+            {"weight": torch.tensor(1.0)},
+            {"weight": torch.tensor(-1.0)},
+            points,
+        )
+        assert found.height == pytest.approx(height)
+        assert found.error == pytest.approx(float(noise.std()) / 10)
+        assert found.beyond_noise == beyond
 
 
 def test_a_bowl_has_no_barrier() -> None:

@@ -1,8 +1,10 @@
 import math
+import statistics
 
 import pytest
 import torch
 
+from lightning_recipes.core.early_stopping import noise_of
 from lightning_recipes.core.stalls import StallRule
 
 
@@ -21,6 +23,24 @@ def test_a_loss_that_falls_is_hardly_ever_taken_for_flat_and_a_flat_one_is(noise
         flats += sum(other.update(loss) for loss in losses_of(0, noise, 400, seed)) > 0
     assert falls == 0
     assert flats >= 18
+
+
+def test_flat_is_its_definition() -> None:
+    found = []
+    for seed in range(60):
+        rule, losses = StallRule(40), losses_of(0.002, 0.1, 75, seed)
+        for loss in losses:
+            rule.update(loss)
+        means = [statistics.fmean(losses[start : start + 4]) for start in range(35, 75, 4)]
+        fall = statistics.fmean(means[:5]) - statistics.fmean(means[5:])
+        assert rule.is_flat == (fall <= 2 * noise_of(means) * math.sqrt(2 / 5))
+        found.append(rule.is_flat)
+    assert 10 < sum(map(bool, found)) < 50
+    for fall, flat in ((0.9e-5, True), (1.1e-5, False)):  # from half to half a ten-thousandth of the loss
+        rule = StallRule(20)
+        for step in range(20):
+            rule.update(-100 - 100 * fall * step)
+        assert rule.is_flat == flat
 
 
 def test_a_stall_that_lasts_is_told_ever_more_seldom() -> None:

@@ -1,4 +1,5 @@
 import random
+import statistics
 
 import pytest
 
@@ -23,3 +24,25 @@ def test_a_line_is_found_exactly() -> None:
     assert line.change == pytest.approx(-3)
     assert line.error == pytest.approx(0, abs=1e-9)
     assert line.falls
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_error_is_that_of_the_means_of_ten_blocks_about_the_line(seed: int) -> None:
+    chance = random.Random(seed)
+    values = [chance.gauss(0, 1) for _ in range(150)]
+    means = [statistics.fmean(values[start : start + 15]) for start in range(0, 150, 15)]
+    places = [block / 10 + 0.05 for block in range(10)]
+    slope, intercept = statistics.linear_regression(places, means)
+    left = sum((mean - intercept - slope * place) ** 2 for place, mean in zip(places, means))
+    across = sum((place - 0.5) ** 2 for place in places)
+    line = trend(values)
+    assert line.change == pytest.approx(slope)
+    assert line.error == pytest.approx(2.306 * (left / 8 / across) ** 0.5, rel=4e-3)  # Student's t with 8 degrees
+    assert line.level == pytest.approx(statistics.fmean(values))
+    assert line.falls == (slope < -line.error)
+
+
+def test_three_values_have_a_line_too() -> None:
+    few = trend([1.0, 3.0, 2.0])
+    assert few.change == pytest.approx(1.5)  # 0.5 from one to the next, over the length of three
+    assert few.error < float("inf")

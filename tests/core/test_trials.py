@@ -1,6 +1,7 @@
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,15 @@ def test_the_first_certain_sign_ends_it() -> None:
     blown = judged([2.0, 2.5, 20.0, 30.0, 3000.0, 1.0])
     assert (blown.steps, blown.reason) == (5, "the loss rose from 2 to 3e+03 at step 4")
     assert math.isnan(blown.loss)
+
+
+def test_a_block_is_ten_updates() -> None:
+    readings = Readings(TrialRule(60))
+    for _ in range(2):
+        assert [readings.add(torch.ones(()), torch.ones(())) for _ in range(10)] == [False] * 9 + [True]
+        assert not readings.read(lambda values: values + 1)  # the mean over ranks
+    assert readings.rule.losses == [2.0] * 20
+    assert not readings.read()
 
 
 @pytest.mark.parametrize("ends", [0, 3, 17, 29, 60])
@@ -127,8 +137,13 @@ def test_what_a_grad_scaler_skips_is_normal() -> None:
 
 
 def test_long_curves_are_thinned_out() -> None:
-    outcome = judged(falling(1000))
-    assert 200 < len(outcome.losses) <= 300
+    losses = falling(1000)
+    outcome = judged(losses)
+    assert outcome.losses == tuple(losses[::4])
+    assert outcome.loss == pytest.approx(sum(losses[-100:]) / 100)  # of the last tenth
+    assert len(judged(falling(300)).losses) == 300
+    nothing = TrialRule(20).outcome()
+    assert (nothing.steps, nothing.losses) == (0, ())
 
 
 def test_a_trial_rises_and_stays() -> None:
@@ -190,3 +205,65 @@ def test_a_result_is_drawn(tmp_path: Path) -> None:
         None, result().finding, {trial: outcome for trial, outcome in OUTCOMES.items() if not trial.warmup_steps}
     )
     assert len(rates.plot()[1].lines) == 1
+
+
+def test_what_is_given_back_is_a_third_of_the_gain_at_most() -> None:
+    for end, stable in ((1.29, True), (1.31, False)):
+        outcome = judged([2.0] * 10 + [1.0] * 30 + [end] * 60)
+        assert outcome.stable == stable
+        assert outcome.loss == pytest.approx(end) if stable else "had been down at 1" in outcome.reason
+    for end, stable in ((1.99, True), (2.01, False)):
+        assert judged([2.0] * 10 + [end] * 60).stable == stable
+    assert judged([2.0] * 5 + [3.0] * 5).stable  # of ten updates nothing can be told
+    assert judged([1.0, *[2.0] * 9, *[1.9] * 60]).stable  # the first batch was an easy one
+
+
+def test_a_rise_to_a_hundred_times_the_first_loss_above_it_ends_it() -> None:
+    for peak, steps in ((201.9, 60), (202.1, 31)):
+        assert judged([2.0] * 30 + [peak] + [2.0] * 29).steps == steps
+
+
+def test_the_curves_are_drawn_where_they_were() -> None:
+    losses = tuple(float(point) for point in range(100))
+    outcomes = {
+        Trial(0.01, 100): Outcome(True, 3.0, 100, losses=losses),
+        Trial(0.1, 100): Outcome(True, 0.5, 100, losses=losses),
+        Trial(0.1, 500, validates=True): Outcome(True, 0.25, 500, losses=losses, val_loss=0.4),
+        Trial(0.1, 500, seed=1, validates=True): Outcome(True, 0.35, 500, losses=losses, val_loss=0.6),
+        Trial(1.0, 100): Outcome(False, math.nan, 50, "not finite", losses),
+    }
+    swept = replace(result(), best=Trial(0.1, 500, validates=True), outcomes=outcomes)
+    _, axes = swept.plot()
+    drawn = {line.get_label(): line for line in axes.lines}
+    assert drawn["training, 100 steps"].get_xydata().tolist() == [[0.01, 3.0], [0.1, 0.5]]
+    assert drawn["training, 500 steps"].get_xydata() == pytest.approx(torch.tensor([[0.1, 0.3]]).numpy())
+    assert drawn["validation, 500 steps"].get_xydata() == pytest.approx(torch.tensor([[0.1, 0.5]]).numpy())
+    assert list(drawn["best"].get_xdata()) == [0.1, 0.1]
+    dotted = [line for line in axes.lines if line.get_linestyle() == ":"]
+    assert [list(line.get_xdata()) for line in dotted] == [[1.0, 1.0]]
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    below = {trial: replace(outcome, loss=outcome.loss - 1) for trial, outcome in outcomes.items()}
+    assert replace(swept, outcomes=below).plot()[1].get_yscale() == "linear"
+    at_zero = {trial: replace(outcome, loss=max(0.0, outcome.loss - 0.5)) for trial, outcome in outcomes.items()}
+    assert replace(swept, outcomes=at_zero).plot()[1].get_yscale() == "linear"
+    _, axes = swept.plot_curves()
+    assert [(line.get_label(), line.get_linestyle(), line.get_xdata()[-1]) for line in axes.lines] == [
+        ("0.1", "-", 99 * 5),  # of the longest trial
+        ("1 (unstable)", ":", 99),
+    ]
+    assert len(replace(swept, best=None).plot_curves()[1].lines) == 3
+
+
+def test_the_map_has_a_square_for_each_rate_and_warmup() -> None:
+    _, axes = result().plot()
+    squares = [(*each.get_offsets()[0].tolist(), *each.get_facecolor()[0][:3]) for each in axes.collections[:-1]]
+    assert [square[:2] for square in squares] == [(0, 0), (1, 1), (2, 1)]
+    assert squares[1][2:] == (0.9, 0.9, 0.9)  # grey, unstable
+    assert squares[0][2] > squares[2][2]  # 0.6 is worse than 0.2
+    assert all(0 <= part <= 1 for square in squares for part in square[2:])
+    frame = axes.collections[-1]
+    assert frame.get_offsets()[0].tolist() == [2, 1]  # around the best
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0", "10", "100"]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["0.1", "1"]
+    alike = {trial: replace(outcome, loss=0.5) for trial, outcome in OUTCOMES.items()}
+    assert len(replace(result(), outcomes=alike).plot()[1].collections) == 4

@@ -2,6 +2,7 @@ import math
 import statistics
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -150,6 +151,7 @@ def explodes(share: float) -> float:
         (lambda share: 3e-4, learns, None, None),  # slow weights and no harm done: fine-tuning
         (lambda share: 3e-4, stays, None, None),  # dead, or hopeless: the ratio cannot tell
         (lambda share: 1e-3 * share, creeps, lambda share: share, None),  # in its warmup
+        (lambda share: 1e-3, creeps, lambda share: min(share, 0.45), "too low"),
         (lambda share: 3e-2, learns, None, "too high"),
         (lambda share: 1.5e-2, learns, None, "too high"),
         (lambda share: 1e-1 if share < 0.3 else 1e-8, stays, None, "died"),
@@ -249,3 +251,76 @@ def test_its_state_is_restored_whole() -> None:
     assert str(restored.state_dict()) != str(rule.state_dict())
     restored.update(1, {"layer 0": 1.0})
     assert str(restored.state_dict()) == str(rule.state_dict())
+
+
+def plain(ratio: float, first: float = 0.0, count: int = 60, every: int = 10, loss: Any = learns) -> UpdateRatioRule:
+    """A run whose ratio is the same at each update but for the first one."""
+    rule = UpdateRatioRule()
+    for number in range(count):
+        rule.update(every * number, {"layer": first or ratio} if not number else {"layer": ratio}, loss(number / count))
+    return rule
+
+
+def test_the_bounds_of_the_verdict_are_those_of_its_table() -> None:
+    for below, above, verdict in (
+        (plain(1.19e-2), plain(1.21e-2), "too high"),
+        (plain(5e-3, 0.29), plain(5e-3, 0.31), "too high for the start"),
+        (plain(1.31e-3, loss=creeps), plain(1.29e-3, loss=creeps), "too low"),
+        (plain(1.99e-2, loss=stays), plain(2.01e-2, loss=stays), "died"),
+        (plain(1e-3, 0.049, loss=stays), plain(1e-3, 0.051, loss=stays), "died"),  # a single one that stands out
+        (plain(1.5e-2, count=19, every=11), plain(1.5e-2, count=20, every=11), "too high"),
+        (plain(1.5e-2, count=40, every=5), plain(1.5e-2, count=41, every=5), "too high"),  # 196 updates, and 201
+    ):
+        assert (below.verdict(), above.verdict()) == (None, verdict)
+    for ratio, first, warns in ((1.99e-2, 0.0, False), (2.01e-2, 0.0, True), (5e-3, 0.9, False), (5e-3, 1.1, True)):
+        finding = plain(ratio, first).finding()
+        assert finding is not None
+        assert (finding.severity == "warning") == warns
+
+
+def test_a_run_has_died_that_gains_less_than_a_tenth_or_gives_a_third_back() -> None:
+    for gain, back, died in ((0.19, 0.0, True), (0.21, 0.0, False), (1.0, 0.29, False), (1.0, 0.31, True)):
+        rule = plain(
+            3e-2,
+            loss=lambda share, g=gain, b=back: 2.0 if share < 0.2 else 2.0 - g if share < 0.7 else 2.0 - g + b,
+        )
+        assert (rule.verdict() == "died") == died
+
+
+def test_a_gain_is_steady_that_is_not_made_early() -> None:
+    for early, late, low in ((0.4, 0.3, True), (0.75, 0.2, False), (0.4, 0.03, False)):
+        gained = [0.0, early, 1 - late, 1.0, 1.0]  # of all, at the beginning, a quarter, the half, seven eighths
+        rule = plain(
+            3e-4,
+            count=400,
+            every=1,
+            loss=lambda share, y=gained: 3 - float(numpy.interp(share, [0.0, 0.25, 0.5, 0.87, 1.0], y)),
+        )
+        assert (rule.verdict() == "too low") == low
+
+
+def test_the_finding_has_what_was_measured() -> None:
+    rule = plain(1.5e-2, 0.1)
+    finding = rule.finding()
+    assert finding is not None
+    assert finding.evidence == {
+        "verdict": "too high",
+        "highest_ratio": 1.5e-2,
+        "middle_ratio": 1.5e-2,
+        "first_ratio": 0.1,
+        "first_loss": learns(0.0),
+        "last_loss": pytest.approx(learns(0.87), rel=0.05),
+        "measured_updates": 60,
+    }
+    later = UpdateRatioRule()
+    later.update(5, {"layer": 0.9})
+    assert later.kick == 0.0  # not of the first update
+
+
+def test_parameters_without_an_optimizer_are_named_up_to_three() -> None:
+    finding = module_under_test.not_optimized(list("abcdefg"), True)
+    assert (finding.severity, finding.evidence["count"]) == ("warning", 7)
+    assert "No optimizer has a, b, c and 4 more, though they get a gradient." in finding.message
+    finding = module_under_test.not_optimized(list("abc"), False)
+    assert finding.severity == "info"
+    assert "a, b, c, nor do they" in finding.message

@@ -90,14 +90,16 @@ def test_if_no_warmup_helps_what_is_between_is_tried() -> None:
 
 def test_it_says_that_a_warmup_does_not_help_or_is_not_needed() -> None:
     result = sweep(WarmupSearch(0.1, 1000, seeds=2), edge(0.1, lambda rate: math.inf))
-    assert (result.best, result.finding.rule, result.finding.severity) == (None, "warmup does not help", "warning")
+    assert (result.best, result.finding.rule, result.finding.severity) == (None, "warmup does not help", "info")
+    assert result.finding.step == 0  # of the training
+    assert result.finding.evidence["steps_of_trials"] == sum(each.steps for each in result.outcomes.values())
     assert (
-        "No warmup of up to 100 steps makes a learning rate of 0.3 to 3 stable; 0.1 is without."
+        "No warmup of up to 100 steps makes a learning rate of 0.3 to 3 stable; 0.1 is stable without one."
         in result.finding.message
     )
     result = sweep(WarmupSearch(0.1, 1000, base_learning_rate=0.5, seeds=2), edge(0.2, lambda rate: math.inf))
-    assert (result.best, result.finding.rule) == (None, "warmup does not help")
-    assert "of 0.5 stable; 0.15 is without." in result.finding.message
+    assert (result.best, result.finding.rule, result.finding.severity) == (None, "warmup does not help", "warning")
+    assert "of 0.5 stable; 0.15 is stable without one." in result.finding.message
     result = sweep(WarmupSearch(0.1, 1000, base_learning_rate=0.5, seeds=2), lambda trial: False)
     assert (result.best, result.finding.rule) == (None, "warmup does not help")
     result = sweep(WarmupSearch(0.1, 1000, seeds=2), lambda trial: True)
@@ -106,7 +108,7 @@ def test_it_says_that_a_warmup_does_not_help_or_is_not_needed() -> None:
     result = sweep(WarmupSearch(0.1, 1000, base_learning_rate=0.5, seeds=2), lambda trial: True)
     assert (result.best, result.finding.rule) == (Trial(0.5, 100), "no warmup needed")
     result = sweep(WarmupSearch(0.1, 1000, seeds=2), lambda trial: False)
-    assert result.finding.rule == "warmup does not help"
+    assert (result.finding.rule, result.finding.severity) == ("warmup does not help", "warning")
 
 
 def test_a_hundred_times_on_request() -> None:

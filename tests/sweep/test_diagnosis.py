@@ -190,7 +190,7 @@ def test_batches_pairs_and_numbers_are_taken_and_the_random_state_left_alone() -
     [
         ({}, TypeError, "there must be a training loss"),
         ({"train_loss": 1.0, "trivial_loss": 0.0}, ValueError, "trivial_loss must be a number above 0"),
-        ({"train_loss": 1.0, "target_loss": math.nan}, ValueError, "target_loss must be a number"),
+        ({"train_loss": 1.0, "target_loss": math.nan}, ValueError, "target_loss must be a finite number"),
         ({"train_loss": 1.0, "curves": 3}, TypeError, "curves must be LearningCurves or its rule, got 3"),
         ({"train_loss": 1.0, "train_inputs": torch.zeros(30, 1)}, TypeError, "the inputs of both sets"),
         ({"train_loss": 1.0, "train_inputs": torch.zeros(9, 1), "val_inputs": torch.zeros(30, 1)}, ValueError, "20"),

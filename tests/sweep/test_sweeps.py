@@ -1,6 +1,5 @@
 import json
 import math
-import random
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,8 +10,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from models import Fragile, Regression, regression_data, same, weights_of
 
 from lightning_recipes import PercentileGradientClipping
-from lightning_recipes.core.learning_rate import LearningRateSearch, learning_rate_sensitivity
-from lightning_recipes.core.trials import Outcome, Trial
+from lightning_recipes.core.learning_rate import LearningRateSearch
+from lightning_recipes.core.trials import Trial
 from lightning_recipes.sweep import learning_rate_sweep, warmup_sweep
 
 QUIET: dict[str, Any] = {"accelerator": "cpu", "devices": 1}
@@ -54,82 +53,7 @@ def test_the_best_rate_and_the_edge_of_a_problem_that_is_known() -> None:
     assert learning_rate_sweep(quadratic, [0.5, 1.0]).best is None
 
 
-RATES = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
-
-
-def searched(short: list[float], long: list[float], seeds: int = 1) -> tuple[Any, set[float]]:
-    """What comes out where these losses are what the trials of each rate end at, NaN if they are not stable."""
-    search, outcomes = LearningRateSearch(RATES, 100, seeds, 500), {}
-    while wanted := search.ask(outcomes):
-        for trial in wanted[::2] or wanted:  # whoever runs them may be done with some before others
-            loss = (long if trial.validates else short)[RATES.index(trial.learning_rate)]
-            outcomes[trial] = Outcome(not math.isnan(loss), loss, trial.steps, losses=(9.0, 1.0))
-    found = search.result(outcomes)
-    assert sum(outcome.steps for outcome in outcomes.values()) <= search.most_steps
-    return found, {trial.learning_rate for trial in outcomes if trial.validates}
-
-
-EARLY = [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, math.nan, math.nan, math.nan]
-
-
-@pytest.mark.parametrize(
-    ("long", "best", "trained"),
-    [
-        ([9, 9, 5, 3, 2, 1, 2, 9, 9, 9], 0.05, {0.02, 0.05, 0.1}),
-        ([9, 5, 3, 2, 1, 2, 3, 9, 9, 9], 0.02, {0.01, 0.02, 0.05, 0.1}),
-        ([5, 3, 1, 2, 3, 4, 5, 9, 9, 9], 0.005, {0.002, 0.005, 0.01, 0.02, 0.05, 0.1}),
-        ([9, 9, 9, 9, 3, 2, 1, math.nan, 9, 9], 0.05, {0.02, 0.05, 0.1, 0.2}),  # not beside a cliff
-        ([9, 9, 9, 3.0, 2.0, 2.1, 1.9, 5.0, 9, 9], 0.05, {0.01, 0.02, 0.05, 0.1, 0.2}),
-        ([1, 2, 3, 4, 5, 6, 7, 8, 9, 9], 0.001, {*RATES[:7]}),
-    ],
-)
-def test_long_trials_follow_the_best_rate_until_it_has_its_neighbours(
-    long: list[float], best: float, trained: set[float]
-) -> None:
-    found, rates = searched(EARLY, long)
-    assert found.best == Trial(best, 500, validates=True)
-    assert rates == trained
-    assert (found.finding.rule == "best at the end of the grid") == (best == 0.001)
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_the_choice_is_the_lowest_of_smoothed_losses(seed: int) -> None:
-    chance = random.Random(seed)
-    short, long = (
-        [abs(place - centre) + chance.random() - (3 if seed % 2 else 0) for place in range(10)] for centre in (6, 4)
-    )
-    if seed % 3:
-        short[9] = long[9] = math.nan
-    found, rates = searched(short, long, seeds=1 + seed % 2)
-    assert found.best is not None
-    places = sorted(RATES.index(rate) for rate in rates)
-    assert places == [*range(places[0], places[-1] + 1)]
-    assert len(places) <= 8
-
-    def smoothed(place: int) -> float:  # the definition
-        own = {each: 9.0 if math.isnan(long[each]) else long[each] for each in places}
-        return own.get(place - 1, own[place]) + 2 * own[place] + own.get(place + 1, own[place])
-
-    chosen = RATES.index(found.best.learning_rate)
-    assert smoothed(chosen) == pytest.approx(min(map(smoothed, places)))
-    lowest = min((place for place in places if not math.isnan(long[place])), key=lambda place: long[place])
-    assert found.summary["lowest_loss_at"] == RATES[lowest]
-    if len(places) < 8:
-        for place in (chosen, lowest):
-            assert {max(0, place - 1), place, min(9, place + 1)} <= {*places}
-
-
-def test_no_rate_may_be_stable_for_long() -> None:
-    found, rates = searched(EARLY, [math.nan] * 10)
-    assert found.best is None
-    assert "not even 0.001 for long" in found.finding.message
-    assert rates == {*RATES[:7]}
-
-
 def test_a_run_that_is_no_longer_has_one_kind_of_trial() -> None:
-    search = LearningRateSearch(RATES, 100, max_steps=50)
-    assert {trial.steps for trial in search.ask({})} == {50}
-    assert search.most_steps == 10 * 50
     result = learning_rate_sweep(quadratic, [0.01, 0.05, 0.1, 0.15], max_steps=50)
     assert result.best is not None
     assert len(result.outcomes) == 4
@@ -300,11 +224,6 @@ def test_a_module_is_left_alone_and_gives_what_a_plain_loop_gives() -> None:
     assert result.summary["initial_loss"] == pytest.approx(alone.summary["initial_loss"])
 
 
-def test_sensitivity_is_wortsmans() -> None:
-    losses = {1e-3: 0.5, 1e-2: 0.25, 1e-1: 4.0, 1.0: math.nan}
-    assert learning_rate_sensitivity(losses, 2.0) == pytest.approx((0.5 + 0.25 + 2.0 + 2.0) / 4 - 0.25)
-
-
 def test_a_sweep_that_was_cut_goes_on_from_its_file(tmp_path: Path) -> None:
     path, made = tmp_path / "sweep.json", []
 
@@ -342,10 +261,3 @@ def test_what_cannot_be_trained_is_refused() -> None:
         learning_rate_sweep(quadratic, [0.1, 0.01])
     with pytest.raises(ValueError, match="steps must be a whole number of at least 20"):
         learning_rate_sweep(quadratic, steps=5)
-
-
-def test_a_search_asks_for_what_is_missing() -> None:
-    search = LearningRateSearch((0.1, 1.0), 20, 2, 20)
-    asked = search.ask({Trial(0.1, 20, validates=True): Outcome(True, 1.0, 20)})
-    assert asked == [Trial(rate, 20, 0, seed, validates=True) for rate, seed in ((1.0, 0), (0.1, 1), (1.0, 1))]
-    assert LearningRateSearch((0.1, 1.0), 20).ask({}) == [Trial(0.1, 20), Trial(1.0, 20)]

@@ -1,9 +1,9 @@
-"""Which learning rate, and does it need a warmup? A deep residual network without normalisation, on digits.
+"""Do I need warmup? A deep residual network without normalisation, on digits.
 
-python examples/which_learning_rate.py [--steps 3000] [--seeds 3]
+python examples/do_i_need_warmup.py [--steps 3000] [--seeds 3]
 
-First the sweep of learning rates, then three trainings: at the rate that it suggests, at ten times the lowest one that
-is unstable, and there with WarmupSweep, which finds the shortest warmup that makes it stable.
+WarmupSweep finds the lowest learning rate that is unstable, and the shortest warmup that makes one ten times as high
+stable. Then two trainings without it: at the rate that is stable without a warmup, and at the high one.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import logging
 import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -21,7 +22,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
 from lightning_recipes import LearningRateSchedule, WarmupSweep
-from lightning_recipes.sweep import learning_rate_sweep
 
 
 class Residual(nn.Module):
@@ -52,6 +52,25 @@ def make(learning_rate: float) -> DigitClassifier:
     return model
 
 
+def error(module: DigitClassifier, train: Any, test: Any, steps: int, *recipes: pl.Callback) -> float:
+    """Of a training under a cosine, on the test data."""
+    with TemporaryDirectory() as folder:
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            max_steps=steps,
+            max_epochs=-1,
+            callbacks=[*recipes, LearningRateSchedule("cosine")],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=Path(folder),
+        )
+        trainer.fit(module, train)
+        (scores,) = trainer.test(module, test, verbose=False)
+    return scores["val_error"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=3000)
@@ -65,32 +84,16 @@ def main() -> None:
     train = DataLoader(TensorDataset(*data.train), 64, shuffle=True, drop_last=True)
     test = DataLoader(TensorDataset(*data.test), 599)
     print(data.name)
-    rates = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3]
-    sweep = learning_rate_sweep(make(1e-4), rates, train_dataloaders=train, accelerator="cpu", show_progress=False)
-    print(f"\n{sweep.to_markdown()}\n")
-    assert sweep.best is not None
-    high = 10 * sweep.summary["edge"]
-    search = WarmupSweep(base_learning_rate=high, seeds=options.seeds)
-    for rate, warmup in ((sweep.best.learning_rate, None), (high, None), (high, search)):
-        model = make(rate)
-        with TemporaryDirectory() as folder:
-            trainer = pl.Trainer(
-                accelerator="cpu",
-                max_steps=options.steps,
-                max_epochs=-1,
-                callbacks=[*([] if warmup is None else [warmup]), LearningRateSchedule("cosine")],
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                default_root_dir=Path(folder),
-            )
-            trainer.fit(model, train)
-            (scores,) = trainer.test(model, test, verbose=False)
-        how = "no warmup" if warmup is None else "WarmupSweep"
-        print(f"learning rate {rate:.2g}, {how}: test error {scores['val_error']:.1%}", flush=True)
+    search = WarmupSweep(seeds=options.seeds, show_progress=False)
+    warmed = error(make(1e-4), train, test, options.steps, search)
     assert search.result is not None
-    print(f"\n{search.result.finding.message}")
+    print(f"\n{search.result.to_markdown()}\n")
+    if search.result.best is None:
+        return
+    high = search.result.best.learning_rate
+    for rate in (1e-4, high):
+        print(f"learning rate {rate:.2g}, no warmup: test error {error(make(rate), train, test, options.steps):.1%}")
+    print(f"learning rate {high:.2g}, warmup of {search.warmup_steps} steps: test error {warmed:.1%}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,24 @@
+import copy
+
+import torch
+from torch import nn
+
+from lightning_recipes.core.frozen import untrained
+
+
+def test_frozen_layers_that_nobody_has_trained() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(8, 16, 3), nn.Linear(100, 20), nn.Linear(100, 20), nn.Linear(4, 4))
+    assert untrained(net) == []
+    assert untrained(net.requires_grad_(False)) == ["0", "1", "2"]  # of 16 weights it cannot be told
+    with torch.no_grad():
+        net[0].weight.mul_(1.2)
+        net[1].weight.add_(0.02 * torch.randn(20, 100))
+        net[2].weight.normal_(std=0.03).clamp_(-0.1, 0.1)
+    assert untrained(net) == []
+
+
+def test_the_target_of_a_critic_is_no_frozen_layer() -> None:
+    critic = nn.Linear(100, 20)
+    target = copy.deepcopy(critic).requires_grad_(False)
+    assert untrained(nn.ModuleList([critic, target])) == []
