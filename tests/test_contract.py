@@ -333,7 +333,7 @@ ORDERS = [RECIPES, RECIPES[::-1], *(random.Random(seed).sample(RECIPES, len(RECI
 @pytest.mark.parametrize("settings", [{}, {"plugins": "fp16"}, {"accumulate_grad_batches": 3}], ids=str)
 def test_all_together_give_the_same_run_in_every_order(settings: dict[str, Any], tmp_path: Path) -> None:
     ends = []
-    for number, order in enumerate(ORDERS):
+    for number, order in enumerate(ORDERS if not settings else ORDERS[:3]):
         recipes: list[pl.Callback] = [make(name) for name in order]
         recipes.insert(1, ModelCheckpoint(tmp_path / str(number), save_top_k=-1, every_n_train_steps=4))
         trainer = fit(tmp_path, recipes, **settings)

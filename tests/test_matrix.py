@@ -170,10 +170,9 @@ def test_a_recipe_that_breaks_a_promise_is_found_out(
 ) -> None:
     ranks, module = ("ddp", "plain") if broken is DecidesAlone else ("alone", "batch norm and dropout")
     cell = Cell(name, module, "32-true", 1, ranks, "in the epoch", "SIGKILL")
-    check(cell, tmp_path / "sound")
     monkeypatch.setitem(globals(), "make", lambda _: broken(**ARGUMENTS.get(name, {})))
     with pytest.raises(AssertionError, match=said):
-        check(cell, tmp_path / "broken")
+        check(cell, tmp_path)
 
 
 # ------------------------------------------------------------------------------ trouble on one of two ranks

@@ -47,8 +47,11 @@ def length_of(trainer: pl.Trainer) -> Run:
 
 
 def leave_end_open(trainer: pl.Trainer) -> None:
-    """For ``on_fit_start``, if :func:`lengthen` may follow: a run that is resumed behind its old end is not over."""
-    if trainer not in _ends:
+    """For ``on_fit_start``, if :func:`lengthen` may follow: a run that is resumed behind its old end is not over.
+
+    One that is asked for no update at all is, and gets no longer.
+    """
+    if trainer not in _ends and 0 not in (trainer.max_epochs, trainer.max_steps):
         _ends[trainer] = trainer.max_epochs, trainer.max_steps, 0
         trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = -1, -1
 
