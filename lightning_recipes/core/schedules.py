@@ -567,7 +567,7 @@ class PlateauRule:
         >>> [rule.update(value, step) for step, value in enumerate((3.0, 2.0, 2.0, 2.0, 2.0, 1.0))]
         [False, False, False, True, False, False]
         >>> rule.schedule
-        PiecewiseConstant(milestones=[3], factors=[0.1])
+        PiecewiseConstant(milestones=(3,), factors=(0.1,))
     """
 
     def __init__(self, asked: ReduceOnPlateau) -> None:
