@@ -24,6 +24,7 @@ from _steps import measure_steps
 from _timing import Times, interleave, table
 from torch import Tensor, nn
 
+import lightning_recipes
 from lightning_recipes.core.averaging import ExponentialMovingAverage
 from lightning_recipes.core.clipping import PercentileThreshold, clipping_factor, scale_, total_norm
 

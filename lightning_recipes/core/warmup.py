@@ -25,7 +25,8 @@ class WarmupSearch:
     steps of about 3, and multiplied by ``times``. A trial of W warmup steps rises from 0 to the base learning rate and
     stays there for 2 W steps (100 in all at least). The warmups are 10, 30, 100, 300... up to a tenth of the run: the
     shortest is found by bisection with one seed and confirmed with the others, which stay for W / 2 steps: nearly all
-    trials that fail do so by then. If no warmup helps, lower learning rates are tried.
+    trials that fail do so by then. A warmup helps if the training is stable and ends no higher than the best that is
+    stable without: where nothing is learned it may be stable, too. If none does, lower learning rates are tried.
 
     Args:
         learning_rate: The one in use, above 0.
@@ -121,8 +122,9 @@ class WarmupSearch:
                     break
                 unstable = rate
             warmup = yield from self._shortest(outcomes, rate)
-            if warmup < math.inf:
+            if warmup < math.inf and self._loss(outcomes, rate, int(warmup)) <= self._best_without(outcomes)[0]:
                 break
+            warmup = math.inf
         known += [unstable, rate, warmup]
 
     def _rates(self, unstable: float) -> list[float]:
@@ -187,13 +189,23 @@ class WarmupSearch:
         trials = self._trials(rate, warmup, seeds)
         return sum(trial in outcomes and outcomes[trial].stable for trial in trials) >= seeds - tolerated
 
+    def _loss(self, outcomes: Mapping[Trial, Outcome], rate: float, warmup: int) -> float:
+        """The mean over the seeds that are stable."""
+        return mean_loss([outcomes[trial] for trial in self._trials(rate, warmup, self.seeds)])
+
+    def _best_without(self, outcomes: Mapping[Trial, Outcome]) -> tuple[float, float]:
+        """The lowest loss at a learning rate that is stable without a warmup, infinite if there is none; and that."""
+        rates = {trial.learning_rate for trial in outcomes if trial.warmup_steps == 0}
+        stable = [rate for rate in rates if self._is_stable(outcomes, rate, 0, self.seeds)]
+        return min(((self._loss(outcomes, rate, 0), rate) for rate in stable), default=(math.inf, 0.0))
+
     # ---------------------------------------------------------------------------------- what it says
 
     def _conclude(self, outcomes: Mapping[Trial, Outcome], unstable: float, rate: float, warmup: float) -> SweepResult:
         stable = [
             trial.learning_rate for trial in outcomes if trial.warmup_steps == 0 and self._is_all(outcomes, trial)
         ]
-        without = max(stable, default=0.0)
+        without, (_, best_without) = max(stable, default=0.0), self._best_without(outcomes)
         summary = {"unstable_base_learning_rate": unstable, "stable_without_warmup": without}
         evidence: dict[str, float | str] = {**summary, "learning_rate": rate, "warmup_steps": warmup}
         evidence["steps_of_trials"] = sum(outcome.steps for outcome in outcomes.values())
@@ -216,7 +228,7 @@ class WarmupSearch:
                 "warmup does not help",
                 "info" if without and self.base_learning_rate is None else "warning",  # nobody needs a higher one
                 f"{up_to} makes a learning rate of {rates} stable"
-                + (f"; {without:.3g} is stable without one." if without else "."),
+                + (f" and better than {best_without:.3g} without one." if best_without else "."),
                 "Keep the learning rate; look at gradient clipping, another optimizer, normalisation and residual"
                 " connections (x + f(Norm(x)) with f starting at 0).",
             )
@@ -225,7 +237,7 @@ class WarmupSearch:
         gain = rate / without if without else math.inf
         held = sum(outcomes[trial].stable for trial in self._trials(rate, int(warmup), self.seeds))
         times = f" ({gain:.3g} times the highest that is stable without one)" if without else ""
-        losses = mean_loss([outcomes[trial] for trial in self._trials(rate, int(warmup), self.seeds)])
+        losses = self._loss(outcomes, rate, int(warmup))
         share = warmup / self.max_steps
         advice = f"Prepend {warmup:,.0f} warmup steps to the schedule: train {self.max_steps + int(warmup):,} steps."
         if share > LONG:

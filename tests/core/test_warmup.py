@@ -2,6 +2,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -94,12 +95,12 @@ def test_it_says_that_a_warmup_does_not_help_or_is_not_needed() -> None:
     assert result.finding.step == 0  # of the training
     assert result.finding.evidence["steps_of_trials"] == sum(each.steps for each in result.outcomes.values())
     assert (
-        "No warmup of up to 100 steps makes a learning rate of 0.3 to 3 stable; 0.1 is stable without one."
+        "No warmup of up to 100 steps makes a learning rate of 0.3 to 3 stable and better than 0.1 without one."
         in result.finding.message
     )
     result = sweep(WarmupSearch(0.1, 1000, base_learning_rate=0.5, seeds=2), edge(0.2, lambda rate: math.inf))
     assert (result.best, result.finding.rule, result.finding.severity) == (None, "warmup does not help", "warning")
-    assert "of 0.5 stable; 0.15 is stable without one." in result.finding.message
+    assert "of 0.5 stable and better than 0.15 without one." in result.finding.message
     result = sweep(WarmupSearch(0.1, 1000, base_learning_rate=0.5, seeds=2), lambda trial: False)
     assert (result.best, result.finding.rule) == (None, "warmup does not help")
     result = sweep(WarmupSearch(0.1, 1000, seeds=2), lambda trial: True)
@@ -109,6 +110,21 @@ def test_it_says_that_a_warmup_does_not_help_or_is_not_needed() -> None:
     assert (result.best, result.finding.rule) == (Trial(0.5, 100), "no warmup needed")
     result = sweep(WarmupSearch(0.1, 1000, seeds=2), lambda trial: False)
     assert (result.finding.rule, result.finding.severity) == ("warmup does not help", "warning")
+
+
+def test_a_rate_at_which_nothing_is_learned_is_not_worth_a_warmup() -> None:
+    search, outcomes = WarmupSearch(0.01, 1000, seeds=2), dict[Trial, Outcome]()
+    stable = edge(0.05, lambda rate: 30)
+    while wanted := search.ask(outcomes):
+        rate, holds = wanted[0].learning_rate, stable(wanted[0])
+        loss = 2.3 if rate > 0.5 else 0.05 if rate > 0.2 else 0.2
+        outcomes[wanted[0]] = Outcome(holds, loss if holds else math.nan, wanted[0].steps)
+    assert sorted({trial.learning_rate for trial in outcomes if trial.warmup_steps}) == pytest.approx([0.3, 1.0])
+    assert search.result(outcomes).best == Trial(pytest.approx(0.3), 100, 30)  # type: ignore[arg-type]
+    never = {trial: replace(outcome, loss=outcome.loss + trial.warmup_steps) for trial, outcome in outcomes.items()}
+    while wanted := search.ask(never):
+        never[wanted[0]] = Outcome(True, 2.3, wanted[0].steps)
+    assert search.result(never).finding.rule == "warmup does not help"
 
 
 def test_a_hundred_times_on_request() -> None:
