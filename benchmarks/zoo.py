@@ -1,12 +1,13 @@
 """What the recipes say of broken trainings, each with one defect, and of healthy ones.
 
-    python benchmarks/zoo.py [broken] [fresh] [later] [healthy] [healthy-later] [--only NAME ...] [--every 4]
+    python benchmarks/zoo.py [PART ...] [--only NAME ...] [--every 4]
 
 All on real data (scikit-learn's digits, diabetes, wine and breast cancer, Fashion-MNIST, Python's own help texts), all
 watched by the same callbacks with default arguments, and asked about by ``diagnose`` in the end. A defect counts as
 found if one of the first two findings that say more than that all is well names it, the severer ones first. Healthy
-runs should have none above "info". Rules were mended on "broken" and "healthy"; "fresh", and then "later" and
-"healthy-later", were written when the rules stood, and run once before any rule was mended on them.
+runs should have none above "info". Rules were mended on "broken" and "healthy"; "fresh", "later" and "healthy-later",
+then "unseen", and then "last" and "healthy-last" were written when the rules stood, and run once before any rule was
+mended on them.
 """
 
 import argparse
