@@ -182,6 +182,8 @@ class LearningCurves(pl.Callback):
         metrics = trainer.callback_metrics
         name = self.monitor or _name_of(metrics, "loss")
         if name is None or name not in metrics:
+            if self.monitor is not None:
+                tell(trainer, _not_logged(self.monitor, sorted(metrics), trainer.global_step))
             return
         self._name = name
         accuracy = metrics.get(_name_of(metrics, "acc") or "", torch.tensor(math.nan))
@@ -262,6 +264,18 @@ def _training_mode(layers: Sequence[str], step: int) -> Finding:
         step,
         {"layers": len(layers)},
         CS231N,
+    )
+
+
+def _not_logged(monitor: str, metrics: Sequence[str], step: int) -> Finding:
+    there = f"but {', '.join(metrics)}" if metrics else "and nothing else"
+    return Finding(
+        "no such metric",
+        "warning",
+        f"The validation logs no {monitor!r}, {there}: the curves are those of the training alone.",
+        "Set monitor to a metric that validation_step logs.",
+        step,
+        {"monitor": monitor},
     )
 
 

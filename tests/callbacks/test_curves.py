@@ -309,3 +309,10 @@ def test_layers_in_training_mode_are_told_at_the_first_validation(
 ) -> None:
     fit(tmp_path, module, LearningCurves(), epochs=3)
     assert told(tmp_path) == expected
+
+
+def test_a_metric_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) -> None:
+    curves = LearningCurves("validation_loss")
+    with pytest.warns(UserWarning, match="The validation logs no 'validation_loss', but val_loss: the curves"):
+        fit(tmp_path, Scripted(lambda batch: 1.0, lambda epoch: 1.0), curves)
+    assert not curves.rule.checks.values
