@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from lightning_recipes.callbacks.rehearsal import first_batches, is_fresh, refuse_shards, rehearse
+from lightning_recipes.callbacks.rehearsal import first_batches, is_fresh, refuse_shards, rehearse, unharmed
 from lightning_recipes.callbacks.substitute import substitute
 from lightning_recipes.callbacks.telling import log_scalars, tell
 from lightning_recipes.callbacks.unused import pass_over_unused_hooks
@@ -87,7 +87,8 @@ class InitialLossCheck(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if is_fresh(trainer) and not self._done:
-            self._check(trainer, pl_module)
+            with unharmed(trainer, type(self).__name__):
+                self._check(trainer, pl_module)
         self._done = True
 
     def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -22,6 +22,7 @@ from lightning_recipes.callbacks.rehearsal import (
     is_fresh,
     refuse_shards,
     rehearse,
+    unharmed,
 )
 from lightning_recipes.callbacks.replay import step_arguments, without_trace
 from lightning_recipes.callbacks.substitute import substituted
@@ -123,7 +124,8 @@ class OverfitCheck(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if is_fresh(trainer) and not self._done:
-            self._check(trainer, pl_module)
+            with unharmed(trainer, type(self).__name__):
+                self._check(trainer, pl_module)
         self._done = True
 
     def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -16,7 +16,9 @@ from typing_extensions import override
 
 from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.substitute import substitute
+from lightning_recipes.callbacks.telling import tell
 from lightning_recipes.callbacks.trials import fit_quietly, of_its_own, quiet, same_loaders, settings_of
+from lightning_recipes.core.findings import Finding
 
 
 def refuse_shards(name: str, trainer: pl.Trainer) -> None:
@@ -32,6 +34,28 @@ def is_fresh(trainer: pl.Trainer) -> bool:
     """Whether a run starts that is worth a check: not one that is resumed, nor ``fast_dev_run``."""
     run: Any = trainer  # connectors set some attributes
     return not (trainer.ckpt_path or trainer.global_step or run.fast_dev_run)
+
+
+@contextmanager
+def unharmed(trainer: pl.Trainer, name: str) -> Iterator[None]:
+    """Within the context a check that fails costs the run no more than the check, which is told: if it is the module
+    that fails, the training will say so. Of several ranks one may wait for another, so that the run ends with them.
+    """
+    try:
+        yield
+    except Exception as error:
+        if trainer.world_size > 1:
+            raise
+        tell(
+            trainer,
+            Finding(
+                "not checked",
+                "warning",
+                f"{name} could not train a copy of the module: {type(error).__name__}: {error}.",
+                "The training goes on without the check; leave it out if the training itself succeeds.",
+                trainer.global_step,
+            ),
+        )
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from models import Adversaries, Regression, Resumable, fp16, quiet_trainer, regression_data, weights_of
+from models import Adversaries, Regression, Resumable, fp16, quiet_trainer, regression_data, same, weights_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -422,3 +423,33 @@ def test_validation_data_among_the_training_data_are_found(repeated: bool, tmp_p
     assert recipe.symptoms.repeats.found == (48 if repeated else 0)
     rules = [json.loads(line)["rule"] for line in (tmp_path / "findings.jsonl").read_text().splitlines()]
     assert ("validation data in the training data" in rules) == repeated
+
+
+@pytest.mark.parametrize("check", [InitialLossCheck, OverfitCheck])
+def test_a_module_that_cannot_be_copied_for_the_check_trains_all_the_same(
+    check: type[pl.Callback], tmp_path: Path
+) -> None:
+    class Once(Regression):
+        """Remembers the only trainer that it will work with."""
+
+        def on_fit_start(self) -> None:
+            self.own = vars(self).get("own", id(self.trainer))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if id(self.trainer) != self.own:
+                raise RuntimeError("another trainer")
+            return super().training_step(batch, batch_idx)
+
+    ends = []
+    for callbacks in ([], [check()]):
+        torch.manual_seed(0)
+        module = Once()
+        trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=callbacks)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            trainer.fit(module, regression_data(4, 32))
+        ends.append(weights_of(module))
+    assert same(*ends)
+    told = [str(each.message) for each in said if "not checked" in str(each.message)]
+    assert len(told) == 1
+    assert f"{check.__name__} could not train a copy of the module: RuntimeError: another trainer." in told[0]
