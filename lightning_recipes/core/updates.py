@@ -288,6 +288,8 @@ class UpdateRatioRule:
             return None
         share, last = f"of {self.measured} measured updates", self._loss(0.75, 1)
         peak, middle = self.peak(), self.level()
+        idle = max(abs(last - self.first_loss), self.first_loss - self._lowest()) < DEAD * abs(self.first_loss)
+        when = "in a run that has learned nothing" if idle else "before the run died"
         warns = verdict in ("too low", "died") or middle > VERY_HIGH or self.kick > 1
         message, advice = {
             "too low": (
@@ -304,7 +306,7 @@ class UpdateRatioRule:
                 "Warm the learning rate up, or lower it.",
             ),
             "died": (
-                f"The update ratio was {self._before_it_died():.2g} before the run died, where up to {VERY_HIGH:g} is"
+                f"The update ratio was {self._before_it_died():.2g} {when}, where up to {VERY_HIGH:g} is"
                 f" usual: the loss began at {self.first_loss:.3g} and is {last:.3g}.",
                 "Try a tenth of the learning rate, or warm it up.",
             ),
@@ -349,8 +351,12 @@ class UpdateRatioRule:
             return False  # the loss is not known
         if not (math.isfinite(first) and math.isfinite(last)) or first - last < DEAD * abs(first):
             return True
-        best = min(self._loss(begin / 4, (begin + 1) / 4) for begin in range(4))
+        best = self._lowest()
         return last - best > GIVEN_BACK * (first - best)
+
+    def _lowest(self) -> float:
+        """The lowest loss of a quarter of the run."""
+        return min(self._loss(begin / 4, (begin + 1) / 4) for begin in range(4))
 
     def _gains_steadily(self) -> bool:
         first, last = self._early_loss(), self._loss(0.75, 1)

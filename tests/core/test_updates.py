@@ -287,6 +287,19 @@ def test_a_run_has_died_that_gains_less_than_a_tenth_or_gives_a_third_back() -> 
         assert (rule.verdict() == "died") == died
 
 
+def test_a_run_that_stays_where_it_began_has_learned_nothing_rather_than_died() -> None:
+    for loss, idle in (
+        (lambda share: 2.3, True),
+        (lambda share: 2.3 if share < 0.3 or share > 0.6 else 1.0, False),
+        (lambda share: 2.3 if share < 0.3 else 23.0, False),
+        (lambda share: 2.3 if share < 0.3 else math.nan, False),
+    ):
+        finding = plain(3e-2, loss=loss).finding()
+        assert finding is not None
+        assert ("in a run that has learned nothing" in finding.message) is idle
+        assert ("before the run died" in finding.message) is not idle
+
+
 def test_a_gain_is_steady_that_is_not_made_early() -> None:
     for early, late, low in ((0.4, 0.3, True), (0.75, 0.2, False), (0.4, 0.03, False)):
         gained = [0.0, early, 1 - late, 1.0, 1.0]  # of all, at the beginning, a quarter, the half, seven eighths
