@@ -409,7 +409,7 @@ def test_all_ranks_run_the_same_trials_and_take_the_same_warmup(name: str, tmp_p
     assert again == first
 
 
-@pytest.mark.parametrize("name", ["ddp", "one file"])
+@pytest.mark.parametrize("name", [pytest.param("ddp", marks=pytest.mark.everything), "one file"])
 def test_a_sweep_that_finds_no_warmup_leaves_the_training_of_both_ranks_as_it_was(name: str, tmp_path: Path) -> None:
     sweep = WarmupSweep(base_learning_rate=1e-4, seeds=1)
     swept = run_on_ranks(sweep_on_ranks, tmp_path, name, sweep, 100)

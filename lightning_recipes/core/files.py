@@ -43,7 +43,7 @@ def replaced(path: str | Path, by: str = "part", sync: bool = False) -> Iterator
     except BaseException as error:
         with contextlib.suppress(OSError):  # the first error says more
             beside.unlink(missing_ok=True)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.errno:  # else it has a text of its own
             error.filename = str(path)
         hidden = error.__context__
         if isinstance(error, RuntimeError) and isinstance(hidden, OSError):

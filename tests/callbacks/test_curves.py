@@ -259,7 +259,7 @@ def test_ranks_have_the_curve_of_the_whole_batch(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"monitor": 3}, TypeError, "monitor must be the name of a metric or None, got 3"),
+        ({"monitor": 3}, TypeError, "monitor must be the name of a metric, or None, got 3"),
         ({"target_loss": "low"}, TypeError, "target_loss must be a finite number"),
         ({"target_loss": math.inf}, ValueError, "target_loss must be a finite number"),
     ],

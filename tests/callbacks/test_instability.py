@@ -442,7 +442,7 @@ def test_deepspeed_is_refused(tmp_path: Path) -> None:
         ({"action": "panic"}, ValueError, "action must be 'warn' or .* got 'panic'"),
         ({"max_rewinds": -1}, ValueError, "max_rewinds must be a whole number of at least 0, got -1"),
         ({"keep_every": 0}, ValueError, "keep_every must be a whole number of at least 1, got 0"),
-        ({"lr_factor": 2.0}, ValueError, "lr_factor must be a number above 0 and below 1, got 2.0"),
+        ({"lr_factor": 2.0}, ValueError, "lr_factor must be a number above 0 and at most 1, got 2.0"),
         ({"lr_factor": "half"}, TypeError, "lr_factor must be a number"),
     ],
 )
@@ -456,5 +456,7 @@ def test_a_cure_names_a_measure_once_and_no_progress_is_told_against_the_start()
         assert cure.lower().count("warm") <= 1
         assert cure.lower().count("gradient clipping") + cure.startswith("Clip ") <= 1
     update = module_under_test._Update(0, 1.39, 0.1, 32, 0.05, step=308, epoch=4, batch_idx=56)
-    found = module_under_test._finding(update, Instability("no progress", "loss", 308, 1.39, 1.43), "told", "")
+    found = module_under_test._finding(
+        update, Instability("no progress", "loss", 308, 1.39, 1.43), "told", "", rivals=False
+    )
     assert found.message == "The loss was 1.39 at batch 56 of epoch 4, and 1.43 at the start."

@@ -115,7 +115,15 @@ class Either(Watched):
 
 @pytest.mark.parametrize(
     ("loader", "precision"),
-    [*((loader, "32") for loader in LOADERS), ("shuffled", "bf16-mixed"), ("shuffled", "fp16")],
+    [
+        ("workers", "32"),
+        ("several", "fp16"),
+        *(
+            pytest.param(loader, precision, marks=pytest.mark.everything)
+            for loader in LOADERS
+            for precision in ("32", "bf16-mixed", "fp16")
+        ),
+    ],
 )
 def test_a_sweep_that_changes_nothing_leaves_no_trace(loader: str, precision: str, tmp_path: Path) -> None:
     ends: list[Any] = []
