@@ -6,7 +6,7 @@ OLDEST_LIGHTNING = 2.6.0
 
 # Relative paths throughout, and no console script: the folder may have a space in its name.
 RUN = .venv/bin/python -m
-TEST = $(RUN) pytest -n 2 --dist worksteal
+TEST = $(RUN) pytest -n 3 --dist worksteal
 
 .PHONY: demo test test-all check oldest format clean
 
@@ -26,7 +26,7 @@ check: .venv/installed
 
 # What every recipe promises once more, with the oldest Lightning beside the newest torch.
 oldest: .oldest/lightning
-	PYTHONPATH=.oldest $(TEST) tests/test_contract.py tests/test_matrix.py tests/test_distributed.py
+	PYTHONPATH=.oldest $(TEST) tests/test_contract.py tests/test_distributed.py
 
 # Every cell of the matrix of tests/matrix.py, and whatever else is too much for every change.
 test-all: check oldest

@@ -83,7 +83,7 @@ EACH = [*NAMES, ALL]
 
 @pytest.mark.parametrize(
     ("name", "steps"),
-    [("InstabilityDetector", 2000), *(pytest.param(name, 10_000, marks=pytest.mark.everything) for name in EACH)],
+    [("InstabilityDetector", 1000), *(pytest.param(name, 10_000, marks=pytest.mark.everything) for name in EACH)],
 )
 def test_nothing_piles_up(name: str, steps: int, tmp_path: Path) -> None:
     names = NAMES if name == ALL else [name]
@@ -93,4 +93,4 @@ def test_nothing_piles_up(name: str, steps: int, tmp_path: Path) -> None:
 
 
 def test_a_leak_is_seen(tmp_path: Path) -> None:
-    assert not is_steady(grown(tmp_path, [Leaks()], 2000), 2000)
+    assert not is_steady(grown(tmp_path, [Leaks()], 1000), 1000)

@@ -94,6 +94,7 @@ def test_the_curve_is_that_of_the_step_losses(settings: dict[str, Any], tmp_path
         (("val_loss",), "missing", None),
     ],
 )
+@pytest.mark.filterwarnings("ignore:no such metric")
 def test_it_finds_the_validation_loss(names: Any, monitor: Any, expected: Any, tmp_path: Path) -> None:
     curves = LearningCurves(monitor)
     fit(tmp_path, Scripted(lambda step: 1.0, lambda epoch: 5.0 - epoch, names), curves)

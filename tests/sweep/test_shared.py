@@ -174,7 +174,7 @@ os.write(1, f"found {found}\\n".encode())  # at once: the ranks share the pipe
 """
 
 
-@pytest.mark.parametrize("sharing", [pytest.param(False, marks=pytest.mark.everything), True])
+@pytest.mark.parametrize("sharing", [False, pytest.param(True, marks=pytest.mark.everything)])
 def test_a_process_may_be_a_job_of_two_ranks(sharing: bool, journal: Path, tmp_path: Path) -> None:
     (tmp_path / "job.py").write_text(JOB)
     command = [sys.executable, "job.py", *([str(journal)] if sharing else [])]
