@@ -99,7 +99,7 @@ class Inverted(nn.TransformerEncoder):
         super().__init__(layer, 1, enable_nested_tensor=False)
 
     @override
-    def forward(self, inputs: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, inputs: Tensor) -> Tensor:  # type: ignore[override]  # a Module takes anything
         outputs: Tensor = super().forward(inputs, mask=torch.ones(CONTEXT, CONTEXT).tril(-1).bool())
         return outputs
 

@@ -437,7 +437,7 @@ class Flipped(nn.GRU):
     """Reads from the end, and does not turn its outputs."""
 
     @override
-    def forward(self, inputs: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, inputs: Tensor) -> Tensor:  # type: ignore[override]  # a Module takes anything
         outputs: Tensor = super().forward(inputs.flip(1))[0]
         return outputs
 

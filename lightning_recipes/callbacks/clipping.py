@@ -110,12 +110,12 @@ class PercentileGradientClipping(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        pass_over_unused_hooks(trainer, self)
         if trainer.state.fn == TrainerFn.FITTING and trainer.global_step == 0:
             self.rule.rules.clear()  # another training's norms say nothing about this one's
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        pass_over_unused_hooks(trainer, self)
         self._refuse_conflicts(trainer, pl_module)
         self._measured, self._told = set(), set()
         self._watch(trainer)

@@ -96,7 +96,8 @@ class InstabilityDetector(pl.Callback):
 
     The actions:
 
-    - ``"warn"``: only tell. Reads nothing back but at the steps that log, and on a CPU.
+    - ``"warn"``: only tell. Reads nothing back but at the steps that log, when the updates since the last are judged;
+      on a CPU one that is not finite, or whose gradient may have exploded, is judged at once.
     - ``"skip"``: cancel an update with a value that is not finite, a spike, a burst or an exploding gradient, on all
       ranks together, by setting the gradients to None. Costs a host read an update, and over ranks a collective.
     - ``"rewind"``: go back to the last good state: parameters, buffers, optimizers, learning rate schedules, GradScaler

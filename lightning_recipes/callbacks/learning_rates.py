@@ -1,7 +1,8 @@
 """Learning rates of a training under Lightning: factors laid on them, and runs made longer by a warmup."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -54,6 +55,18 @@ def leave_end_open(trainer: pl.Trainer) -> None:
     if trainer not in _ends and 0 not in (trainer.max_epochs, trainer.max_steps):
         _ends[trainer] = trainer.max_epochs, trainer.max_steps, 0
         trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = -1, -1
+
+
+@contextmanager
+def end_as_asked(trainer: pl.Trainer) -> Iterator[None]:
+    """Within the context the trainer has the end that was asked for, whether it is left open or not."""
+    loop = trainer.fit_loop
+    now = loop.max_epochs, loop.epoch_loop.max_steps
+    loop.max_epochs, loop.epoch_loop.max_steps, _ = _ends.get(trainer, (*now, 0))
+    try:
+        yield
+    finally:
+        loop.max_epochs, loop.epoch_loop.max_steps = now
 
 
 def lengthen(trainer: pl.Trainer, updates: int) -> None:

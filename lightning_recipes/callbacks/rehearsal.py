@@ -15,9 +15,16 @@ from torch.utils._pytree import tree_leaves, tree_map
 from typing_extensions import override
 
 from lightning_recipes.callbacks.sharding import is_sharded
-from lightning_recipes.callbacks.substitute import substitute
 from lightning_recipes.callbacks.telling import tell
-from lightning_recipes.callbacks.trials import fit_quietly, of_its_own, quiet, same_loaders, settings_of
+from lightning_recipes.callbacks.trials import (
+    configure_as_in,
+    fit_quietly,
+    hold_schedules,
+    of_its_own,
+    quiet,
+    same_loaders,
+    settings_of,
+)
 from lightning_recipes.core.findings import Finding
 
 
@@ -121,16 +128,7 @@ def rehearse(
         module: Any = copy.deepcopy(pl_module)
         module.configure_callbacks = list
         module.prepare_data = module.setup = module.configure_model = _nothing  # it is set up
-        configure = module.configure_optimizers
-
-        def configure_as_in_the_run() -> Any:
-            own, module._trainer = module._trainer, trainer  # which knows how many epochs and updates there will be
-            try:
-                return configure()
-            finally:
-                module._trainer = own
-
-        module.configure_optimizers = configure_as_in_the_run
+        configure_as_in(trainer, module)
         module.on_before_batch_transfer = module.transfer_batch_to_device = module.on_after_batch_transfer = _as_it_is
         prepare(module)
         own = {
@@ -143,13 +141,11 @@ def rehearse(
 
 
 class _NoSchedules(pl.Callback):
-    """Keeps schedules where they begin: they are made for another number of updates, and for metrics."""
+    """Keeps schedules where they begin."""
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for config in trainer.lr_scheduler_configs:
-            config.strict = False  # nothing is validated
-            substitute(config.scheduler, "step", _nothing)
+        hold_schedules(trainer)
 
 
 def _as_it_is(batch: Any, *_: object, **__: object) -> Any:

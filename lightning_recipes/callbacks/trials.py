@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from typing_extensions import override
 
+from lightning_recipes.callbacks.learning_rates import end_as_asked
 from lightning_recipes.callbacks.measuring import (
     gradient_norm,
     index_of,
@@ -43,6 +44,7 @@ from lightning_recipes.core.clipping import total_norm
 from lightning_recipes.core.trials import Outcome, Readings, Search, Trial, TrialRule, load_outcomes, save_outcomes
 
 FOREVER = 10**12  # batches: a trial is validated in the end
+SOME = 100  # updates that schedules are made for where only the learning rate is asked
 
 
 def run_trials(
@@ -192,6 +194,7 @@ class ModuleTrials:
         learning_rate: Of the first parameter group; None to find out.
         val_dataloaders: As for ``Trainer.fit``.
         monitor: The validation loss, as it is logged; None for no validation.
+        run: The trainer of the run whose length the module makes its schedules for; None for that of a trial.
     """
 
     def __init__(
@@ -203,7 +206,9 @@ class ModuleTrials:
         learning_rate: float | None = None,
         val_dataloaders: Any = None,
         monitor: str | None = None,
+        run: pl.Trainer | None = None,
     ) -> None:
+        self.run = run
         self.make, self.train_dataloaders, self.datamodule = make, train_dataloaders, datamodule
         self.settings = dict(settings or {})
         self.val_dataloaders, self.monitor = val_dataloaders, monitor
@@ -227,7 +232,7 @@ class ModuleTrials:
         return run.outcome()
 
     def _fit(self, run: "_Run") -> None:
-        seed, settings = run.trial.seed, self.settings
+        seed, settings = run.trial.seed, {"max_steps": run.trial.steps or SOME, **self.settings}
         loaders = self.train_dataloaders, self.val_dataloaders if run.validates else None
         if run.validates:  # once, when the trial is over
             settings = {
@@ -240,6 +245,8 @@ class ModuleTrials:
             if seed:
                 seed_all(seed)
             module = copy.deepcopy(self.make(seed))
+            if self.run is not None:
+                configure_as_in(self.run, module)
             train, val = tree_map(of_its_own, loaders)
             fit_quietly(
                 module, {**settings, "callbacks": [run, *given_callbacks(settings)]}, train, val, self.datamodule
@@ -277,6 +284,7 @@ class _Run(pl.Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         pass_over_unused_hooks(trainer, self)
+        trainer.fit_loop.max_epochs = -1  # what the settings say is what schedules are made for
         trainer.fit_loop.epoch_loop.max_steps = self.trial.steps * len(trainer.optimizers)
         if self.trials._own is None:
             self.trials._own = peak_rate(trainer.optimizers[0].param_groups[0])
@@ -289,8 +297,7 @@ class _Run(pl.Callback):
             self.readings.append(Readings(TrialRule(self.trial.steps)))
             self._rates.append([peak_rate(group) * scale for group in optimizer.param_groups])
             self._steps.append(0)
-        for config in trainer.lr_scheduler_configs:  # those of the copy
-            config.scheduler.step, config.strict = _nothing, False  # type: ignore[method-assign]  # of a copy
+        hold_schedules(trainer)
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -350,8 +357,29 @@ def set_rates(optimizer: Optimizer, rates: list[float], factor: float) -> None:
             group["lr"] = rate * factor
 
 
+def hold_schedules(trainer: pl.Trainer) -> None:
+    """Keep the schedules of a copy where they begin: they are made for another number of updates, and for metrics."""
+    for config in trainer.lr_scheduler_configs:
+        config.scheduler.step, config.strict = _nothing, False  # type: ignore[method-assign]  # of a copy
+
+
 def _nothing(*_: object, **__: object) -> None:
     """In the place of a step of a scheduler."""
+
+
+def configure_as_in(trainer: pl.Trainer, module: Any) -> None:
+    """Have a copy of the module make optimizers and schedules for a run, whose trainer knows how long it will be."""
+    configure = module.configure_optimizers
+
+    def configure_as_in_the_run() -> Any:
+        own, module._trainer = module._trainer, trainer
+        try:
+            with end_as_asked(trainer):
+                return configure()
+        finally:
+            module._trainer = own
+
+    module.configure_optimizers = configure_as_in_the_run
 
 
 def fit_quietly(

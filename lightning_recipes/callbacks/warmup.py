@@ -162,7 +162,7 @@ class WarmupSweep(pl.Callback):
         path, known = self._prepare(trainer)
         settings = {**settings_of(trainer), "callbacks": self._in_trials}
         module = self._whole or pl_module
-        train = ModuleTrials(lambda _: module, trainer.train_dataloader, None, settings, own)
+        train = ModuleTrials(lambda _: module, trainer.train_dataloader, None, settings, own, run=trainer)
         with progress("warmup sweep", search.most_steps, self.show_progress and trainer.is_global_zero) as told:
             outcomes = run_trials(search, train, path, told, known)
         self.result = search.result(outcomes)

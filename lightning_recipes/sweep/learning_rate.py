@@ -57,6 +57,7 @@ def learning_rate_sweep(
         show_progress: Show a progress bar, where the output is a terminal.
         trainer_settings: For a LightningModule, arguments of the Trainers: ``accelerator``, ``precision``,
             ``gradient_clip_val``... Of ``callbacks`` each trial has copies: give those that the gradients go through.
+            ``max_epochs`` is for modules that make a schedule of it; a trial ends by its steps.
 
     Raises:
         TypeError: If an argument is not of its kind.

@@ -15,7 +15,13 @@ from models import Fragile, Regression, Resumable, fp16, quiet_trainer, regressi
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
 
-from lightning_recipes import InstabilityDetector, LearningRateSchedule, PercentileGradientClipping, WarmupSweep
+from lightning_recipes import (
+    InstabilityDetector,
+    LearningRateSchedule,
+    OverfitCheck,
+    PercentileGradientClipping,
+    WarmupSweep,
+)
 from lightning_recipes.callbacks import warmup as module_under_test
 from lightning_recipes.core.schedules import Cosine
 from lightning_recipes.core.trials import Outcome, Trial, load_outcomes
@@ -356,3 +362,23 @@ def test_what_the_gradients_go_through_is_in_the_trials(tmp_path: Path, monkeypa
         each.result is not None and each.result.finding.rule != "no warmup needed" for each in (sweep, tame, neither)
     ]
     assert needs == [False, False, True]
+
+
+class MadeForTheRun(Watched):
+    """Asks the trainer how long the run will be, as the documentation of Lightning shows it."""
+
+    def configure_optimizers(self) -> Any:
+        assert (self.trainer.estimated_stepping_batches, self.trainer.max_epochs) == (120, 6)
+        optimizer = torch.optim.SGD(self.parameters(), 1e-4)
+        return {"optimizer": optimizer, "lr_scheduler": OneCycleLR(optimizer, 1e-4, 120)}
+
+
+@pytest.mark.filterwarnings("ignore:small sample", "ignore:learning rate", "ignore:validation data")
+@pytest.mark.parametrize("order", [1, -1])
+def test_trials_make_their_schedules_for_the_run(order: int, tmp_path: Path) -> None:
+    sweep, check = WarmupSweep(base_learning_rate=1e-4, seeds=1), OverfitCheck(max_steps=10)
+    module = MadeForTheRun()
+    trainer = fit(tmp_path, module, *[sweep, check][::order], max_steps=-1, max_epochs=6)
+    assert sweep.result is not None
+    assert check.fits
+    assert len(module.used) == trainer.global_step == 120 + (sweep.warmup_steps or 0)

@@ -117,6 +117,26 @@ def test_a_plateau_scheduler_without_its_metric_stands_still() -> None:
     assert all(outcome.stable for outcome in result.outcomes.values())
 
 
+def test_a_schedule_for_the_length_of_a_run_is_made_for_the_steps_asked_or_for_the_epochs() -> None:
+    made: list[tuple[float, int | None]] = []
+
+    class Scheduled(Regression):
+        def configure_optimizers(self) -> Any:
+            optimizer, steps = torch.optim.SGD(self.parameters(), 0.1), self.trainer.estimated_stepping_batches
+            made.append((steps, self.trainer.max_epochs))
+            return [optimizer], [torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, int(steps))]
+
+    data = regression_data()
+    asked: Any = {"steps": 20, "max_steps": 40, "train_dataloaders": data, **QUIET}
+    by_steps = learning_rate_sweep(Scheduled(), [0.001, 0.01], **asked)
+    assert {steps for steps, _ in made} == {20, 40}  # the two kinds of trials
+    made.clear()
+    by_epochs = learning_rate_sweep(Scheduled(), [0.001, 0.01], max_epochs=1, **asked)
+    assert {*made} == {(len(data), 1)}
+    assert by_epochs.table() == by_steps.table()
+    assert [trial.steps for trial in by_epochs.outcomes if by_epochs.outcomes[trial].steps] == [20, 20, 40, 40]
+
+
 def test_what_the_gradients_go_through_is_in_the_trials() -> None:
     def tried(**settings: Any) -> bool:
         data = regression_data(40, 16)
