@@ -9,7 +9,6 @@ CPU time of a trial over that of the same steps without one.
 """
 
 import argparse
-import logging
 import math
 import statistics
 import sys
@@ -32,7 +31,7 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from _data import digits
 from _timing import interleave, table
 
-from lightning_recipes.callbacks.trials import LoopTrials, ModuleTrials, seed_all
+from lightning_recipes.callbacks.trials import LoopTrials, ModuleTrials, seed_all, without_notes
 from lightning_recipes.core.trials import Outcome, SweepResult, Trial, TrialRule
 from lightning_recipes.core.warmup import LEAST, WarmupSearch
 from lightning_recipes.sweep import warmup_sweep
@@ -334,9 +333,9 @@ def cost_of(name: str, *shape: int) -> None:
 
 def cost(_: int) -> None:
     warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    cost_of("perceptron", 32)
-    cost_of("CNN", 1, 28, 28)
+    with without_notes():  # once for all trials, as in a sweep
+        cost_of("perceptron", 32)
+        cost_of("CNN", 1, 28, 28)
 
 
 PARTS = {"residual": residual, "control": control, "prose": prose, "cost": cost}

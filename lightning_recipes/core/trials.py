@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_recipes.core.files import put
 from lightning_recipes.core.findings import Finding
-from lightning_recipes.core.instability import InstabilityRule
+from lightning_recipes.core.instability import EVERY, InstabilityRule
 from lightning_recipes.core.schedules import warmth
 
 if TYPE_CHECKING:
@@ -159,18 +159,36 @@ class TrialRule:
 class Readings:
     """Has a :class:`TrialRule` judge updates in blocks: in the same order, at a tenth of the waits for the device.
 
+    The gradient norm is that of every third update, as often as the rule asks whether it has vanished.
+
     Args:
         rule: Judges them.
     """
 
     def __init__(self, rule: TrialRule) -> None:
         self.rule = rule
+        self._updates = 0
+        self._norm = torch.ones(())
         self._waiting: list[tuple[Tensor, Tensor]] = []
         self._rates: list[tuple[float, bool]] = []
 
-    def add(self, loss: Tensor, norm: Tensor, rate: float = 0.0, scaled: bool = False) -> bool:
-        """Take in an update that is about to be made, as :meth:`TrialRule.update`; whether a block is full."""
-        self._waiting.append((loss.detach(), norm))
+    @property
+    def wants_norm(self) -> bool:
+        """Whether the gradient norm of the next update is to be measured."""
+        return self._updates % EVERY == 0
+
+    def add(self, loss: Tensor, norm: Tensor | None, rate: float = 0.0, scaled: bool = False) -> bool:
+        """Take in an update that is about to be made, as :meth:`TrialRule.update`; whether a block is full.
+
+        Args:
+            loss: Of the update's batch.
+            norm: L2 norm of its gradient; None for the last one.
+            rate: Learning rate; 0 if it is not known.
+            scaled: Whether a GradScaler skips an update whose gradient is not finite.
+        """
+        self._updates += 1
+        self._norm = self._norm if norm is None else norm
+        self._waiting.append((loss.detach(), self._norm))
         self._rates.append((rate, scaled))
         return len(self._rates) == BLOCK
 
