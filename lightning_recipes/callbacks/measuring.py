@@ -52,13 +52,12 @@ def gradient_norm(trainer: pl.Trainer, optimizer: Optimizer, asker: object) -> T
     if id(asker) not in seen:
         seen.add(id(asker))
         return norm
-    norm = measure_gradient_norm(trainer, optimizer)
+    norm = _measure(trainer, optimizer)
     _newest[optimizer] = norm, {id(asker)}
     return norm
 
 
-def measure_gradient_norm(trainer: pl.Trainer, optimizer: Optimizer) -> Tensor | None:
-    """Likewise, of the gradients as they are now, for whoever does not ask at every update."""
+def _measure(trainer: pl.Trainer, optimizer: Optimizer) -> Tensor | None:
     gradients = [parameter.grad for parameter in parameters_of(optimizer) if parameter.grad is not None]
     group = shard_group(trainer)
     if not gradients and group is None:

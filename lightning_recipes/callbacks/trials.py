@@ -33,10 +33,10 @@ from typing_extensions import override
 
 from lightning_recipes.callbacks.learning_rates import end_as_asked
 from lightning_recipes.callbacks.measuring import (
+    gradient_norm,
     index_of,
     loss_of_update,
     mean_over_ranks,
-    measure_gradient_norm,
     scaler_of,
 )
 from lightning_recipes.callbacks.tracking import parameters_of
@@ -174,10 +174,8 @@ class LoopTrials:
             optimizer.zero_grad()
             loss = next_loss()
             torch.autograd.backward(loss)
-            norm = None
-            if readings.wants_norm:
-                norm = total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-            if readings.add(loss, norm, rates[0] * factor) and readings.read():
+            norm = total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+            if readings.add(loss.detach(), norm, rates[0] * factor) and readings.read():
                 return
             optimizer.step()
 
@@ -318,10 +316,10 @@ class _Run(pl.Callback):
         rates, factor = self._rates[index], self.trial.factor(self._steps[index])
         set_rates(optimizer, rates, factor)
         self._steps[index] += 1
-        readings, scaled = self.readings[index], scaler_of(trainer) is not None
-        norm = measure_gradient_norm(trainer, optimizer) if readings.wants_norm else None
-        if not losses or trainer.should_stop:
+        norm = gradient_norm(trainer, optimizer, self)
+        if norm is None or not losses or trainer.should_stop:
             return
+        readings, scaled = self.readings[index], scaler_of(trainer) is not None
         if readings.add(loss_of_update(trainer, losses), norm, rates[0] * factor, scaled):
             self._read(trainer, readings)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_recipes.core.files import put
 from lightning_recipes.core.findings import Finding
-from lightning_recipes.core.instability import EVERY, InstabilityRule
+from lightning_recipes.core.instability import InstabilityRule
 from lightning_recipes.core.schedules import warmth
 
 if TYPE_CHECKING:
@@ -159,36 +159,18 @@ class TrialRule:
 class Readings:
     """Has a :class:`TrialRule` judge updates in blocks: in the same order, at a tenth of the waits for the device.
 
-    The gradient norm is that of every third update, as often as the rule asks whether it has vanished.
-
     Args:
         rule: Judges them.
     """
 
     def __init__(self, rule: TrialRule) -> None:
         self.rule = rule
-        self._updates = 0
-        self._norm = torch.ones(())
         self._waiting: list[tuple[Tensor, Tensor]] = []
         self._rates: list[tuple[float, bool]] = []
 
-    @property
-    def wants_norm(self) -> bool:
-        """Whether the gradient norm of the next update is to be measured."""
-        return self._updates % EVERY == 0
-
-    def add(self, loss: Tensor, norm: Tensor | None, rate: float = 0.0, scaled: bool = False) -> bool:
-        """Take in an update that is about to be made, as :meth:`TrialRule.update`; whether a block is full.
-
-        Args:
-            loss: Of the update's batch.
-            norm: L2 norm of its gradient; None for the last one.
-            rate: Learning rate; 0 if it is not known.
-            scaled: Whether a GradScaler skips an update whose gradient is not finite.
-        """
-        self._updates += 1
-        self._norm = self._norm if norm is None else norm
-        self._waiting.append((loss.detach(), self._norm))
+    def add(self, loss: Tensor, norm: Tensor, rate: float = 0.0, scaled: bool = False) -> bool:
+        """Take in an update that is about to be made, as :meth:`TrialRule.update`; whether a block is full."""
+        self._waiting.append((loss, norm))
         self._rates.append((rate, scaled))
         return len(self._rates) == BLOCK
 
@@ -200,12 +182,13 @@ class Readings:
         """
         if not self._waiting or self.rule.reason:
             return bool(self.rule.reason)
-        device = self._waiting[0][0].device
-        values = torch.cat([each.to(device, torch.float32).view(1) for pair in self._waiting for each in pair])
-        losses, norms = (values if mean is None else mean(values)).view(-1, 2).T.tolist()
+        values: list[Any] = [each for pair in self._waiting for each in pair]
+        if mean is not None or values[0].device.type != "cpu":
+            together = torch.cat([each.to(values[0].device, torch.float32).view(1) for each in values])
+            values = (together if mean is None else mean(together)).tolist()
         rates, scaled = zip(*self._rates, strict=True)
         self._waiting, self._rates = [], []
-        return any(map(self.rule.update, losses, norms, rates, scaled))
+        return any(map(self.rule.update, map(float, values[::2]), map(float, values[1::2]), rates, scaled))
 
 
 def _deviation(values: list[float]) -> float:
