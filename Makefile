@@ -7,10 +7,8 @@ OLDEST_LIGHTNING = 2.6.0
 # Relative paths throughout, and no console script: the folder may have a space in its name.
 RUN = .venv/bin/python -m
 TEST = $(RUN) pytest -n 3 --dist worksteal
-# Tests of a module, which have their branches measured; the others are of whole runs, which that makes twice as slow.
-OF_MODULES = tests/callbacks tests/core tests/report tests/sweep lightning_recipes
 
-.PHONY: demo test test-all check oldest format clean
+.PHONY: demo test test-all check oldest coverage format clean
 
 # Train on handwritten digits with and without the recipes, and show the result.
 demo: .venv/installed
@@ -24,15 +22,18 @@ check: .venv/installed
 	$(RUN) ruff format --check
 	$(RUN) ruff check
 	$(RUN) mypy
-	$(TEST) $(OF_MODULES) --cov --cov-report=term --cov-fail-under=95
-	$(TEST) tests/test_*.py README.md
+	$(TEST)
 
 # What every recipe promises once more, with the oldest Lightning beside the newest torch.
 oldest: .oldest/lightning
 	PYTHONPATH=.oldest $(TEST) tests/test_contract.py tests/test_distributed.py
 
+# Branches that are run by the tests of each module alone; to measure them makes the tests twice as slow.
+coverage: .venv/installed
+	$(TEST) tests/callbacks tests/core tests/report tests/sweep lightning_recipes --cov --cov-report=term --cov-fail-under=95
+
 # Every cell of the matrix of tests/matrix.py, and whatever else is too much for every change.
-test-all: check oldest
+test-all: test coverage
 	$(TEST) -m everything
 
 format: .venv/installed
