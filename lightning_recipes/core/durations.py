@@ -1,4 +1,4 @@
-"""Durations as people say them: ``500``, ``"2 epochs"``, ``"0.1 of the run"`` or just ``0.1``."""
+"""Durations as people say them: ``500``, ``"2 epochs"``, ``"0.1 of the run"``, ``"10%"`` or just ``0.1``."""
 
 import math
 import re
@@ -9,7 +9,7 @@ from typing import Literal
 from lightning_recipes.core.arguments import check_real
 
 _AMOUNT = r"(?P<amount>(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)"
-_UNIT = r"(?P<unit>updates?|steps?|epochs?|of the run)"
+_UNIT = r"(?P<unit>updates?|steps?|epochs?|of the run|%(?: of the run)?)"
 _PATTERN = re.compile(rf"{_AMOUNT}(?:\s*{_UNIT})?", re.IGNORECASE)
 
 
@@ -51,7 +51,7 @@ class Duration:
 def parse_duration(name: str, value: float | str) -> Duration:
     """Read a duration: a number of updates, ``"500 updates"``, ``"2 epochs"`` or ``"0.1 of the run"``.
 
-    A number below 1 is a share of the run.
+    A number below 1 is a share of the run, and so is ``"10%"``.
 
     Args:
         name: The argument it was given as, for the error.
@@ -80,6 +80,8 @@ def _read(name: str, value: str) -> Duration:
     match = _PATTERN.fullmatch(value.strip())
     if match is None:
         raise ValueError(f"{name} must be a number of updates, '2 epochs' or '0.1 of the run', got {value!r}")
-    amount = check_real(name, float(match["amount"]), 0, math.inf)
+    share = (match["unit"] or "").startswith("%")
+    amount = check_real(name, float(match["amount"]) / (100 if share else 1), 0, math.inf)
     word = (match["unit"] or ("updates" if amount >= 1 else "of the run")).lower()
-    return Duration(amount, "epochs" if word.startswith("epoch") else "runs" if word == "of the run" else "updates")
+    of_the_run = word.endswith(("%", "of the run"))
+    return Duration(amount, "epochs" if word.startswith("epoch") else "runs" if of_the_run else "updates")

@@ -25,6 +25,8 @@ from lightning_recipes.core.durations import Duration, parse_duration
         ("0.1", 100),
         (0.1, 100),
         ("0.5 updates", 0.5),
+        ("10%", 100),
+        ("2.5 % of the run", 25),
     ],
 )
 def test_durations_as_people_say_them(said: float | str, updates: float) -> None:
@@ -33,7 +35,10 @@ def test_durations_as_people_say_them(said: float | str, updates: float) -> None
     assert parse_duration("half_life", duration.text) == duration
 
 
-@pytest.mark.parametrize("said", ["", "two", "2 weeks", "epochs", "-2 epochs", "0 epochs", 0, -1, math.nan, "1 of run"])
+@pytest.mark.parametrize(
+    "said",
+    ["", "two", "2 weeks", "epochs", "-2 epochs", "0 epochs", 0, -1, math.nan, "1 of run", "%", "5% epochs", "0%"],
+)
 def test_what_is_not_understood_is_refused(said: float | str) -> None:
     with pytest.raises(ValueError, match="half_life must be a number"):
         parse_duration("half_life", said)
