@@ -24,7 +24,7 @@ from lightning_recipes.callbacks.learning_rates import length_of
 from lightning_recipes.callbacks.sharding import copied, is_sharded, load_beside, reshard_, save_beside
 from lightning_recipes.callbacks.substitute import substitute, substituted
 from lightning_recipes.callbacks.tracking import Tracked, same_tensors, share_, track
-from lightning_recipes.callbacks.unused import pass_over_unused_hooks
+from lightning_recipes.callbacks.unused import pass_over_unused
 from lightning_recipes.core.arguments import check_choice, check_flag
 from lightning_recipes.core.averaging import ExponentialMovingAverage, decay_from_half_life, local
 from lightning_recipes.core.durations import parse_duration
@@ -150,7 +150,7 @@ class EMAWeights(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        pass_over_unused_hooks(trainer, self)
+        pass_over_unused(trainer, self)
         self._loaded, self._fitting, self._failed = None, trainer.state.fn == TrainerFn.FITTING, False
 
     @override

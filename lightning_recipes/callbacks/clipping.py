@@ -18,7 +18,7 @@ from lightning_recipes.callbacks.measuring import free_to_read, gradient_norm, i
 from lightning_recipes.callbacks.sharding import shard_group
 from lightning_recipes.callbacks.telling import log_histogram, log_scalars, show, tell, time_to_log
 from lightning_recipes.callbacks.tracking import parameters_of
-from lightning_recipes.callbacks.unused import pass_over_unused_hooks
+from lightning_recipes.callbacks.unused import pass_over_unused
 from lightning_recipes.core.arguments import check_flag
 from lightning_recipes.core.clipping import PercentileThreshold, clipping_factor, scale_
 from lightning_recipes.core.findings import Finding
@@ -110,7 +110,7 @@ class PercentileGradientClipping(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        pass_over_unused_hooks(trainer, self)
+        pass_over_unused(trainer, self)
         if trainer.state.fn == TrainerFn.FITTING and trainer.global_step == 0:
             self.rule.rules.clear()  # another training's norms say nothing about this one's
 

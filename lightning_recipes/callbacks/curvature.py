@@ -29,7 +29,7 @@ from lightning_recipes.callbacks.substitute import substitute
 from lightning_recipes.callbacks.telling import log_scalars, tell
 from lightning_recipes.callbacks.tracking import parameters_of
 from lightning_recipes.callbacks.trials import seed_all
-from lightning_recipes.callbacks.unused import pass_over_unused_hooks
+from lightning_recipes.callbacks.unused import pass_over_unused
 from lightning_recipes.core.arguments import check_count, check_flag
 from lightning_recipes.core.curvature import COHEN, judge, measure, sharpness
 from lightning_recipes.core.findings import Finding
@@ -134,7 +134,7 @@ class CriticalPointProbe(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        pass_over_unused_hooks(trainer, self)
+        pass_over_unused(trainer, self)
         if trainer.state.fn == TrainerFn.FITTING:
             self._forget()
 

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_recipes.callbacks.measuring import index_of, mean_over_ranks, share_before_save
 from lightning_recipes.callbacks.telling import show, tell
-from lightning_recipes.callbacks.unused import pass_over_unused_hooks
+from lightning_recipes.callbacks.unused import pass_over_unused
 from lightning_recipes.core.arguments import check_name
 from lightning_recipes.core.curves import CS231N, CurvesRule
 from lightning_recipes.core.early_stopping import EarlyStoppingRule, reading
@@ -93,7 +93,7 @@ class LearningCurves(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        pass_over_unused_hooks(trainer, self)
+        pass_over_unused(trainer, self)
         if trainer.state.fn == TrainerFn.FITTING:
             self._forget()
 

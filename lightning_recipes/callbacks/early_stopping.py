@@ -19,7 +19,7 @@ from lightning_recipes.callbacks.measuring import mean_over_ranks, share_before_
 from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.substitute import substitute
 from lightning_recipes.callbacks.telling import tell
-from lightning_recipes.callbacks.unused import pass_over_unused_hooks
+from lightning_recipes.callbacks.unused import pass_over_unused
 from lightning_recipes.core.arguments import check_choice, check_count, check_flag, check_name, check_real
 from lightning_recipes.core.early_stopping import Criterion, EarlyStoppingRule, Patience, reading
 
@@ -151,7 +151,7 @@ class EarlyStopping(LightningEarlyStopping):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        pass_over_unused_hooks(trainer, self)
+        pass_over_unused(trainer, self)
         if trainer.state.fn == TrainerFn.FITTING:
             self._forget()
 

@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_recipes.callbacks.rehearsal import first_batches, is_fresh, refuse_shards, rehearse, unharmed
 from lightning_recipes.callbacks.substitute import substitute
 from lightning_recipes.callbacks.telling import log_scalars, tell
-from lightning_recipes.callbacks.unused import pass_over_unused_hooks
+from lightning_recipes.callbacks.unused import pass_over_unused
 from lightning_recipes.core.arguments import check_count, check_real
 from lightning_recipes.core.criteria import Criterion, Watch, loss_of
 from lightning_recipes.core.initial_loss import InitialLoss, InitialLossRule
@@ -76,7 +76,7 @@ class InitialLossCheck(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        pass_over_unused_hooks(trainer, self)
+        pass_over_unused(trainer, self)
         if trainer.state.fn == TrainerFn.FITTING and trainer.global_step == 0:
             self._forget()
 

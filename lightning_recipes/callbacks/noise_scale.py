@@ -18,7 +18,7 @@ from lightning_recipes.callbacks.measuring import examples_in, gradient_norm, me
 from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.telling import log_scalars, tell, time_to_log
 from lightning_recipes.callbacks.tracking import parameters_of
-from lightning_recipes.callbacks.unused import pass_over_unused_hooks
+from lightning_recipes.callbacks.unused import pass_over_unused
 from lightning_recipes.core.arguments import check_count
 from lightning_recipes.core.clipping import total_norm
 from lightning_recipes.core.findings import Finding
@@ -126,7 +126,7 @@ class GradientNoiseScale(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        pass_over_unused_hooks(trainer, self)
+        pass_over_unused(trainer, self)
         if trainer.state.fn == TrainerFn.FITTING:
             self._forget()
 

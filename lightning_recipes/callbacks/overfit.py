@@ -29,7 +29,7 @@ from lightning_recipes.callbacks.substitute import substituted
 from lightning_recipes.callbacks.telling import tell
 from lightning_recipes.callbacks.tracking import parameters_of
 from lightning_recipes.callbacks.trials import peak_rate, seed_all
-from lightning_recipes.callbacks.unused import pass_over_unused_hooks
+from lightning_recipes.callbacks.unused import pass_over_unused
 from lightning_recipes.core.arguments import check_count
 from lightning_recipes.core.criteria import Criterion, Watch, loss_of
 from lightning_recipes.core.dependence import (
@@ -113,7 +113,7 @@ class OverfitCheck(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        pass_over_unused_hooks(trainer, self)
+        pass_over_unused(trainer, self)
         if trainer.state.fn == TrainerFn.FITTING and trainer.global_step == 0:
             self._forget()
 

@@ -22,7 +22,7 @@ from typing_extensions import override
 from lightning_recipes.callbacks.measuring import free_to_read, index_of
 from lightning_recipes.callbacks.substitute import substitute
 from lightning_recipes.callbacks.telling import logger_step, run_folder, spared, time_to_log
-from lightning_recipes.callbacks.unused import pass_over_unused_hooks
+from lightning_recipes.callbacks.unused import pass_over_unused
 from lightning_recipes.core.arguments import check_real
 from lightning_recipes.core.files import put
 from lightning_recipes.core.findings import Finding
@@ -106,7 +106,7 @@ class TrainingReport(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        pass_over_unused_hooks(trainer, self)
+        pass_over_unused(trainer, self)
         if trainer.state.fn != TrainerFn.FITTING:
             return
         earlier = self._findings()

@@ -18,7 +18,7 @@ from lightning_recipes.callbacks.learning_rates import (
 )
 from lightning_recipes.callbacks.measuring import mean_over_ranks
 from lightning_recipes.callbacks.telling import run_folder, spared, tell
-from lightning_recipes.callbacks.unused import pass_over_unused_hooks
+from lightning_recipes.callbacks.unused import pass_over_unused
 from lightning_recipes.core.arguments import check_choice, check_count
 from lightning_recipes.core.durations import parse_duration
 from lightning_recipes.core.files import put
@@ -126,7 +126,7 @@ class LearningRateSchedule(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        pass_over_unused_hooks(trainer, self)
+        pass_over_unused(trainer, self)
         if trainer.state.fn == TrainerFn.FITTING and trainer.global_step == 0:
             self._forget()
 

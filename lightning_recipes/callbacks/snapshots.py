@@ -35,7 +35,7 @@ from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.substitute import substitute
 from lightning_recipes.callbacks.telling import log_scalars, log_text, run_folder, spared, tell
 from lightning_recipes.callbacks.tracking import share_
-from lightning_recipes.callbacks.unused import pass_over_unused_hooks
+from lightning_recipes.callbacks.unused import pass_over_unused
 from lightning_recipes.core.arguments import check_choice, check_count, check_flag, check_name
 from lightning_recipes.core.ensembles import Ensemble
 from lightning_recipes.core.evidence import Evidence
@@ -160,7 +160,7 @@ class SnapshotEnsemble(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        pass_over_unused_hooks(trainer, self)
+        pass_over_unused(trainer, self)
         if trainer.state.fn == TrainerFn.FITTING and trainer.global_step == 0:
             self._forget()
 

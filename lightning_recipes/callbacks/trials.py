@@ -11,7 +11,7 @@ import tempfile
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -40,7 +39,7 @@ from lightning_recipes.callbacks.measuring import (
     scaler_of,
 )
 from lightning_recipes.callbacks.tracking import parameters_of
-from lightning_recipes.callbacks.unused import pass_over_unused_hooks
+from lightning_recipes.callbacks.unused import Unprofiled, pass_over_unused
 from lightning_recipes.core.clipping import total_norm
 from lightning_recipes.core.trials import Outcome, Readings, Search, Trial, TrialRule, load_outcomes, save_outcomes
 
@@ -285,7 +284,7 @@ class _Run(pl.Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        pass_over_unused_hooks(trainer, self)
+        pass_over_unused(trainer, self)
         if not self.validates:
             vars(self)["on_train_batch_end"] = None
         trainer.fit_loop.max_epochs = -1  # what the settings say is what schedules are made for
@@ -416,22 +415,11 @@ def fit_quietly(
                 "enable_progress_bar": False,
                 "enable_model_summary": False,
                 "default_root_dir": folder,
-                "profiler": _Unprofiled(),
+                "profiler": Unprofiled(),
                 **{name: value() if callable(value) else value for name, value in settings.items()},
             }
         )
         trainer.fit(module, train_dataloaders, val_dataloaders, datamodule=copy.copy(datamodule))
-
-
-class _Unprofiled(PassThroughProfiler):
-    """Measures nothing, as Lightning's own, but without a generator at each of twenty places of an update."""
-
-    @override
-    def profile(self, action_name: str) -> Any:
-        return _NOTHING
-
-
-_NOTHING = nullcontext()
 
 
 @contextmanager

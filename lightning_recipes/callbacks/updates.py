@@ -19,7 +19,7 @@ from lightning_recipes.callbacks.measuring import index_of, loss_of_update, mean
 from lightning_recipes.callbacks.sharding import is_sharded, shard_group
 from lightning_recipes.callbacks.telling import log_scalars, show, tell, time_to_log
 from lightning_recipes.callbacks.tracking import parameters_of
-from lightning_recipes.callbacks.unused import pass_over_unused_hooks
+from lightning_recipes.callbacks.unused import pass_over_unused
 from lightning_recipes.core.arguments import check_choice, check_count, check_flag
 from lightning_recipes.core.clipping import total_norm
 from lightning_recipes.core.findings import Finding, listing
@@ -168,7 +168,7 @@ class UpdateRatioMonitor(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        pass_over_unused_hooks(trainer, self)
+        pass_over_unused(trainer, self)
         if trainer.state.fn == TrainerFn.FITTING:
             self._forget()
 

@@ -24,7 +24,7 @@ from lightning_recipes.callbacks.outlets import Files
 from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.telling import run_folder, show, spared, tell
 from lightning_recipes.callbacks.trials import ModuleTrials, peak_rate, progress, run_trials, settings_of
-from lightning_recipes.callbacks.unused import pass_over_unused_hooks
+from lightning_recipes.callbacks.unused import pass_over_unused
 from lightning_recipes.core.arguments import check_count, check_flag, check_name
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.per_optimizer import PerOptimizer
@@ -117,7 +117,7 @@ class WarmupSweep(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        pass_over_unused_hooks(trainer, self)
+        pass_over_unused(trainer, self)
         if trainer.state.fn == TrainerFn.FITTING and trainer.global_step == 0:
             self._forget()
             run: Any = trainer  # connectors set some attributes

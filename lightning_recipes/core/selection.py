@@ -226,9 +226,25 @@ def paired(differences: Tensor, counts: Tensor) -> tuple[float, float]:
 
 
 def quantile(samples: int, confidence: float = CONFIDENCE) -> float:
-    """Of Student's t distribution, by its expansion in the degrees of freedom."""
-    z, n = NormalDist().inv_cdf(confidence), max(1, samples - 1)
-    return z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+    """Of Student's t distribution: exact for two and three samples, else to 1 % by the expansion in 1 / (samples - 1).
+
+    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5.
+    """
+    n = max(1, samples - 1)
+    if n == 1:
+        return math.tan(math.pi * (confidence - 0.5))
+    if n == 2:
+        both = 2 * confidence - 1
+        return both * math.sqrt(2 / (1 - both**2))
+    z = NormalDist().inv_cdf(confidence)
+    terms = (
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return math.fsum(term / n**power for power, term in enumerate(terms))
 
 
 def disagreement(evidence: Evidence, members: Sequence[int]) -> float:

@@ -1,13 +1,15 @@
+import pickle
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+from lightning.pytorch.profilers import PassThroughProfiler
 from matrix import RECIPES, make
 from models import Regression, quiet_trainer, regression_data
 
 from lightning_recipes import LearningCurves
-from lightning_recipes.callbacks.unused import OF_EVERY_BATCH
+from lightning_recipes.callbacks.unused import OF_EVERY_BATCH, Unprofiled
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # toys
 
@@ -59,3 +61,26 @@ def test_a_subclass_may_call_what_its_parent_does_not_have(tmp_path: Path) -> No
 def test_a_recipe_in_the_hands_of_another_callback_is_left_as_it_is(tmp_path: Path) -> None:
     keeper = Keeper(LearningCurves())
     assert fit(tmp_path, keeper).global_step == keeper.calls
+
+
+class Counted(PassThroughProfiler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.started = 0
+
+    def start(self, action_name: str) -> None:
+        self.started += 1
+
+
+def test_a_profiler_that_measures_nothing_costs_nothing_and_another_one_measures(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, max_steps=3, callbacks=[LearningCurves()])
+    assert type(trainer.profiler) is PassThroughProfiler
+    trainer.fit(Regression(), regression_data(3))
+    assert isinstance(trainer.profiler, Unprofiled)
+    with trainer.profiler.profile("one"), trainer.profiler.profile("within the other"):
+        assert pickle.loads(pickle.dumps(trainer.profiler)).profile("one") is not None
+    mine = Counted()
+    trainer = quiet_trainer(tmp_path, max_steps=3, callbacks=[LearningCurves()], profiler=mine)
+    trainer.fit(Regression(), regression_data(3))
+    assert trainer.profiler is mine
+    assert mine.started > 30

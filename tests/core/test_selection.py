@@ -205,9 +205,9 @@ def test_a_mean_over_positions_has_the_error_of_a_ratio_over_samples() -> None:
     assert paired(differences[:1], counts[:1]) == (2.0, math.inf)
 
 
-@pytest.mark.parametrize("confidence", [0.95, 0.975])
+@pytest.mark.parametrize("confidence", [0.95, 0.975, 0.994])
 def test_the_quantile_is_students(confidence: float) -> None:
-    for samples, close in ((5, 0.03), (10, 3e-3), (30, 1e-4)):
+    for samples, close in ((2, 1e-9), (3, 1e-9), (4, 0.01), (5, 3e-3), (10, 1e-4), (30, 1e-6)):
         exact = scipy.stats.t.ppf(confidence, samples - 1)
         assert quantile(samples, confidence) == pytest.approx(exact, rel=close)
 
