@@ -5,6 +5,7 @@ import os
 import random
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_recipes import EMAWeights, InitialLossCheck, OverfitCheck
 from lightning_recipes.callbacks import overfit as module_under_test
+from lightning_recipes.callbacks.rehearsal import unharmed
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:not in any optimizer",
@@ -453,3 +455,9 @@ def test_a_module_that_cannot_be_copied_for_the_check_trains_all_the_same(
     told = [str(each.message) for each in said if "not checked" in str(each.message)]
     assert len(told) == 1
     assert f"{check.__name__} could not train a copy of the module: RuntimeError: another trainer." in told[0]
+
+
+def test_of_several_ranks_a_check_that_fails_ends_the_run() -> None:
+    ranks: Any = SimpleNamespace(world_size=2)  # the other one may wait for this one
+    with pytest.raises(ValueError, match="on one rank"), unharmed(ranks, "OverfitCheck"):
+        raise ValueError("on one rank")

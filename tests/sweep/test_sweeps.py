@@ -1,4 +1,5 @@
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any, ClassVar
@@ -226,13 +227,17 @@ def test_groups_keep_their_ratio() -> None:
     assert {*seen} == {(0.05, 0.01), (0.2, 0.04)}
 
 
-def test_a_module_is_left_alone_and_gives_what_a_plain_loop_gives() -> None:
+def test_a_module_is_left_alone_and_gives_what_a_plain_loop_gives(caplog: pytest.LogCaptureFixture) -> None:
     module, rates = Regression(), [0.001, 0.01, 0.1]
     before, noise = weights_of(module), torch.get_rng_state()
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    for logger in loggers:
+        caplog.set_level(logging.INFO, logger.name)
     result = learning_rate_sweep(module, rates, max_steps=40, train_dataloaders=regression_data(), **QUIET)
     assert same(weights_of(module), before)
     assert torch.equal(torch.get_rng_state(), noise)
     assert module._trainer is None
+    assert [logger.level for logger in loggers] == [logging.INFO] * 2
 
     def make(seed: int) -> Any:
         plain, batches = Regression(), [*regression_data()] * 4
