@@ -20,6 +20,7 @@ from lightning_recipes.callbacks.trials import (
     configure_as_in,
     fit_quietly,
     hold_schedules,
+    nothing,
     of_its_own,
     quiet,
     same_loaders,
@@ -127,7 +128,7 @@ def rehearse(
     with isolate_rng():
         module: Any = copy.deepcopy(pl_module)
         module.configure_callbacks = list
-        module.prepare_data = module.setup = module.configure_model = _nothing  # it is set up
+        module.prepare_data = module.setup = module.configure_model = nothing  # it is set up
         configure_as_in(trainer, module)
         module.on_before_batch_transfer = module.transfer_batch_to_device = module.on_after_batch_transfer = _as_it_is
         prepare(module)
@@ -150,10 +151,6 @@ class _NoSchedules(pl.Callback):
 
 def _as_it_is(batch: Any, *_: object, **__: object) -> Any:
     return batch
-
-
-def _nothing(*_: object, **__: object) -> None:
-    """In the place of a hook that has been called."""
 
 
 class Repeated:

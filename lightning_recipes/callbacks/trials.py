@@ -363,11 +363,11 @@ def set_rates(optimizer: Optimizer, rates: list[float], factor: float) -> None:
 def hold_schedules(trainer: pl.Trainer) -> None:
     """Keep the schedules of a copy where they begin: they are made for another number of updates, and for metrics."""
     for config in trainer.lr_scheduler_configs:
-        config.scheduler.step, config.strict = _nothing, False  # type: ignore[method-assign]  # of a copy
+        config.scheduler.step, config.strict = nothing, False  # type: ignore[method-assign]  # of a copy
 
 
-def _nothing(*_: object, **__: object) -> None:
-    """In the place of a step of a scheduler."""
+def nothing(*_: object, **__: object) -> None:
+    """In the place of what a copy is not to do."""
 
 
 def configure_as_in(trainer: pl.Trainer, module: Any) -> None:

@@ -182,7 +182,7 @@ class Readings:
         """
         if not self._waiting or self.rule.reason:
             return bool(self.rule.reason)
-        values: list[Any] = [each for pair in self._waiting for each in pair]
+        values: list[Any] = [each for pair in self._waiting for each in pair]  # read one by one where nothing waits
         if mean is not None or values[0].device.type != "cpu":
             together = torch.cat([each.to(values[0].device, torch.float32).view(1) for each in values])
             values = (together if mean is None else mean(together)).tolist()

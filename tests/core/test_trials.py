@@ -267,3 +267,15 @@ def test_the_map_has_a_square_for_each_rate_and_warmup() -> None:
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["0.1", "1"]
     alike = {trial: replace(outcome, loss=0.5) for trial, outcome in OUTCOMES.items()}
     assert len(replace(result(), outcomes=alike).plot()[1].collections) == 4
+
+
+@pytest.mark.parametrize("mean", [None, lambda values: values])
+def test_readings_keep_losses_and_norms_apart(mean: Any) -> None:
+    seen: list[tuple[float, float]] = []
+    rule = TrialRule(4)
+    rule.update = lambda loss, norm, *_: bool(seen.append((loss, norm)))  # type: ignore[func-returns-value, method-assign]
+    readings = Readings(rule)
+    for step in range(4):
+        readings.add(torch.tensor(float(step)), torch.tensor([10.0 + step]))
+    assert not readings.read(mean)
+    assert seen == [(0.0, 10.0), (1.0, 11.0), (2.0, 12.0), (3.0, 13.0)]
