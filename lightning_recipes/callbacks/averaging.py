@@ -250,7 +250,7 @@ class EMAWeights(pl.Callback):
         if not self._tracked[index].is_current(optimizer):
             self._track(trainer, pl_module)
         tensors = self._tracked[index].tensors
-        cancelled = not is_sharded(trainer) and all(tensor.grad is None for tensor in tensors.values())
+        cancelled = all(tensor.grad is None for tensor in tensors.values()) and not is_sharded(trainer)
         if not cancelled:
             self.rule[index].update(tensors, skipped=getattr(optimizer, "found_inf", None))
 

@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_recipes.callbacks.measuring import free_to_read, gradient_norm, index_of, scaler_of, whole_norm
 from lightning_recipes.callbacks.sharding import shard_group
 from lightning_recipes.callbacks.telling import log_histogram, log_scalars, show, tell, time_to_log
-from lightning_recipes.callbacks.tracking import parameters_of
+from lightning_recipes.callbacks.tracking import gradients_of, parameters_of
 from lightning_recipes.callbacks.unused import pass_over_unused
 from lightning_recipes.core.arguments import check_flag
 from lightning_recipes.core.clipping import PercentileThreshold, clipping_factor, scale_
@@ -201,7 +201,7 @@ class PercentileGradientClipping(pl.Callback):
         if not self.measure_only:
             factor = clipping_factor(norm, threshold)
             if isinstance(factor, Tensor) or factor < 1:
-                scale_([each.grad for each in parameters_of(optimizer) if each.grad is not None], factor)
+                scale_(gradients_of(optimizer), factor)
         if time_to_log(trainer):
             self._log(trainer, index)
             self._tell(trainer, index)

@@ -214,10 +214,12 @@ class InstabilityDetector(pl.Callback):
         if norm is None or not losses:
             return
         rate = optimizer.param_groups[0]["lr"]  # on the device if it is a tensor
+        loss = loss_of_update(trainer, losses)
+        is_free = free_to_read(norm) and trainer.world_size == 1  # to read
         update = _Update(
             optimizer=index_of(trainer, optimizer),
-            loss=loss_of_update(trainer, losses),
-            norm=norm,
+            loss=float(loss) if is_free else loss,
+            norm=float(norm) if is_free else norm,
             examples=examples,
             rate=rate if isinstance(rate, float) else 0.0,
             step=self._updates,
@@ -227,8 +229,8 @@ class InstabilityDetector(pl.Callback):
         self._updates += 1
         self._unread.append(update)
         at_once = self.action in ("skip", "rewind", "raise")
-        if not at_once and free_to_read(norm) and trainer.world_size == 1:
-            at_once = self.action == "stop" or self.rule[update.optimizer].is_striking(float(update.loss), float(norm))
+        if not at_once and is_free:
+            at_once = self.action == "stop" or self.rule[update.optimizer].is_striking(update.loss, update.norm)
         if at_once or time_to_log(trainer) or len(self._unread) >= UNREAD:
             self._judge(trainer, pl_module, optimizer if at_once else None)
 
@@ -247,8 +249,8 @@ class InstabilityDetector(pl.Callback):
 
     def _read(self, trainer: pl.Trainer, unread: list[_Update]) -> list[tuple[float, float, float]]:
         """Loss, norm and number of examples of each update, the means over the ranks."""
-        if trainer.world_size == 1 and free_to_read(unread[-1].norm):
-            return [(float(each.loss), float(each.norm), each.examples) for each in unread]
+        if isinstance(unread[-1].norm, float) and trainer.world_size == 1:
+            return [(each.loss, each.norm, each.examples) for each in unread]
         device = trainer.strategy.root_device
         values = [value for each in unread for value in (each.loss, each.norm, each.examples)]
         measured = torch.stack([torch.as_tensor(value, device=device).float() for value in values]).view(-1, 3)

@@ -1,6 +1,7 @@
 """What callbacks measure: the gradient norm of an update, once however many ask, and means over the ranks."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,11 +12,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_recipes.callbacks.sharding import shard_group
-from lightning_recipes.callbacks.tracking import parameters_of
+from lightning_recipes.callbacks.tracking import gradients_of
 from lightning_recipes.core.clipping import total_norm
 
 # For each optimizer the newest norm and who has seen it: whoever asks for it again is at the next update.
-_newest: WeakKeyDictionary[Optimizer, tuple[Tensor | None, set[int]]] = WeakKeyDictionary()
+_newest: WeakKeyDictionary[Optimizer, "_Norm"] = WeakKeyDictionary()
+
+
+@dataclass(slots=True)
+class _Norm:
+    value: Tensor | None
+    seen: set[int]
 
 
 def index_of(trainer: pl.Trainer, optimizer: Optimizer) -> int:
@@ -48,17 +55,18 @@ def gradient_norm(trainer: pl.Trainer, optimizer: Optimizer, asker: object) -> T
     For ``on_before_optimizer_step``. A scalar tensor, not read back; None if there is no gradient. Callbacks that ask
     after another has clipped get the norm from before.
     """
-    norm, seen = _newest.get(optimizer) or (None, {id(asker)})
-    if id(asker) not in seen:
-        seen.add(id(asker))
-        return norm
-    norm = _measure(trainer, optimizer)
-    _newest[optimizer] = norm, {id(asker)}
-    return norm
+    norm = _newest.get(optimizer)
+    if norm is None:
+        norm = _newest[optimizer] = _Norm(None, {id(asker)})
+    if id(asker) in norm.seen:
+        norm.value = _measure(trainer, optimizer)
+        norm.seen.clear()
+    norm.seen.add(id(asker))
+    return norm.value
 
 
 def _measure(trainer: pl.Trainer, optimizer: Optimizer) -> Tensor | None:
-    gradients = [parameter.grad for parameter in parameters_of(optimizer) if parameter.grad is not None]
+    gradients = gradients_of(optimizer)
     group = shard_group(trainer)
     if not gradients and group is None:
         return None
@@ -114,7 +122,7 @@ def share_before_save(
 
 def free_to_read(tensor: Tensor) -> bool:
     """Whether the host can read the tensor without waiting for a device."""
-    return tensor.device.type == "cpu"
+    return tensor.is_cpu
 
 
 def mean_over_ranks(trainer: pl.Trainer, value: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_recipes.callbacks.measuring import examples_in, gradient_norm, mean_over_ranks, scaler_of
 from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.telling import log_scalars, tell, time_to_log
-from lightning_recipes.callbacks.tracking import parameters_of
+from lightning_recipes.callbacks.tracking import gradients_of, parameters_of
 from lightning_recipes.callbacks.unused import pass_over_unused
 from lightning_recipes.core.arguments import check_count
 from lightning_recipes.core.clipping import total_norm
@@ -191,8 +191,7 @@ class GradientNoiseScale(pl.Callback):
         self._backwards += 1
         shares = trainer.accumulate_grad_batches  # by which the loss is divided
         if self._backwards == 1 and shares > 1:
-            gradients = [p.grad for p in parameters_of(trainer.optimizers[0]) if p.grad is not None]
-            self._small = (total_norm(gradients) * shares) ** 2
+            self._small = (total_norm(gradients_of(trainer.optimizers[0])) * shares) ** 2
 
     @override
     def on_before_optimizer_step(

@@ -69,6 +69,16 @@ def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
+def gradients_of(optimizer: Optimizer) -> list[Tensor]:
+    """Those that the parameters of an optimizer have."""
+    return [
+        gradient
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if (gradient := parameter.grad) is not None
+    ]
+
+
 def same_tensors(module: nn.Module) -> dict[str, str]:
     """The first name of every parameter and buffer, under each name that it has: shared tensors have several."""
     first: dict[int, str] = {}

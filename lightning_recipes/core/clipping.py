@@ -9,12 +9,13 @@ both; ``benchmarks/LOG.md`` shows what the alternatives cost.
 import math
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 from torch.nn import Parameter
 
 from lightning_recipes.core.arguments import check_count, check_real
@@ -22,6 +23,7 @@ from lightning_recipes.core.arguments import check_count, check_real
 RECENT = 200  # norms that the bound is taken from: short enough to follow a norm that falls, long for a quartile
 OUTLIER = 10  # times its threshold a norm is an outlier, with which others may come
 FEW = 10  # below this many norms no statistic of them can be trusted, and the weights bound the threshold instead
+FEW_ELEMENTS = 2**16  # copied into one tensor sooner than their norms are taken one by one
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
@@ -42,17 +44,26 @@ def total_norm(tensors: list[Tensor]) -> Tensor:
     """
     if not tensors:
         return torch.zeros(())
-    device = tensors[0].device
-    alike = all(
-        type(tensor) in (Tensor, Parameter)
-        and tensor.dtype is torch.float32
-        and tensor.device == device
-        and tensor.layout is torch.strided
-        for tensor in tensors
-    )
-    norms = torch._foreach_norm(tensors) if alike else _norms_of_all_kinds(tensors)
-    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return total
+    device, elements = tensors[0].device, 0
+    for tensor in tensors:
+        if not (
+            tensor.dtype is torch.float32
+            and (type(tensor) is Tensor or type(tensor) is Parameter)
+            and tensor.layout is torch.strided
+            and tensor.device == device
+        ):
+            return _norm_of_norms(_norms_of_all_kinds(tensors))
+        elements += tensor.numel()
+    if elements > FEW_ELEMENTS:
+        return _norm_of_norms(torch._foreach_norm(tensors))
+    together = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]  # torch's own, untyped
+    norm: Tensor = torch.linalg.vector_norm(together)
+    return norm
+
+
+def _norm_of_norms(norms: Sequence[Tensor]) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([*norms]))
+    return norm
 
 
 def _norms_of_all_kinds(tensors: list[Tensor]) -> list[Tensor]:

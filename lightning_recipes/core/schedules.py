@@ -635,6 +635,7 @@ class LearningRates:
         self._warmup_steps = 0
         self._curves: list[tuple[Callable[[int], float], int]] = []
         self._momentum: Callable[[int], float | None] | None = None
+        self._written = 1.0  # the factor that the groups have
 
     def lay(
         self,
@@ -724,7 +725,7 @@ class LearningRates:
 
     def _read(self) -> None:
         """Understand what was changed since the groups were written."""
-        factor = self.factor
+        factor = self._written
         for index, group in enumerate(self._groups):
             if index == len(self.base):  # a group was added
                 self.base.append(_copied(group["lr"]) if factor == 0 else group["lr"] / factor)
@@ -736,7 +737,7 @@ class LearningRates:
     def _write(self) -> None:
         if self._optimizer is None:
             return
-        factor = self.factor
+        factor = self._written = self.factor
         for group, base in zip(self._groups, self.base, strict=True):
             _set(group, base * factor)
         if self._momentum is not None:
@@ -752,6 +753,7 @@ class LearningRates:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.step, self.base = state_dict["step"], list(state_dict["base"])
+        self._written = self.factor  # the groups are restored as well
 
 
 def _copied(rate: Any) -> Any:
