@@ -475,7 +475,7 @@ BROKEN = [
     Case(
         "dead units",
         lambda seed: on_digits(seed, Training(dead(mlp(64, 64, 64, 10)))),
-        named("input without information", "layer never changes", "vanishing gradient"),
+        named("dead units", "input without information", "layer never changes", "vanishing gradient"),
     ),
     Case(
         "wrong sign",
@@ -540,7 +540,7 @@ BROKEN = [
     Case(
         "pixels not normalised",
         lambda seed: pixels(seed, Training(mlp(196, 64, 10))),
-        named("initial loss high"),
+        named("initial loss high", "inputs not normalised"),
     ),
     Case(
         "inputs lost",

@@ -33,7 +33,7 @@ from lightning_recipes import InitialLossCheck, OverfitCheck
 from lightning_recipes.callbacks.trials import quiet
 
 Data = tuple[Tensor, Tensor]
-SCALE = ("initial loss high",)
+SCALE = ("initial loss high", "inputs not normalised")
 
 
 def digits(labels: Callable[[Tensor], Tensor] = lambda y: y, inputs: Callable[[Tensor], Tensor] = lambda x: x) -> Data:

@@ -23,6 +23,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from _zoo import BROKEN, FRESH, HEALTHY, Case, Run, Training, bits, sigmoid_twice
+from _zoo_crossed import CROSSED, ELSEWHERE, HEALTHY_CROSSED
 from _zoo_last import HEALTHY_LAST, LAST
 from _zoo_later import HEALTHY_LATER, LATER, broadcast
 from _zoo_unseen import UNSEEN
@@ -48,18 +49,23 @@ PARTS = {
     "later": LATER,
     "unseen": UNSEEN,
     "last": LAST,
+    "crossed": CROSSED,
+    "elsewhere": ELSEWHERE,
     "healthy": HEALTHY,
     "healthy-later": HEALTHY_LATER,
     "healthy-last": HEALTHY_LAST,
+    "healthy-crossed": HEALTHY_CROSSED,
 }
 REGRESSION = (functional.mse_loss, functional.huber_loss, broadcast)
+BINARY = functional.binary_cross_entropy_with_logits
 SEVERITY = {"error": 0, "warning": 1, "info": 2}
 ALL_IS_WELL = {"initial loss as expected", "overfits a small sample", "sharpness", "done", "cannot tell"}
 
 
 def losses(module: Training, data: tuple[Tensor, Tensor]) -> list[float]:
     """Of up to 500 examples, in evaluation mode, in samples of ten."""
-    criterion = functional.mse_loss if module.loss in REGRESSION else functional.cross_entropy
+    criterion = functional.mse_loss if module.loss in REGRESSION else BINARY
+    criterion = criterion if data[1].is_floating_point() else functional.cross_entropy
     module.eval()
     with torch.no_grad():
         inputs = module.trainer.precision_plugin.convert_input(data[0][:500])
@@ -72,15 +78,16 @@ def diagnosed(run: Run, held_out: tuple[Tensor, Tensor] | None) -> list[Finding]
     module, targets = run.module, run.train[1]
     if not isinstance(module, Training) or module.loss in (bits, sigmoid_twice):
         return []
-    if targets.is_floating_point() and module.loss not in REGRESSION:
+    regression = targets.is_floating_point() and module.loss in REGRESSION
+    if targets.is_floating_point() and not regression and module.loss is not BINARY:
         return []
-    counts = torch.bincount(targets.flatten().long()).double() if not targets.is_floating_point() else torch.ones(1)
+    counts = torch.ones(1) if regression else torch.bincount(targets.flatten().long()).double()
     prior = counts[counts > 0] / counts.sum()
     train, val = losses(module, run.train), losses(module, run.val)
     own = None if held_out is None else losses(module, held_out)
     if not all(map(math.isfinite, (*train, *val, *(own or ())))):
         return []
-    trivial = float(targets.var() if targets.is_floating_point() else -(prior * prior.log()).sum())
+    trivial = float(targets.var() if regression else -(prior * prior.log()).sum())
     if trivial <= 0:
         return []
     inputs: dict[str, Any] = {"train_inputs": run.train[0], "val_inputs": run.val[0]} if own is None else {}

@@ -32,6 +32,7 @@ from lightning_recipes.callbacks.trials import peak_rate, seed_all
 from lightning_recipes.callbacks.unused import pass_over_unused
 from lightning_recipes.core.arguments import check_count
 from lightning_recipes.core.criteria import Criterion, Watch, loss_of
+from lightning_recipes.core.dead_units import DeadUnits
 from lightning_recipes.core.dependence import (
     Dependence,
     Run,
@@ -43,7 +44,7 @@ from lightning_recipes.core.dependence import (
 )
 from lightning_recipes.core.fits import LEARNT, Fit, FitRule, fit_of, flipped, helps, mean_loss, other_factors
 from lightning_recipes.core.frozen import untrained
-from lightning_recipes.core.overfit import Symptoms, activation_of, judge, nothing_to_train, shrinks
+from lightning_recipes.core.overfit import FEWER, Symptoms, activation_of, judge, nothing_to_train, shrinks
 from lightning_recipes.core.repeats import Repeats, repeats, target_column
 
 BATCH_NORM, DROPOUT = nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd
@@ -153,8 +154,17 @@ class OverfitCheck(pl.Callback):
                 self.fits.append(self._fit(trainer, pl_module, sample, factor, None))
                 if helps(self.fits[-1], first):
                     break
+            else:
+                self._try_fewer(trainer, pl_module, sample, seen)
         for finding in judge(self.fits, seen):
             tell(trainer, finding)
+
+    def _try_fewer(self, trainer: pl.Trainer, pl_module: pl.LightningModule, sample: list[Any], seen: Symptoms) -> None:
+        """Whether the network is only too small."""
+        if len(sample) == 1 and seen.examples > FEWER:
+            best = min(self.fits, key=lambda fit: fit.excess)
+            few = varied_examples(sample, FEWER)
+            seen.fewer = self._fit(trainer, pl_module, [few], best.factor, None)
 
     def _sample(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Any]:
         """The first examples, in one batch if they fit into it."""
@@ -332,6 +342,10 @@ class _Drive(pl.Callback):
 
         def see(run: Run) -> Dependence:
             pl_module.eval()
+            if self.seen is not None and self._dependence is None:
+                with DeadUnits(pl_module) as units:
+                    run(self.sample[0])
+                self.seen.dead = units.worst
             return look(run, self.sample[0])
 
         return self._beside(trainer, pl_module, see)

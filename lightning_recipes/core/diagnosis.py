@@ -12,10 +12,11 @@ from typing_extensions import override
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.selection import quantile
 
-Leaf = Literal["model bias", "optimization", "overfitting", "mismatch", "done", "cannot tell"]
+Leaf = Literal["nothing learnt", "model bias", "optimization", "overfitting", "mismatch", "done", "cannot tell"]
 
 LECTURE = "When a network fails to train: training loss first, then validation; Ng, Machine Learning Yearning, 2018"
 SURE = 0.975  # one-sided confidence of every comparison
+NOTHING = 0.95  # of the trivial loss: a loss above that is no better than that of a constant output
 HIGH = 0.5  # of the trivial loss: a training loss above that is high
 LOW = 0.1  # of the trivial loss: a training loss below that is low, and so is a gap
 CLOSE = 0.1  # of what the training loss is too high by: networks whose losses differ by less are alike
@@ -23,6 +24,12 @@ HALF = 0.5  # of the gap, that the larger of its two causes has
 TOLD_APART = 0.6  # area under the ROC curve: two sets of inputs that a classifier tells apart
 
 CURES: dict[str, tuple[str, ...]] = {
+    "nothing learnt": (
+        "look whether the labels belong to their inputs (shuffled or joined wrongly they belong to others)",
+        "see whether the network can learn 16 examples by heart (OverfitCheck), which a bug keeps it from",
+        "sweep the learning rate",
+        "give it inputs that say more",
+    ),
     "model bias": (
         "use a larger or deeper network",
         "give it inputs that say more",
@@ -49,7 +56,6 @@ CURES: dict[str, tuple[str, ...]] = {
 }
 OF_OPTIMIZATION = (
     "diverged",
-    "training loss does not fall",
     "training loss rises",
     "falls too slowly",
     "decayed too early",
@@ -141,7 +147,8 @@ class Diagnosis:
     """A leaf of the tree.
 
     Args:
-        leaf: ``"model bias"``, ``"optimization"``, ``"overfitting"``, ``"mismatch"``, ``"done"`` or ``"cannot tell"``.
+        leaf: ``"nothing learnt"``, ``"model bias"``, ``"optimization"``, ``"overfitting"``, ``"mismatch"``, ``"done"``
+            or ``"cannot tell"``.
         finding: The evidence, and what to do; the rule is the leaf.
         cures: What helps, the first first; where it cannot be told, what to measure next.
     """
@@ -182,11 +189,12 @@ class Evidence:
 def decide(evidence: Evidence) -> Diagnosis:
     """Walk down the tree: first the training loss, then the validation loss.
 
-    Training loss high: model bias or optimization; low, and validation high: overfitting or mismatch; else done. A loss
-    is high if the whole of its interval is above the target. Without a target the trivial loss is the measure: a
-    training loss above half of it is high and one below a tenth low, between them it cannot be told (unless a smaller
-    network has a lower one, or the gap to validation is larger than the training loss itself: then that comes first);
-    and validation is high if it is more than a tenth of the trivial loss above training.
+    Training loss high: model bias or optimization, or nothing learnt where it, or the loss on held-out data (else on
+    validation data), is not lower than that of a constant output; low, and validation high: overfitting or mismatch;
+    else done. A loss is high if the whole of its interval is above the target. Without a target the trivial loss is the
+    measure: a training loss above half of it is high and one below a tenth low, between them it cannot be told (unless
+    a smaller network has a lower one, or the gap to validation is larger than the training loss itself: then that comes
+    first); and validation is high if it is more than a tenth of the trivial loss above training.
 
     Example:
         >>> decide(Evidence(Measured(0.02), Measured(0.9), target=0.1, held_out=Measured(0.05))).leaf
@@ -233,6 +241,7 @@ def _of_training(evidence: Evidence, than: str) -> Diagnosis:
     train, smaller = evidence.train, evidence.smaller
     saw = f"The training loss is {train}, {than}"
     of_curves = [rule for rule in OF_OPTIMIZATION if rule in evidence.curves]
+    nothing = _nothing(evidence)
     if smaller is not None:
         difference = train - smaller
         too_high = train.value - (evidence.target if evidence.target is not None else 0.0)
@@ -242,13 +251,15 @@ def _of_training(evidence: Evidence, than: str) -> Diagnosis:
                 "optimization",
                 f"{saw}, and a smaller network reaches {smaller}: the larger one could, too, and does not find it.",
             )
-        if difference.high <= CLOSE * too_high and not of_curves:
+        if difference.high <= CLOSE * too_high and not of_curves and not nothing:
             than_smaller = "lower than" if difference.high < 0 else "no higher than"
             return _leaf(
                 evidence,
                 "model bias",
                 f"{saw}, but {than_smaller} the {smaller} of a smaller network: size helps, or does no harm.",
             )
+    if nothing and not of_curves:
+        return _leaf(evidence, "nothing learnt", f"{saw}: {nothing}.")
     if of_curves:
         return _leaf(evidence, "optimization", f"{saw}, and the learning curves say: {', '.join(of_curves)}.")
     if smaller is not None:
@@ -260,6 +271,19 @@ def _of_training(evidence: Evidence, than: str) -> Diagnosis:
         f"{saw}; a network that is too small and one that is not trained well look alike.",
         ("the training loss of a smaller or shallower network on the same data (smaller_train_loss)",),
     )
+
+
+def _nothing(evidence: Evidence) -> str:
+    """In what way the network knows no more than a constant output; empty if it does."""
+    others = evidence.held_out if evidence.held_out is not None else evidence.val
+    if evidence.trivial is None:
+        return ""
+    if evidence.train.low > NOTHING * evidence.trivial:
+        return "no better than a constant output"
+    if others is not None and others.low > NOTHING * evidence.trivial:
+        kind = "held-out" if others is evidence.held_out else "validation"
+        return f"what is learnt holds for these examples alone, the {kind} loss is {others}, no better than a constant"
+    return ""
 
 
 def _of_validation(evidence: Evidence, than: str) -> Diagnosis:

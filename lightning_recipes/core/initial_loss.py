@@ -222,6 +222,7 @@ class InitialLossRule:
         self._groups: dict[str, _Group] = {}
         self._totals: list[float] = []
         self._sums: list[float] = []
+        self._counts: list[tuple[int, int]] = []  # of examples and of predictions
         self._inputs: list[float] = []  # the largest root mean square of each
         self._finite = True
         self._broken_inputs = False
@@ -264,6 +265,8 @@ class InitialLossRule:
         if calls:
             self._totals.append(value)
             self._sums.append(sum(values))
+            first = next(iter(calls.values()))[0]
+            self._counts.append((len(first.outputs), first.positions))
         for key, same in calls.items():
             group = self._groups.setdefault(key, _Group(same[0].name, same[0]))
             group.update(same)
@@ -282,6 +285,17 @@ class InitialLossRule:
         """What the training step returns beyond its criteria, on average; NaN if nobody knows."""
         return sum(map(float.__sub__, self._totals, self._sums)) / len(self._sums) if self._sums else math.nan
 
+    def _summands(self, call: Criterion) -> int:
+        """How many predictions the loss of the training step is the sum over; 1 if it is their mean."""
+        totals = [*zip(self._totals, self._sums, strict=True)]
+        if call.reduction == "sum":
+            return call.positions if all(abs(total - value) <= 0.5 * abs(value) for total, value in totals) else 1
+        for counts in zip(*self._counts, strict=True):  # a mean that is multiplied by a number, or a sum of single ones
+            multiples = zip(totals, counts, strict=True)
+            if all(math.isclose(total, value * count, rel_tol=1e-3) for (total, value), count in multiples):
+                return int(counts[0])
+        return 1
+
     def findings(self, step: int = 0) -> list[Finding]:
         """What is to be said, the most important first; never nothing."""
         say = _Say(step)
@@ -298,16 +312,14 @@ class InitialLossRule:
         if flipped:
             say.flipped(self._totals[0], self._sums[0])
         judged = dict(zip(self._groups, results[-len(self._groups) :] if self._groups else [], strict=True))
-        summed = bool(self._sums) and all(
-            abs(total - value) <= 0.5 * abs(value) for total, value in zip(self._totals, self._sums, strict=True)
-        )
         for key, result in judged.items():
             group = self._groups[key]
             call = group.calls[0][0]
             if say.broadcast(group) or say.padded(group):
                 continue
-            if not say.squashed(group, result) and call.reduction == "sum" and call.positions > 1 and summed:
-                say.summed(result, call.positions)
+            summands = self._summands(call)
+            if not say.squashed(group, result) and summands > 1:
+                say.summed(result, summands, result.loss / (summands if call.reduction == "sum" else 1))
             say.sorted(group) or say.several(group) or say.off_centre(group, result)
         named = bool(say.findings)
         large = max(self._inputs, default=0.0)
@@ -369,7 +381,7 @@ class _Say:
 
     def beside(self, large: float, penalty: float, criteria: float) -> None:
         """What is said of the inputs and of the other terms of the loss, whatever the criteria are."""
-        if penalty > abs(criteria):
+        if penalty > abs(criteria) and not any(finding.rule == "loss is a sum" for finding in self.findings):
             self(
                 "penalty outweighs the loss",
                 "info",
@@ -412,12 +424,12 @@ class _Say:
             return self("activation on the logits", "warning", message, "End the network with a linear layer.", result)
         return False
 
-    def summed(self, result: InitialLoss, positions: int) -> bool:
+    def summed(self, result: InitialLoss, positions: int, mean: float) -> bool:
         return self(
             "loss is a sum",
             "warning" if result.classes else "info",
-            f"The loss is the sum over {positions:,} predictions, {result.loss:.4g}, not their mean, "
-            f"{result.loss / positions:.3g}: gradients grow with the batch.",
+            f"The loss is the sum over {positions:,} predictions, {mean * positions:.4g}, not their mean, {mean:.3g}:"
+            " gradients grow with the batch.",
             "Use reduction='mean', or keep in mind that the learning rate belongs to this batch size.",
             result,
         )
@@ -446,7 +458,9 @@ class _Say:
             return False
         bound = 1 + FAR if result.classes else 3.0
         severity = "warning" if result.least_ratio > bound and not named else "info"
+        rule = "initial loss high"
         if large > LARGE:
+            rule = "inputs not normalised"
             cause = f"the inputs are not normalised (root mean square {large:.3g})"
             advice = "Bring them to mean 0 and standard deviation 1."
         elif result.favoured >= 0:
@@ -459,7 +473,7 @@ class _Say:
             cause = f"outputs have a standard deviation of {result.spread:.3g}"
             advice = "Scale the initial weights of the last layer down, or those of all layers."
         message = f"The loss is {times}: {result.text} (z = {result.z:.1f}); {cause}."
-        return self("initial loss high", severity, message, advice, result)
+        return self(rule, severity, message, advice, result)
 
     def broadcast(self, group: _Group) -> bool:
         call = group.calls[0][0]

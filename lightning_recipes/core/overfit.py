@@ -18,6 +18,7 @@ from lightning_recipes.core.updates import not_optimized
 
 RECIPE = "Karpathy, A recipe for training neural networks, 2019: http://karpathy.github.io/2019/04/25/recipe/"
 SHOT_UP = 10.0  # excess after which a sample that is learnt in the end is worth a word
+FEWER = 2  # examples, that nearly every network can tell apart
 VALIDATED = 30  # examples below which a validation says little
 DROPS = 0.85  # probability of dropout above which a training can hardly go on
 SHRINKS = 0.01  # of the weights, by which weight decay shrinks them in an update: no training in order comes near
@@ -43,6 +44,10 @@ class Symptoms:
         unmoved: Of those that had one, and stayed what they were.
         asleep: BatchNorm and dropout layers that the step leaves in evaluation mode, beside weights that are trained.
         awake: Whether there are others that are in training mode.
+        fewer: How far the training gets with so few of the examples that hardly any network is too small for them; None
+            where that was not tried.
+        dead: The first layer whose units give 0 for all examples, with how many do and how many it has; None if
+            there is none.
         repeats: Training examples that are validation examples, too.
         column: Of the inputs that gives the target away, -1 if there is none.
         drops: The largest probability of dropout.
@@ -72,6 +77,8 @@ class Symptoms:
     unmoved: list[str] = field(default_factory=list)
     asleep: list[str] = field(default_factory=list)
     awake: bool = False
+    fewer: Fit | None = None
+    dead: tuple[str, int, int] | None = None
     repeats: Repeats = field(default_factory=Repeats)
     column: int = -1
     drops: float = 0.0
@@ -268,6 +275,15 @@ class _Judge:
 
     def _parameters(self) -> None:
         seen = self.seen
+        if seen.dead is not None and not seen.zeros:
+            name, dead, units = seen.dead
+            self.say(
+                "dead units",
+                "info" if self.first.learnt else "warning",
+                f"{dead} of the {units} units of {name or 'the network'} give 0 for all {seen.examples} examples: no"
+                " gradient goes through them.",
+                "Start their biases at 0 and their weights as kaiming_uniform_ does; normalise what comes in.",
+            )
         if seen.without_gradient:
             blind = (seen.dependence.alike or not seen.dependence.used) and not seen.zeros
             self.say(
@@ -357,7 +373,7 @@ class _Judge:
             what = "The inputs of all examples are the same" if found.alike else "No output depends on its input"
             self.say(
                 "input without information",
-                "warning",
+                "warning" if found.alike or seen.dead is None or seen.zeros else "info",
                 f"{what}; {sample} were not learnt in {first.steps} updates ({self._left}).",
                 "Look at what the training step is given, and at what becomes of it on the way.",
             )
@@ -438,10 +454,21 @@ class _Judge:
             self.say("slow on a small sample", "info", f"{not_learnt}, and it still falls.", "Give it more max_steps.")
         else:
             tried = ", ".join(f"{fit.factor:g}" for fit in self.fits[1:])
+            not_learnt += f", nor with the learning rate times {tried}" if tried else ""
+            fewer = self.seen.fewer
+            if fewer is not None and helps(fewer, min(self.fits, key=lambda fit: fit.excess)):
+                how = f"are in {fewer.steps} updates" if fewer.learnt else f"come down to {fewer.excess:.0%}"
+                self.say(
+                    "model bias",
+                    "warning",
+                    f"{not_learnt}; {FEWER} of them {how}: the network is too small for more.",
+                    "Use a wider or deeper network, and look for a layer that is far narrower than the others.",
+                )
+                return
             self.say(
                 "small sample not learnt",
                 "warning",
-                f"{not_learnt}, nor with the learning rate times {tried}." if tried else f"{not_learnt}.",
+                f"{not_learnt}.",
                 "Look for a bug before anything else: labels that do not belong to their inputs, a layer that loses "
                 "the input, far too small a network, or an initialisation that lets no signal through.",
             )

@@ -31,6 +31,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:evaluation mode in training",
     "ignore:Found .* module.s. in eval mode",
     "ignore:learning rate too",
+    "ignore:dead units",
     "ignore:input without information",
     "ignore:loss not finite",
     "ignore:small sample not learnt",
@@ -199,6 +200,14 @@ class Zeros(Classifier):
             nn.init.zeros_(parameter)
 
 
+class Dead(Classifier):
+    """No hidden unit gives anything but 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn.init.constant_(self.net[0].bias, -20.0)  # type: ignore[arg-type]  # of a linear layer
+
+
 class ZeroHead(Classifier):
     """Starts at equal logits, as it may."""
 
@@ -269,6 +278,7 @@ def check(folder: Path, module: Any, inputs: Any = None, shuffle: bool = True, *
         (Frozen, ["nothing to train"]),
         (Twice, ["parameters in several optimizers", "overfits a small sample"]),
         (Zeros, ["no gradient", "input without information"]),
+        (Dead, ["dead units"]),
         (ZeroHead, ["overfits a small sample"]),
         (Decays, ["weight decay too large", "overfits a small sample"]),
         (lambda: Classifier(parts=slice(2)), ["not in any optimizer"]),

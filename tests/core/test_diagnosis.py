@@ -24,6 +24,15 @@ def leaf(train: Any, val: Any = None, **more: Any) -> str:
         ("optimization", {"train": 0.5, "trivial": 2.3, "smaller": 0.1}),  # but beaten
         ("cannot tell", {"train": 2.0, "trivial": 2.3}),  # of which kind?
         ("optimization", {"train": 2.0, "trivial": 2.3, "smaller": 0.5}),
+        ("nothing learnt", {"train": 2.28, "trivial": 2.3}),
+        ("nothing learnt", {"train": 2.28, "trivial": 2.3, "smaller": 2.29}),  # nor does the smaller one
+        ("optimization", {"train": 2.28, "trivial": 2.3, "smaller": 1.5}),
+        ("optimization", {"train": 2.28, "trivial": 2.3, "curves": frozenset({"diverged"})}),
+        ("cannot tell", {"train": [2.0, 2.2, 2.28], "trivial": 2.3}),  # not surely nothing
+        ("cannot tell", {"train": 2.28, "target": 0.1}),  # what would a constant give?
+        ("nothing learnt", {"train": 1.9, "val": 2.4, "trivial": 2.3}),  # by heart
+        ("nothing learnt", {"train": 1.9, "val": 2.4, "held_out": 2.4, "trivial": 2.3}),
+        ("cannot tell", {"train": 1.9, "val": 2.4, "held_out": 2.0, "trivial": 2.3}),  # validation is another matter
         ("optimization", {"train": [1.9, 2.0, 2.1], "target": 0.1, "smaller": [0.5, 0.4, 0.6]}),
         ("cannot tell", {"train": [1.0, 2.0, 3.0], "target": 0.1, "smaller": [0.5, 2.4, 1.0]}),  # too uncertain
         ("model bias", {"train": 1.0, "target": 0.1, "smaller": 1.5}),
@@ -90,9 +99,9 @@ def test_a_sample_is_as_sure_as_it_is() -> None:
 
 
 def test_what_was_given_is_the_evidence_and_what_is_missing_is_to_be_measured() -> None:
-    given = Evidence(Measured(2.0), Measured(2.1), 0.1, 2.3, Measured(2.0, 1.0), Measured(2.2), ALIKE)
+    given = Evidence(Measured(2.0), Measured(2.1), 0.1, 2.3, Measured(2.0, 1.0), Measured(2.1), ALIKE)
     diagnosis = decide(given)
-    losses = {"train_loss": 2.0, "val_loss": 2.1, "smaller_loss": 2.0, "held_out_loss": 2.2}
+    losses = {"train_loss": 2.0, "val_loss": 2.1, "smaller_loss": 2.0, "held_out_loss": 2.1}
     errors = {f"{name}_error": 1.0 if name == "smaller_loss" else 0.0 for name in losses}
     others = {"target_loss": 0.1, "trivial_loss": 2.3, "auc": 0.5, "auc_error": 0.04, "auc_by_chance": 0.04}
     assert diagnosis.finding.evidence == {**losses, **errors, **others}

@@ -80,6 +80,9 @@ CROSS = functional.cross_entropy
         (lambda o, t: CROSS(o.tanh(), t), classes(), {}, ("activation on the logits", "warning")),
         (lambda o, t: -CROSS(o, t), classes(), {}, ("wrong sign of the loss", "error")),
         (lambda o, t: CROSS(o, t, reduction="sum"), classes(), {}, ("loss is a sum", "warning")),
+        (lambda o, t: CROSS(o, t, reduction="none").sum(), classes(), {}, ("loss is a sum", "warning")),
+        (lambda o, t: len(o) * CROSS(o, t), classes(), {}, ("loss is a sum", "warning")),
+        (lambda o, t: 32 * CROSS(o, t), classes(), {}, ("initial loss as expected", "info")),
         (lambda o, t: CROSS(o, t, reduction="sum") / 64, classes(), {}, ("initial loss as expected", "info")),
         (lambda o, t: CROSS(o, t, reduction="none").mean(), classes(), {}, ("initial loss as expected", "info")),
         (functional.nll_loss, classes(), {}, ("no log-probabilities", "warning")),
@@ -125,6 +128,7 @@ def normal() -> Tensor:
         (functional.mse_loss, lambda: 77 * normal(), {"scale": 20.0}, ("initial loss as expected", "info")),
         (functional.mse_loss, normal, {"scale": 5.0}, ("initial loss high", "warning")),
         (lambda o, t: functional.mse_loss(o, t, reduction="sum"), normal, {}, ("loss is a sum", "info")),
+        (lambda o, t: functional.mse_loss(o, t, reduction="none").sum(), normal, {}, ("loss is a sum", "info")),
     ],
 )
 def test_outputs_that_are_no_classes(loss: Any, targets: Any, more: Any, first: tuple[str, str]) -> None:
@@ -154,10 +158,12 @@ def test_other_terms_of_the_loss_and_large_inputs_are_told_beside() -> None:
         return lambda o, t: CROSS(o, t) + weight
 
     assert ("penalty outweighs the loss", "info") in rules(judge(penalised(3.0), classes()))
+    summed = rules(judge(lambda o, t: CROSS(o, t, reduction="none").sum(), classes()))
+    assert summed == [("loss is a sum", "warning")]  # and no other term
     assert rules(judge(penalised(2.0), classes())) == [("initial loss as expected", "info")]
     assert rules(judge(CROSS, classes(), inputs=120.0))[1:] == [("inputs not normalised", "info")]
     told = judge(CROSS, classes(), inputs=120.0, scale=3.0).findings()
-    assert [finding.rule for finding in told] == ["initial loss high"]
+    assert [finding.rule for finding in told] == ["inputs not normalised"]
     assert "not normalised" in told[0].message
 
 
