@@ -64,7 +64,7 @@ ALL_IS_WELL = {"initial loss as expected", "overfits a small sample", "sharpness
 
 def losses(module: Training, data: tuple[Tensor, Tensor]) -> list[float]:
     """Of up to 500 examples, in evaluation mode, in samples of ten."""
-    criterion = functional.mse_loss if module.loss in REGRESSION else BINARY
+    criterion: Any = functional.mse_loss if module.loss in REGRESSION else BINARY
     criterion = criterion if data[1].is_floating_point() else functional.cross_entropy
     module.eval()
     with torch.no_grad():

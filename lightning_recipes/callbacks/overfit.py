@@ -44,7 +44,7 @@ from lightning_recipes.core.dependence import (
 )
 from lightning_recipes.core.fits import LEARNT, Fit, FitRule, fit_of, flipped, helps, mean_loss, other_factors
 from lightning_recipes.core.frozen import untrained
-from lightning_recipes.core.overfit import FEWER, Symptoms, activation_of, judge, nothing_to_train, shrinks
+from lightning_recipes.core.overfit import Symptoms, activation_of, judge, narrowest, nothing_to_train, shrinks
 from lightning_recipes.core.repeats import Repeats, repeats, target_column
 
 BATCH_NORM, DROPOUT = nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd
@@ -143,6 +143,7 @@ class OverfitCheck(pl.Callback):
         examples = sum(map(examples_of, sample))
         seen = Symptoms(examples, trainable=counts[True], frozen=counts[False], batch_norm=batch_norm)
         seen.untrained = untrained(pl_module)
+        seen.narrowest = narrowest(pl_module)
         seen.repeats = self._repeats(trainer, pl_module)
         with first_batches(trainer, pl_module) as batches:
             seen.column = target_column(islice(batches, MOST_BATCHES))
@@ -154,17 +155,8 @@ class OverfitCheck(pl.Callback):
                 self.fits.append(self._fit(trainer, pl_module, sample, factor, None))
                 if helps(self.fits[-1], first):
                     break
-            else:
-                self._try_fewer(trainer, pl_module, sample, seen)
         for finding in judge(self.fits, seen):
             tell(trainer, finding)
-
-    def _try_fewer(self, trainer: pl.Trainer, pl_module: pl.LightningModule, sample: list[Any], seen: Symptoms) -> None:
-        """Whether the network is only too small."""
-        if len(sample) == 1 and seen.examples > FEWER:
-            best = min(self.fits, key=lambda fit: fit.excess)
-            few = varied_examples(sample, FEWER)
-            seen.fewer = self._fit(trainer, pl_module, [few], best.factor, None)
 
     def _sample(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Any]:
         """The first examples, in one batch if they fit into it."""
@@ -406,6 +398,7 @@ class _Drive(pl.Callback):
             self._note_modes(self.seen, pl_module)
             self.seen.known, self.seen.one_label, self.seen.far = self.rule.known, self.rule.one_label, self.rule.far
             self.seen.activation = activation_of(criteria)
+            self.seen.outputs = max((call.rows.shape[1] for call in criteria), default=0)
         self._last = criteria
         if self.rule.follow(float(mean_over_ranks(trainer, torch.tensor(excess)))):
             trainer.should_stop = True

@@ -78,8 +78,7 @@ def labels_alike(batch: Any) -> bool:
 
 
 def varied_examples(batches: Sequence[Any], count: int) -> Any:
-    """Examples of several batches whose labels are not all the same, as many of each as there are; of examples without
-    a label the first ones.
+    """Examples of several batches whose labels are not all the same, as many of each as there are.
 
     Example:
         >>> batches = [(torch.zeros(4, 2), torch.tensor([1, 1, 1, 1])), (torch.ones(4, 2), torch.tensor([1, 1, 2, 1]))]
@@ -90,8 +89,7 @@ def varied_examples(batches: Sequence[Any], count: int) -> Any:
     columns = zip(*(tree_flatten(batch)[0] for batch in batches), strict=True)
     whole = tree_unflatten([torch.cat(column) for column in columns], structure)
     labels = _labels(whole)
-    if labels is None:
-        return first_examples(whole, count)
+    assert labels is not None  # of batches with labels
     order: list[tuple[int, int]] = []
     seen: dict[int, int] = {}
     for place, label in enumerate(labels.tolist()):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_recipes.core.criteria import Criterion
@@ -18,7 +19,7 @@ from lightning_recipes.core.updates import not_optimized
 
 RECIPE = "Karpathy, A recipe for training neural networks, 2019: http://karpathy.github.io/2019/04/25/recipe/"
 SHOT_UP = 10.0  # excess after which a sample that is learnt in the end is worth a word
-FEWER = 2  # examples, that nearly every network can tell apart
+NARROW = 0.25  # of the outputs: what passes through fewer numbers can hardly make them
 VALIDATED = 30  # examples below which a validation says little
 DROPS = 0.85  # probability of dropout above which a training can hardly go on
 SHRINKS = 0.01  # of the weights, by which weight decay shrinks them in an update: no training in order comes near
@@ -44,8 +45,8 @@ class Symptoms:
         unmoved: Of those that had one, and stayed what they were.
         asleep: BatchNorm and dropout layers that the step leaves in evaluation mode, beside weights that are trained.
         awake: Whether there are others that are in training mode.
-        fewer: How far the training gets with so few of the examples that hardly any network is too small for them; None
-            where that was not tried.
+        outputs: Of an example, or of a position of a sequence, if they are known: the classes.
+        narrowest: The layer that passes on the fewest numbers, and how many; None if there is none.
         dead: The first layer whose units give 0 for all examples, with how many do and how many it has; None if
             there is none.
         repeats: Training examples that are validation examples, too.
@@ -77,7 +78,8 @@ class Symptoms:
     unmoved: list[str] = field(default_factory=list)
     asleep: list[str] = field(default_factory=list)
     awake: bool = False
-    fewer: Fit | None = None
+    outputs: int = 0
+    narrowest: tuple[str, int] | None = None
     dead: tuple[str, int, int] | None = None
     repeats: Repeats = field(default_factory=Repeats)
     column: int = -1
@@ -426,7 +428,17 @@ class _Judge:
         better = [fit for fit in self.fits[1:] if helps(fit, first)]
         severity: Literal["info", "warning"] = "warning" if first.stuck and not expected else "info"
         not_learnt = f"{sample} were not learnt in {first.steps} updates ({self._left})"
-        if better:
+        name, width = self.seen.narrowest or ("", 0)
+        other_cause = self.seen.carried or any(self.seen.unowned.values())
+        narrow = 0 < width < NARROW * self.seen.outputs and not any(fit.learnt for fit in self.fits)
+        if narrow and severity == "warning" and not other_cause:
+            self.say(
+                "model bias",
+                "warning",
+                f"{not_learnt}; {name} has a width of {width}, and {self.seen.outputs} outputs are made of it.",
+                "Make that layer wider; if it was meant to be narrow, see what the network can learn.",
+            )
+        elif better:
             best = min(better, key=lambda fit: (not fit.learnt, abs(math.log10(fit.factor)), fit.excess))
             kind, times = (
                 ("low", f"{best.factor:g} times") if best.factor > 1 else ("high", f"1/{1 / best.factor:g} of")
@@ -446,7 +458,7 @@ class _Judge:
                 f"{not_learnt}; with {times} the learning rate they {how}.",
                 f"Use {times} the learning rate, and sweep around it.",
             )
-        elif self.seen.carried or any(self.seen.unowned.values()):
+        elif other_cause:
             self.say("small sample not learnt", "info", f"{not_learnt}.", "See the other findings.")
         elif expected:
             self.say("small sample not learnt", "info", f"{not_learnt}; {expected}.", "Good, if that is the reason.")
@@ -455,16 +467,6 @@ class _Judge:
         else:
             tried = ", ".join(f"{fit.factor:g}" for fit in self.fits[1:])
             not_learnt += f", nor with the learning rate times {tried}" if tried else ""
-            fewer = self.seen.fewer
-            if fewer is not None and helps(fewer, min(self.fits, key=lambda fit: fit.excess)):
-                how = f"are in {fewer.steps} updates" if fewer.learnt else f"come down to {fewer.excess:.0%}"
-                self.say(
-                    "model bias",
-                    "warning",
-                    f"{not_learnt}; {FEWER} of them {how}: the network is too small for more.",
-                    "Use a wider or deeper network, and look for a layer that is far narrower than the others.",
-                )
-                return
             self.say(
                 "small sample not learnt",
                 "warning",
@@ -491,6 +493,21 @@ def shrinks(optimizer: Optimizer, group: Mapping[str, Any], learning_rate: float
     if isinstance(optimizer, torch.optim.SGD):
         return decay / (1 - min(float(group["momentum"]), 0.99))
     return decay if isinstance(optimizer, torch.optim.AdamW) else 0.0
+
+
+def narrowest(module: nn.Module) -> tuple[str, int] | None:
+    """The layer that passes on the fewest numbers for a position, and how many; None if no layer has a matrix.
+
+    Example:
+        >>> narrowest(nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 2), nn.Linear(2, 64)))
+        ('2', 2)
+    """
+    widths = [
+        (min(len(parameter), parameter[0].numel()), name.rpartition(".")[0] or "the module")
+        for name, parameter in module.named_parameters()
+        if parameter.dim() > 1 and parameter.numel()
+    ]
+    return min(widths, key=lambda each: each[0])[::-1] if widths else None
 
 
 def activation_of(criteria: Sequence[Criterion]) -> str:

@@ -40,11 +40,12 @@ def diagnose(
 ) -> Diagnosis:
     """Say what is the matter with a training: model bias, optimization, overfitting, mismatch, or nothing.
 
-    Training loss high: if a smaller network reaches a lower one it is optimization, if not the model is too small.
-    Training loss low and validation loss high: overfitting, if held-out data of the training distribution are as bad,
-    mismatch, if they are good; without such data a classifier is trained to tell the inputs of the two sets apart. What
-    is high, and how noise counts, says :func:`~lightning_recipes.core.diagnosis.decide`. Where the evidence does not
-    decide, the answer is ``"cannot tell"``, and what to measure next.
+    Training loss that of a constant output: nothing was learnt. High: if a smaller network reaches a lower one it is
+    optimization, if not the model is too small. Training loss low and validation loss high: overfitting, if held-out
+    data of the training distribution are as bad, mismatch, if they are good; without such data a classifier is trained
+    to tell the inputs of the two sets apart. What is high, and how noise counts, says
+    :func:`~lightning_recipes.core.diagnosis.decide`. Where the evidence does not decide, the answer is
+    ``"cannot tell"``, and what to measure next.
 
     A loss is a number, or a sample (of examples, batches or, for ``smaller_train_loss``, seeds) whose mean it is: only
     then is it known how sure it is.

@@ -32,6 +32,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Found .* module.s. in eval mode",
     "ignore:learning rate too",
     "ignore:dead units",
+    "ignore:model bias",
     "ignore:input without information",
     "ignore:loss not finite",
     "ignore:small sample not learnt",
@@ -208,6 +209,21 @@ class Dead(Classifier):
         nn.init.constant_(self.net[0].bias, -20.0)  # type: ignore[arg-type]  # of a linear layer
 
 
+class Narrow(pl.LightningModule):
+    """Copies its inputs through a single number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(8, 32), nn.LeakyReLU(), nn.Linear(32, 1), nn.Linear(1, 8))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.mse_loss(self.net(batch[0]), batch[0].clone())
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), 0.01)
+
+
 class ZeroHead(Classifier):
     """Starts at equal logits, as it may."""
 
@@ -279,6 +295,7 @@ def check(folder: Path, module: Any, inputs: Any = None, shuffle: bool = True, *
         (Twice, ["parameters in several optimizers", "overfits a small sample"]),
         (Zeros, ["no gradient", "input without information"]),
         (Dead, ["dead units"]),
+        (Narrow, ["model bias"]),
         (ZeroHead, ["overfits a small sample"]),
         (Decays, ["weight decay too large", "overfits a small sample"]),
         (lambda: Classifier(parts=slice(2)), ["not in any optimizer"]),

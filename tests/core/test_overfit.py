@@ -100,6 +100,26 @@ TEN = replace(LEARNT, factor=10.0)
         ([LEARNT], {"frozen": 1000}, ("overfits a small sample", "info")),
         ([LEARNT], {"frozen": 1000, "untrained": ["head"]}, ("frozen parameters", "info")),
         ([FAILED], {"trainable": 10}, ("small sample not learnt", "info")),
+        ([FAILED], {"narrowest": ("a", 2), "outputs": 10}, ("model bias", "warning")),
+        ([FAILED], {"narrowest": ("a", 3), "outputs": 12}, ("small sample not learnt", "warning")),
+        ([FAILED], {"narrowest": ("a", 2)}, ("small sample not learnt", "warning")),
+        ([FAILED, TEN], {"narrowest": ("a", 2), "outputs": 10}, ("learning rate too low", "warning")),
+        (
+            [FAILED, replace(TEN, excess=0.3, learnt=False)],
+            {"narrowest": ("a", 2), "outputs": 10},
+            ("model bias", "warning"),
+        ),
+        ([SLOW], {"narrowest": ("a", 2), "outputs": 10}, ("slow on a small sample", "info")),
+        ([FAILED], {"narrowest": ("a", 2), "outputs": 10, "frozen": 1000}, ("frozen parameters", "info")),
+        ([FAILED], {"dead": ("net.1", 30, 32)}, ("dead units", "warning")),
+        ([LEARNT], {"dead": ("net.1", 30, 32)}, ("dead units", "info")),
+        ([FAILED], {"dead": ("net.1", 32, 32), "used": False}, ("dead units", "warning")),
+        ([FAILED], {"dead": ("net.1", 32, 32), "used": False, "alike": True}, ("dead units", "warning")),
+        (
+            [FAILED],
+            {"dead": ("net.1", 32, 32), "zeros": ["a"], "used": False},
+            ("input without information", "warning"),
+        ),
     ],
 )
 def test_each_outcome_is_named(fits: list[Fit], symptoms: dict[str, Any], first: tuple[str, str]) -> None:
