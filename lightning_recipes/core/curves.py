@@ -251,9 +251,10 @@ class Reading:
         if not half[-1] > max(RISES * min(half), 0.5 * self.highest):
             return None
         lowest = half.index(min(half)) - len(half)
+        never_fell = all(later >= 0.99 * sooner for sooner, later in pairwise(self.rates))
         return self.found(
             "learning rate rises",
-            "info",
+            "warning" if never_fell else "info",
             f"The learning rate went up from {min(half):.2g} at step {self.bins[lowest].last:,} to {half[-1]:.2g} at"
             " the end, where it should be low.",
             "Make warmup and cycles shorter than the run: does the schedule count updates, and how many?",

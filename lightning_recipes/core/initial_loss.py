@@ -292,7 +292,7 @@ class InitialLossRule:
             return call.positions if all(abs(total - value) <= 0.5 * abs(value) for total, value in totals) else 1
         for counts in zip(*self._counts, strict=True):  # a mean that is multiplied by a number, or a sum of single ones
             multiples = zip(totals, counts, strict=True)
-            if all(math.isclose(total, value * count, rel_tol=1e-3) for (total, value), count in multiples):
+            if all(value and math.isclose(total, value * count, rel_tol=1e-3) for (total, value), count in multiples):
                 return int(counts[0])
         return 1
 
@@ -324,8 +324,9 @@ class InitialLossRule:
         named = bool(say.findings)
         large = max(self._inputs, default=0.0)
         for result in results:
+            imbalanced = not named and say.imbalanced(result)
             told = (self.expectations and result.criterion != "loss") or say.far(result, large, named)
-            if not named and not say.imbalanced(result) and not told:
+            if not named and not imbalanced and not told:
                 say.as_expected(result)
         say.beside(large, self.penalty, statistics.fmean(self._sums) if self._sums else math.inf)
         for key, result in judged.items():

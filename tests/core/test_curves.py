@@ -167,20 +167,21 @@ def test_a_rate_that_decays_at_once_is_told_whatever_the_loss_was(updates: int, 
 
 
 @pytest.mark.parametrize(
-    ("rate", "told"),
+    ("rate", "severity"),
     [
-        (lambda share: 1e-3 * share, True),  # a warmup that never ends
-        (lambda share: 1 + math.cos(6 * math.pi * share + math.pi), False),  # three cycles
-        (lambda share: 1.01 - math.cos(5 * math.pi * share), True),  # that end at the top
-        (lambda share: min(1.0, 20 * share), False),
-        (lambda share: 0.5 if share < 0.7 else 0.6, False),
-        (lambda share: 1.0 if share < 0.3 else 0.01 + 0.3 * share, False),
-        (lambda share: 0.0, False),
-        (lambda share: math.nan, False),
+        (lambda share: 1e-3 * share, "warning"),  # a warmup that never ends
+        (lambda share: 1 + math.cos(6 * math.pi * share + math.pi), ""),  # three cycles
+        (lambda share: 1.01 - math.cos(5 * math.pi * share), "info"),  # that end at the top
+        (lambda share: min(1.0, 20 * share), ""),
+        (lambda share: 0.5 if share < 0.7 else 0.6, ""),
+        (lambda share: 1.0 if share < 0.3 else 0.01 + 0.3 * share, ""),
+        (lambda share: 0.0, ""),
+        (lambda share: math.nan, ""),
     ],
 )
-def test_a_learning_rate_that_rises_to_the_end(rate: Callable[[float], float], told: bool) -> None:
-    assert ("learning rate rises" in rules_of(trained(learned, 0.1, rate=rate))) is told
+def test_a_learning_rate_that_rises_to_the_end(rate: Callable[[float], float], severity: str) -> None:
+    told = {each.rule: each.severity for each in trained(learned, 0.1, rate=rate).findings()}
+    assert told.get("learning rate rises", "") == severity
 
 
 def test_a_rate_that_is_halved_again_and_again_until_nothing_goes_on() -> None:
