@@ -24,6 +24,7 @@ import lightning.pytorch as pl
 import torch
 from _zoo import BROKEN, FRESH, HEALTHY, Case, Run, Training, bits, sigmoid_twice
 from _zoo_crossed import CROSSED, ELSEWHERE, HEALTHY_CROSSED
+from _zoo_crossed_more import HEALTHY_MORE, MORE
 from _zoo_last import HEALTHY_LAST, LAST
 from _zoo_later import HEALTHY_LATER, LATER, broadcast
 from _zoo_unseen import UNSEEN
@@ -51,10 +52,12 @@ PARTS = {
     "last": LAST,
     "crossed": CROSSED,
     "elsewhere": ELSEWHERE,
+    "more": MORE,
     "healthy": HEALTHY,
     "healthy-later": HEALTHY_LATER,
     "healthy-last": HEALTHY_LAST,
     "healthy-crossed": HEALTHY_CROSSED,
+    "healthy-more": HEALTHY_MORE,
 }
 REGRESSION = (functional.mse_loss, functional.huber_loss, broadcast)
 BINARY = functional.binary_cross_entropy_with_logits
