@@ -39,7 +39,7 @@ from lightning_recipes.callbacks.measuring import (
     scaler_of,
 )
 from lightning_recipes.callbacks.tracking import parameters_of
-from lightning_recipes.callbacks.unused import Unprofiled, pass_over_unused
+from lightning_recipes.callbacks.unused import Unprofiled, pass_over_hooks_of, pass_over_unused
 from lightning_recipes.core.clipping import total_norm
 from lightning_recipes.core.trials import Outcome, Readings, Search, Trial, TrialRule, load_outcomes, save_outcomes
 
@@ -403,6 +403,7 @@ def fit_quietly(
     """
     core = next(each.__module__ for each in type(module).__mro__ if each.__module__.endswith(".core.module"))
     package = importlib.import_module(core.removesuffix(".core.module"))  # or pytorch_lightning, another class tree
+    pass_over_hooks_of(module, package.LightningModule)
     with quiet(), same_environment(), unmade_folder() as folder:
         trainer = package.Trainer(
             **{

@@ -1,5 +1,6 @@
 """Spare a run what does nothing at every batch: hooks that nobody overrides, and a profiler that measures nothing."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -7,16 +8,15 @@ import lightning.pytorch as pl
 from lightning.pytorch.profilers import PassThroughProfiler
 from typing_extensions import override
 
-OF_EVERY_BATCH = (
+OF_TRAINING = (
     "on_train_batch_start",
     "on_train_batch_end",
     "on_before_zero_grad",
     "on_before_backward",
     "on_after_backward",
     "on_before_optimizer_step",
-    "on_validation_batch_start",
-    "on_validation_batch_end",
 )
+OF_EVERY_BATCH = (*OF_TRAINING, "on_validation_batch_start", "on_validation_batch_end")
 
 
 class Unprofiled(PassThroughProfiler):
@@ -40,6 +40,15 @@ def pass_over_unused(trainer: pl.Trainer, callback: pl.Callback) -> None:
     if type(run.profiler) is PassThroughProfiler:
         run.profiler = Unprofiled()
     if any(each is callback for each in run.callbacks):
-        for name in OF_EVERY_BATCH:
-            if getattr(type(callback), name) is getattr(pl.Callback, name):
-                vars(callback).setdefault(name, None)
+        _pass_over(callback, pl.Callback, OF_EVERY_BATCH)
+
+
+def pass_over_hooks_of(copied: pl.LightningModule, base: type) -> None:
+    """Likewise the hooks that the copy of a module has from ``base``: of a copy nobody else calls them."""
+    _pass_over(copied, base, OF_TRAINING)  # those of validation are asked for their arguments
+
+
+def _pass_over(callee: Any, base: type, hooks: Sequence[str]) -> None:
+    for name in hooks:
+        if getattr(type(callee), name) is getattr(base, name):
+            vars(callee).setdefault(name, None)

@@ -9,7 +9,7 @@ from matrix import RECIPES, make
 from models import Regression, quiet_trainer, regression_data
 
 from lightning_recipes import LearningCurves
-from lightning_recipes.callbacks.unused import OF_EVERY_BATCH, Unprofiled
+from lightning_recipes.callbacks.unused import OF_EVERY_BATCH, OF_TRAINING, Unprofiled, pass_over_hooks_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # toys
 
@@ -61,6 +61,31 @@ def test_a_subclass_may_call_what_its_parent_does_not_have(tmp_path: Path) -> No
 def test_a_recipe_in_the_hands_of_another_callback_is_left_as_it_is(tmp_path: Path) -> None:
     keeper = Keeper(LearningCurves())
     assert fit(tmp_path, keeper).global_step == keeper.calls
+
+
+class Hooked(Regression):
+    """Has one hook of its own, and one that is put in its place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = {"backward": 0, "step": 0}
+        self.on_before_optimizer_step = self._count_step  # type: ignore[method-assign]  # as some libraries do
+
+    def _count_step(self, *_: Any) -> None:
+        self.calls["step"] += 1
+
+    def on_after_backward(self) -> None:
+        self.calls["backward"] += 1
+
+
+def test_hooks_of_a_copied_module_that_do_nothing_are_not_called_and_others_are(tmp_path: Path) -> None:
+    module = Hooked()
+    pass_over_hooks_of(module, pl.LightningModule)
+    trainer = quiet_trainer(tmp_path, max_steps=3)
+    trainer.fit(module, regression_data(3), regression_data(1))
+    assert trainer.global_step == module.calls["backward"] == module.calls["step"] == 3
+    left_out = {hook for hook in OF_EVERY_BATCH if getattr(module, hook) is None}
+    assert left_out == {*OF_TRAINING} - {"on_after_backward", "on_before_optimizer_step"}
 
 
 class Counted(PassThroughProfiler):
