@@ -461,7 +461,7 @@ class _Say:
         severity = "warning" if result.least_ratio > bound and not named else "info"
         rule = "initial loss high"
         if large > LARGE:
-            rule = "inputs not normalised"
+            rule, severity = "inputs not normalised", "info" if named else "warning"  # they do reach the outputs
             cause = f"the inputs are not normalised (root mean square {large:.3g})"
             advice = "Bring them to mean 0 and standard deviation 1."
         elif result.favoured >= 0:

@@ -165,6 +165,8 @@ def test_other_terms_of_the_loss_and_large_inputs_are_told_beside() -> None:
     told = judge(CROSS, classes(), inputs=120.0, scale=3.0).findings()
     assert [finding.rule for finding in told] == ["inputs not normalised"]
     assert "not normalised" in told[0].message
+    assert rules(judge(CROSS, classes(), scale=1.0))[0] == ("initial loss high", "info")
+    assert rules(judge(CROSS, classes(), scale=1.0, inputs=120.0)) == [("inputs not normalised", "warning")]
 
 
 def test_targets_of_several_classes_at_once_are_no_shares() -> None:
