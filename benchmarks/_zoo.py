@@ -34,8 +34,7 @@ class Training(pl.LightningModule):
         schedule: Makes a scheduler of the optimizer and the number of updates.
         accuracy: Whether to log one.
         trained: The parameters that the optimizer has; None for all.
-        validate_in_training_mode: Leave the mode as it is.
-        train_in_evaluation_mode: Likewise.
+        train_in_evaluation_mode: Have the network in evaluation mode.
         zero_grad: Whether gradients are set to zero, by hand.
     """
 
@@ -84,16 +83,15 @@ class Training(pl.LightningModule):
         if self.accuracy:
             self.log("val_accuracy", (outputs.argmax(1) == targets).float().mean())
 
+    def made(self, parameters: list[Any]) -> torch.optim.Optimizer:
+        """The optimizer of some parameters."""
+        if self.kind == "sgd":
+            return torch.optim.SGD(parameters, self.rate, self.momentum, weight_decay=self.weight_decay)
+        return (torch.optim.Adam if self.kind == "adam" else torch.optim.AdamW)(parameters, self.rate)
+
     @override
     def configure_optimizers(self) -> Any:
-        parameters = list(self.parameters() if self.trained is None else self.trained(self.net))
-        optimizer: torch.optim.Optimizer
-        if self.kind == "sgd":
-            optimizer = torch.optim.SGD(parameters, self.rate, self.momentum, weight_decay=self.weight_decay)
-        elif self.kind == "adam":
-            optimizer = torch.optim.Adam(parameters, self.rate)
-        else:
-            optimizer = torch.optim.AdamW(parameters, self.rate)
+        optimizer = self.made([*(self.parameters() if self.trained is None else self.trained(self.net))])
         if self.schedule is None:
             return optimizer
         scheduler = self.schedule(optimizer, int(self.trainer.estimated_stepping_batches))

@@ -57,12 +57,8 @@ class Crossed(Training):
         super().validation_step(batch, batch_idx)
 
     @override
-    def configure_optimizers(self) -> Any:
-        optimizer = self.make([*(self.parameters() if self.trained is None else self.trained(self.net))], self.rate)
-        if self.schedule is None:
-            return optimizer
-        scheduler = self.schedule(optimizer, int(self.trainer.estimated_stepping_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    def made(self, parameters: list[Any]) -> torch.optim.Optimizer:
+        return self.make(parameters, self.rate)
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class DeadUnits(TorchFunctionMode):
         return self
 
     def _leave(self) -> None:
-        self._within.pop()
+        self._within.pop()  # what a hook returns would take the place of the output
 
     @override
     def __exit__(self, *error: Any) -> None:

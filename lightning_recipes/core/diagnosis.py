@@ -276,6 +276,8 @@ def _of_training(evidence: Evidence, than: str) -> Diagnosis:
 def _nothing(evidence: Evidence) -> str:
     """In what way the network knows no more than a constant output; empty if it does."""
     others = evidence.held_out if evidence.held_out is not None else evidence.val
+    if "training loss does not fall" in evidence.curves:
+        return "it has not fallen since the start"
     if evidence.trivial is None:
         return ""
     if evidence.train.low > NOTHING * evidence.trivial:

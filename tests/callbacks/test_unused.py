@@ -9,6 +9,7 @@ from matrix import RECIPES, make
 from models import Regression, quiet_trainer, regression_data
 
 from lightning_recipes import LearningCurves
+from lightning_recipes.callbacks.trials import fit_quietly
 from lightning_recipes.callbacks.unused import OF_EVERY_BATCH, OF_TRAINING, Unprofiled, pass_over_hooks_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # toys
@@ -86,6 +87,13 @@ def test_hooks_of_a_copied_module_that_do_nothing_are_not_called_and_others_are(
     assert trainer.global_step == module.calls["backward"] == module.calls["step"] == 3
     left_out = {hook for hook in OF_EVERY_BATCH if getattr(module, hook) is None}
     assert left_out == {*OF_TRAINING} - {"on_after_backward", "on_before_optimizer_step"}
+
+
+def test_trials_leave_out_the_hooks_of_their_copy(tmp_path: Path) -> None:
+    copied = Hooked()
+    fit_quietly(copied, {"max_steps": 2, "accelerator": "cpu", "devices": 1}, regression_data(2))
+    assert copied.calls == {"backward": 2, "step": 2}
+    assert copied.on_train_batch_start is None
 
 
 class Counted(PassThroughProfiler):

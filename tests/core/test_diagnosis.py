@@ -30,6 +30,7 @@ def leaf(train: Any, val: Any = None, **more: Any) -> str:
         ("optimization", {"train": 2.28, "trivial": 2.3, "curves": frozenset({"diverged"})}),
         ("cannot tell", {"train": [2.0, 2.2, 2.28], "trivial": 2.3}),  # not surely nothing
         ("cannot tell", {"train": 2.28, "target": 0.1}),  # what would a constant give?
+        ("nothing learnt", {"train": 2.28, "target": 0.1, "curves": frozenset({"training loss does not fall"})}),
         ("nothing learnt", {"train": 1.9, "val": 2.4, "trivial": 2.3}),  # by heart
         ("nothing learnt", {"train": 1.9, "val": 2.4, "held_out": 2.4, "trivial": 2.3}),
         ("cannot tell", {"train": 1.9, "val": 2.4, "held_out": 2.0, "trivial": 2.3}),  # validation is another matter
