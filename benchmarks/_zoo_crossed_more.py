@@ -253,3 +253,29 @@ MORE = [
     *crossed("examples mixed", MIXED, turned, NUCLEI, ABOVE),
     *crossed("examples mixed", MIXED, sideways, LINES),
 ]
+
+# The same on the others of the six, wherever it can be done.
+REST = [
+    *crossed("labels shifted", SHIFTED, with_data(shifted), SQUARES, ABOVE),
+    *crossed("softmax twice", SOFTMAX, with_net(softmaxed), LINES, HELPED),
+    *crossed("sum for mean", SUM, with_loss(multiplied), SQUARES, LINES, HELPED, ABOVE),
+    *crossed("not shuffled", ORDERED, ordered, NUCLEI, ABOVE),
+    *crossed("layers frozen", FROZEN, with_net(frozen), NUCLEI, LINES, ABOVE),
+    *crossed("learning rate times 30", TOO_HIGH, with_rate(30), PLAIN, LINES, ABOVE),
+    *crossed("wrong sign", NEGATIVE, with_loss(negative), PLAIN, LINES, HELPED, ABOVE),
+    *crossed("target leaked", LEAKED, with_data(leaked), SQUARES, PLAIN),
+    *crossed("zero_grad missing", CARRIED, with_options(zero_grad=False), SQUARES, LINES, HELPED),
+    *crossed("evaluation mode in training", EVALUATION, with_options(train_in_evaluation_mode=True), LINES),
+    *crossed("validation data in the training data", DUPLICATED, with_data(duplicated), NUCLEI, PLAIN, LINES, HELPED),
+    *crossed("validation images upside down", SHIFTED, with_data(upside_down), SQUARES),
+    *crossed("labels at random", UNRELATED, with_data(unrelated), PLAIN, LINES, HELPED),
+    *crossed("initialisation times 10", TENFOLD, with_net(tenfold), LINES, HELPED, ABOVE),
+    *crossed("too small", SMALL, smaller(1), NUCLEI, LINES, ABOVE),
+    *crossed("too big for the data", LARGE, larger(512, 60, 100), PLAIN),
+    *crossed("too big for the data", LARGE, larger(128, 60, 60), LINES),
+    *crossed("too big for the data", LARGE, larger(64, 20, 60), HELPED),
+    *crossed("inputs not normalised", RAW, with_data(raw_pixels), ABOVE),
+    *crossed("body not in the optimizer", HEAD, head_alone, NUCLEI, SQUARES, HELPED, ABOVE),
+    *crossed("detached half-way", CUT, with_net(detached), NUCLEI, PLAIN, LINES, HELPED),
+    *crossed("examples mixed", MIXED, turned, PLAIN),
+]

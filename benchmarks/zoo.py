@@ -25,7 +25,7 @@ import lightning.pytorch as pl
 import torch
 from _zoo import BROKEN, FRESH, HEALTHY, Case, Run, Training, bits, sigmoid_twice
 from _zoo_crossed import CROSSED, ELSEWHERE, HEALTHY_CROSSED
-from _zoo_crossed_more import HEALTHY_MORE, MORE
+from _zoo_crossed_more import HEALTHY_MORE, MORE, REST
 from _zoo_last import HEALTHY_LAST, LAST
 from _zoo_later import HEALTHY_LATER, LATER, broadcast
 from _zoo_unseen import UNSEEN
@@ -54,6 +54,7 @@ PARTS = {
     "crossed": CROSSED,
     "elsewhere": ELSEWHERE,
     "more": MORE,
+    "rest": REST,
     "healthy": HEALTHY,
     "healthy-later": HEALTHY_LATER,
     "healthy-last": HEALTHY_LAST,

@@ -26,7 +26,7 @@ from lightning_recipes import (
     UpdateRatioMonitor,
     WarmupSweep,
 )
-from lightning_recipes.callbacks import clipping as clipping_module
+from lightning_recipes.callbacks import measuring
 from lightning_recipes.core.schedules import ReduceOnPlateau
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.distributed warns of much that is not ours
@@ -138,7 +138,7 @@ def test_ddp_has_the_same_thresholds_and_averages_on_both_ranks_bit_for_bit(tmp_
 @pytest.mark.parametrize("name", ["ddp", "sharded", "one file", "fsdp"])
 @pytest.mark.parametrize("free_to_read", [True, False])
 def test_two_ranks_are_one_run(name: str, free_to_read: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clipping_module, "free_to_read", lambda _: free_to_read)
+    monkeypatch.setattr(measuring, "free_to_read", lambda _: free_to_read)
     alone = train(tmp_path, "alone", data=list_loader())
     for rank in run_on_ranks(train_on_halves, tmp_path, name):
         torch.testing.assert_close(rank["clipping"]["norms"], alone["clipping"]["norms"], rtol=1e-4, atol=1e-4)

@@ -5,7 +5,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -14,7 +13,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_recipes.callbacks.measuring import free_to_read, gradient_norm, index_of, scaler_of, whole_norm
+from lightning_recipes.callbacks.measuring import gradient_norm, index_of, scaler_of, whole_norm
 from lightning_recipes.callbacks.sharding import shard_group
 from lightning_recipes.callbacks.telling import log_histogram, log_scalars, show, tell, time_to_log
 from lightning_recipes.callbacks.tracking import gradients_of, parameters_of
@@ -192,10 +191,8 @@ class PercentileGradientClipping(pl.Callback):
             weight_norm = whole_norm(weights, shard_group(trainer), trainer.strategy.root_device)
         decides = self.skip_nonfinite and scaler is None  # a GradScaler skips such an update by itself
         if decides and trainer.strategy.reduce_boolean_decision(not bool(norm < math.inf), all=False):
-            norm = torch.full_like(norm, math.nan)  # on all ranks, so that their thresholds stay the same
+            norm = norm * math.nan  # on all ranks, so that their thresholds stay the same
             optimizer.zero_grad(set_to_none=True)
-        if free_to_read(norm):
-            norm, weight_norm = norm.item(), None if weight_norm is None else weight_norm.item()
         threshold = rule.update(norm, weight_norm)
 
         if not self.measure_only:

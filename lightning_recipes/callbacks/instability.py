@@ -215,11 +215,11 @@ class InstabilityDetector(pl.Callback):
             return
         rate = optimizer.param_groups[0]["lr"]  # on the device if it is a tensor
         loss = loss_of_update(trainer, losses)
-        is_free = free_to_read(norm) and trainer.world_size == 1  # to read
+        is_free = isinstance(norm, float) and free_to_read(loss) and trainer.world_size == 1  # to read
         update = _Update(
             optimizer=index_of(trainer, optimizer),
             loss=float(loss) if is_free else loss,
-            norm=float(norm) if is_free else norm,
+            norm=norm,
             examples=examples,
             rate=rate if isinstance(rate, float) else 0.0,
             step=self._updates,

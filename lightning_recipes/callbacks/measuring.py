@@ -21,7 +21,7 @@ _newest: WeakKeyDictionary[Optimizer, "_Norm"] = WeakKeyDictionary()
 
 @dataclass(slots=True)
 class _Norm:
-    value: Tensor | None
+    value: float | Tensor | None
     seen: set[int]
 
 
@@ -49,11 +49,11 @@ def scaler_of(trainer: pl.Trainer) -> Any:
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
-def gradient_norm(trainer: pl.Trainer, optimizer: Optimizer, asker: object) -> Tensor | None:
+def gradient_norm(trainer: pl.Trainer, optimizer: Optimizer, asker: object) -> float | Tensor | None:
     """L2 norm of the unclipped, unscaled, reduced gradients that an optimizer is about to use, over all shards.
 
-    For ``on_before_optimizer_step``. A scalar tensor, not read back; None if there is no gradient. Callbacks that ask
-    after another has clipped get the norm from before.
+    For ``on_before_optimizer_step``. A number where it is free to read, else a scalar tensor, not read back; None if
+    there is no gradient. Callbacks that ask after another has clipped get the norm from before.
     """
     norm = _newest.get(optimizer)
     if norm is None:
@@ -65,7 +65,7 @@ def gradient_norm(trainer: pl.Trainer, optimizer: Optimizer, asker: object) -> T
     return norm.value
 
 
-def _measure(trainer: pl.Trainer, optimizer: Optimizer) -> Tensor | None:
+def _measure(trainer: pl.Trainer, optimizer: Optimizer) -> float | Tensor | None:
     gradients = gradients_of(optimizer)
     group = shard_group(trainer)
     if not gradients and group is None:
@@ -74,7 +74,7 @@ def _measure(trainer: pl.Trainer, optimizer: Optimizer) -> Tensor | None:
     scaler = scaler_of(trainer)
     if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
         norm = norm / scaler.scale(torch.ones_like(norm))  # a fused optimizer unscales only inside its step
-    return norm
+    return norm.item() if free_to_read(norm) else norm
 
 
 def loss_of_update(trainer: pl.Trainer, losses: list[Tensor]) -> Tensor:

@@ -18,13 +18,14 @@ from lightning_recipes.callbacks.measuring import examples_in, gradient_norm, me
 from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.telling import log_scalars, tell, time_to_log
 from lightning_recipes.callbacks.tracking import gradients_of, parameters_of
-from lightning_recipes.callbacks.unused import pass_over_unused
+from lightning_recipes.callbacks.unused import pass_over, pass_over_unused
 from lightning_recipes.core.arguments import check_count
 from lightning_recipes.core.clipping import total_norm
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.noise_scale import ENOUGH, PAPER, NoiseScaleRule
 
 UNREAD = 100  # updates at most until they are read
+MEASURING = ("on_train_batch_start", "on_after_backward", "on_before_optimizer_step")
 EVERY = 4  # updates of which one is measured where every parameter needs a hook of its own
 
 NOT_MEASURED = Finding(
@@ -113,7 +114,6 @@ class GradientNoiseScale(pl.Callback):
         """Start anew: what was seen of another training says nothing about this one."""
         self.rule = NoiseScaleRule(self.rule.window)
         self._measures = False  # whether an update has two gradients
-        self._updates = 0
         self._unread: list[_Pair] = []
         self._begin()
 
@@ -146,6 +146,7 @@ class GradientNoiseScale(pl.Callback):
         has_two = trainer.accumulate_grad_batches > 1 or scheduled or self._has_replicas(trainer)
         self._measures = has_two and pl_module.automatic_optimization
         if not self._measures:
+            pass_over(trainer, self, GradientNoiseScale, MEASURING)
             tell(trainer, NOT_MEASURED)
 
     def _has_replicas(self, trainer: pl.Trainer) -> bool:
@@ -161,7 +162,7 @@ class GradientNoiseScale(pl.Callback):
             return
         self._sizes.append(self.batch_size or examples_in(batch))
         alone = trainer.accumulate_grad_batches == 1 and self._has_replicas(trainer)
-        if alone and self._updates % EVERY == 0:
+        if alone and trainer.global_step % EVERY == 0:
             self._hook(trainer)
 
     def _hook(self, trainer: pl.Trainer) -> None:
@@ -197,7 +198,6 @@ class GradientNoiseScale(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        self._updates += 1
         if not self._measures:
             return
         norm = gradient_norm(trainer, optimizer, self)  # to be asked for at every update
@@ -210,7 +210,7 @@ class GradientNoiseScale(pl.Callback):
         if time_to_log(trainer):
             self._log(trainer)
 
-    def _pair(self, trainer: pl.Trainer, norm: Tensor | None) -> _Pair | None:
+    def _pair(self, trainer: pl.Trainer, norm: float | Tensor | None) -> _Pair | None:
         """Both squared norms, of mean gradients over examples, unscaled; the same on all ranks."""
         small, sizes, ranks, shares = self._small, self._sizes, trainer.world_size, trainer.accumulate_grad_batches
         alike = bool(sizes) and min(sizes) == max(sizes) and len(sizes) == self._backwards
@@ -226,7 +226,7 @@ class GradientNoiseScale(pl.Callback):
         if scaler is not None:
             small = small / scaler.scale(torch.ones_like(small)) ** 2
         small = mean_over_ranks(trainer, small.detach())
-        large = (norm.detach() * (shares / len(sizes))) ** 2
+        large = (norm * (shares / len(sizes))) ** 2
         return _Pair(small, large, sizes[0], sizes[0] * len(sizes) * ranks)
 
     # ---------------------------------------------------------------------------------- ask, tell
@@ -256,7 +256,7 @@ class GradientNoiseScale(pl.Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._read()
-        finding = self.rule.finding(self._updates)
+        finding = self.rule.finding(trainer.global_step)
         if finding is not None:
             tell(trainer, finding)
         self._begin()
@@ -272,10 +272,9 @@ class GradientNoiseScale(pl.Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         unread = [[float(each.small), float(each.large), each.small_batch, each.large_batch] for each in self._unread]
-        return {"rule": self.rule.state_dict(), "updates": self._updates, "unread": unread}
+        return {"rule": self.rule.state_dict(), "unread": unread}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rule.load_state_dict(state_dict["rule"])
-        self._updates = state_dict["updates"]
         self._unread = [_Pair(*each) for each in state_dict["unread"]]

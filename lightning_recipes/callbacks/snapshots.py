@@ -35,7 +35,7 @@ from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.substitute import substitute
 from lightning_recipes.callbacks.telling import log_scalars, log_text, run_folder, spared, tell
 from lightning_recipes.callbacks.tracking import share_
-from lightning_recipes.callbacks.unused import pass_over_unused
+from lightning_recipes.callbacks.unused import pass_over, pass_over_unused
 from lightning_recipes.core.arguments import check_choice, check_count, check_flag, check_name
 from lightning_recipes.core.ensembles import Ensemble
 from lightning_recipes.core.evidence import Evidence
@@ -227,6 +227,7 @@ class SnapshotEnsemble(pl.Callback):
                 self._update(trainer, pl_module, optimizer, index)
 
             self._put_back.append(optimizer.register_step_post_hook(stepped).remove)
+        pass_over(trainer, self, SnapshotEnsemble, ["on_train_batch_start"])
 
     def _update(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer, index: int) -> None:
         if self.reset_momentum and self.rates[index].behind_warmup in self.rule.ends[:-1]:

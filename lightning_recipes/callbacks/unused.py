@@ -1,6 +1,6 @@
 """Spare a run what does nothing at every batch: hooks that nobody overrides, and a profiler that measures nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -39,8 +39,17 @@ def pass_over_unused(trainer: pl.Trainer, callback: pl.Callback) -> None:
     run: Any = trainer  # connectors set some attributes
     if type(run.profiler) is PassThroughProfiler:
         run.profiler = Unprofiled()
+    for name in OF_EVERY_BATCH:
+        if vars(callback).get(name, callback) is None:
+            del vars(callback)[name]
+    pass_over(trainer, callback, pl.Callback, OF_EVERY_BATCH)
+
+
+def pass_over(trainer: pl.Trainer, callback: pl.Callback, base: type, hooks: Iterable[str]) -> None:
+    """Likewise those that a callback has from ``base`` and that have nothing to do, until it is set up again."""
+    run: Any = trainer
     if any(each is callback for each in run.callbacks):
-        _pass_over(callback, pl.Callback, OF_EVERY_BATCH)
+        _pass_over(callback, base, hooks)
 
 
 def pass_over_hooks_of(copied: pl.LightningModule, base: type) -> None:
@@ -48,7 +57,7 @@ def pass_over_hooks_of(copied: pl.LightningModule, base: type) -> None:
     _pass_over(copied, base, OF_TRAINING)  # those of validation are asked for their arguments
 
 
-def _pass_over(callee: Any, base: type, hooks: Sequence[str]) -> None:
+def _pass_over(callee: object, base: type, hooks: Iterable[str]) -> None:
     for name in hooks:
         if getattr(type(callee), name) is getattr(base, name):
             vars(callee).setdefault(name, None)

@@ -24,7 +24,7 @@ READABLE = 100  # losses below which the training curve is not interpreted
 LOST = 5  # losses in a row that are not finite: a GradScaler may skip fewer and go on
 JUMPY = 0.02  # of the fall: noise of the validation above which it jumps
 JUMPY_CHECKS = 10  # whose noise is told
-TURNS = 0.33  # of the last checks, that a jumping curve turns at; noise does at two thirds
+TURNS = 0.33  # of the last checks, that a jumping curve turns at; noise does at two threes
 FLAT = 0.1  # of the fall, below which all that half a run may have brought has to lie for it to be flat
 WOBBLES = 0.02  # of the fall: spread of the step losses above which a flat curve is not one that has arrived
 SLOW = 0.5  # of the fall in the first half, that the second one brings where the learning rate is too low
@@ -212,7 +212,8 @@ class Reading:
             return self.found("diverged", "error", message, advice, PLAYBOOK)
         if not self.readable:
             return None
-        peak = max([*self.rule.first, *self.means])
+        threes = [losses[at : at + 3] for losses in (self.rule.first, self.means) for at in range(len(losses) - 2)]
+        peak = max(map(statistics.median, threes))  # of more than one loss
         clear = max(0.5 * abs(self.start), 6 * self.spread)
         ends_high = self.end > self.start - 0.1 * abs(self.start)
         if not (ends_high and peak > self.start + clear) and not self.end > self.start + clear:

@@ -1,6 +1,7 @@
 """Frozen layers that nobody has trained."""
 
 import math
+from itertools import starmap
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +20,33 @@ def untrained(module: nn.Module) -> list[str]:
         ['1']
     """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return [
-        name
-        for name, each in module.named_modules()
-        if isinstance(each, nn.Linear | nn.modules.conv._ConvNd)
-        and not each.weight.requires_grad
-        and _is_as_made(each.weight)
-        and not any(other.shape == each.weight.shape and torch.equal(other, each.weight) for other in trained)
-    ]
+
+    def is_untrained(weight: Tensor, bound: float) -> bool:
+        return (
+            not weight.requires_grad
+            and _is_as_made(weight, bound)
+            and not any(other.shape == weight.shape and torch.equal(other, weight) for other in trained)
+        )
+
+    bounded = {name: _bounded(each) for name, each in module.named_modules()}
+    return [name for name, weights in bounded.items() if weights and all(starmap(is_untrained, weights))]
 
 
-def _is_as_made(weight: Tensor) -> bool:
-    """Whether weights fill the interval of 1 over the root of the fan-in evenly, and nothing beyond."""
-    count, bound = weight.numel(), 1 / math.sqrt(weight[0].numel())
+def _bounded(layer: nn.Module) -> list[tuple[Tensor, float]]:
+    """Its weights that torch draws evenly from an interval, each with the bound of that."""
+    if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd):
+        return [(layer.weight, 1 / math.sqrt(layer.weight[0].numel()))]
+    if isinstance(layer, nn.RNNBase):
+        weights = [weight for name, weight in layer.named_parameters() if name.startswith("weight")]
+        return [(weight, 1 / math.sqrt(layer.hidden_size)) for weight in weights]
+    if isinstance(layer, nn.MultiheadAttention) and layer.in_proj_weight is not None:
+        return [(layer.in_proj_weight, math.sqrt(6 / sum(layer.in_proj_weight.shape)))]
+    return []
+
+
+def _is_as_made(weight: Tensor, bound: float) -> bool:
+    """Whether weights fill the interval evenly, and nothing beyond."""
+    count = weight.numel()
     if count < 2 * MADE:
         return False
     share = weight.detach().float().abs() / bound  # uniform from 0 to 1, whose variance of squares is 4 / 45

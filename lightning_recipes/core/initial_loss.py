@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_recipes.core.criteria import Criterion
 from lightning_recipes.core.findings import Finding, Severity
 from lightning_recipes.core.selection import paired, quantile
-from lightning_recipes.core.targets import LARGE, clustered, commonest, constant_of, fit, padding, unnormalised
+from lightning_recipes.core.targets import LARGE, between, clustered, commonest, constant_of, fit, padding, unnormalised
 
 RECIPE = "Karpathy, A recipe for training neural networks, 2019: http://karpathy.github.io/2019/04/25/recipe/"
 CLOSE, FAR = 0.10, 0.60  # of the expected loss: below the first all is well, above the second something is wrong
@@ -126,6 +126,16 @@ class _Group:
     def whole_batches(self) -> list[list[Criterion]]:
         """The calls of each batch, if their targets are classes."""
         return [] if self.kind != "classes" or self.calls[0][0].targets.is_floating_point() else self.calls
+
+    @property
+    def targets(self) -> list[Tensor]:
+        """Those of each batch in one dimension: classes, or numbers where there is one of them an example."""
+        if self.kind == "classes":
+            return [torch.cat([call.targets[call.valid] for call in batch]) for batch in self.whole_batches]
+        every = [[call.targets for call in batch] for batch in self.calls]
+        if any(each.numel() != len(each) for batch in every for each in batch if each.dim()):
+            return []
+        return [torch.cat([each.flatten() for each in batch]) for batch in every]
 
     def result(self, penalty: float) -> InitialLoss:
         prior = constant_of([call for batch in self.calls for call in batch])
@@ -495,20 +505,27 @@ class _Say:
         return self("padding counted", "warning", message, "Leave them out: set them to ignore_index.")
 
     def sorted(self, group: _Group) -> bool:
-        labels = [torch.cat([call.targets[call.valid] for call in batch]) for batch in group.whole_batches]
-        several = [each for each in labels if len(each) >= 8]
-        if len(several) < 5:
+        batches = [each for each in group.targets if len(each) >= 8]
+        if len(batches) < 5:
             return False
-        pure = sum(commonest(each) for each in several) / len(several)
-        every = torch.cat(several)
+        advice, count = "Shuffle the training data; look at the labels.", len(batches)
+        if group.kind not in ("classes", "binary"):
+            share = between(batches)
+            message = f"{share:.0%} of the variance of the targets in the first {count} batches lies between them."
+            return share >= PURE and self("labels all alike", "warning", message, advice)
+        pure = sum(commonest(each) for each in batches) / count
+        every = torch.cat(batches)
         single = group.calls[0][0].targets.dim() == 1  # one label an example: else neighbours may well be alike
-        if pure < PURE or (pure < 1 and commonest(every) > PURE / 2 and not (single and clustered(several))):
+        if pure < PURE or (pure < 1 and commonest(every) > PURE / 2 and not (single and clustered(batches))):
             return False
         message = (
-            f"{pure:.0%} of the labels in each of the first {len(several)} batches are of a single class"
+            f"{pure:.0%} of the labels in each of the first {count} batches are of a single class"
             f" ({len(torch.unique(every))} classes in {len(every):,} labels)."
         )
-        return self("labels all alike", "warning", message, "Shuffle the training data; look at the labels.")
+        rare = (
+            group.kind == "binary" and len(torch.unique(every)) == 1
+        )  # the other class may be rare, and not sorted behind
+        return self("labels all alike", "info" if rare else "warning", message, advice)
 
     def several(self, group: _Group) -> bool:
         shares = [call.targets for batch in group.calls for call in batch if call.targets.is_floating_point()]

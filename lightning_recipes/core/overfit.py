@@ -211,7 +211,8 @@ class _Judge:
             self.say(
                 "target among the inputs",
                 "warning",
-                f"Column {seen.column} of the inputs gives the target away in all examples that were looked at.",
+                f"Column {seen.column} of the inputs (of an image, its value number {seen.column}) gives the target"
+                " away in all examples that were looked at.",
                 "Take it out of the inputs.",
             )
         elif seen.leaked and not found.future:

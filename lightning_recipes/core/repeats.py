@@ -12,6 +12,7 @@ LEAST = 3  # repeated examples that are no accident,
 SHARE = 0.02  # if they are so many of the training examples,
 NATURAL = 3  # and so many times those that the training examples have among themselves
 FEW, MANY = 32, 2000  # examples that tell whether a column is the target; those that are looked at
+WIDE, PLENTY, WIDEST = 100, 256, 2**14  # more columns than that need so many examples; still more are not looked at
 SIDE = 8  # examples on either side of what a column has to tell apart: fewer are alike by chance
 EXACT = 1e-9  # of 1, that the squared correlation of a column with a target that is its multiple may lack
 
@@ -64,13 +65,13 @@ def repeats(train: Iterable[Any], val: Iterable[Any]) -> Repeats:
 
 
 def target_column(batches: Iterable[Any]) -> int:
-    """The first column of a table of inputs that gives the target away, -1 if there is none.
+    """The first column of a table of inputs, or place of an image's, that gives the target away, -1 if there is none.
 
     That is one that has the same value in all examples of a class, and not in all classes; or, where targets are
     numbers, one that is a multiple of the target and a constant.
 
     Args:
-        batches: A matrix and one number for each example, in this order or the other, and nothing else.
+        batches: One tensor of inputs and one number for each example, in this order or the other, and nothing else.
 
     Example:
         >>> chance = torch.Generator().manual_seed(0)
@@ -82,14 +83,17 @@ def target_column(batches: Iterable[Any]) -> int:
     for batch in batches:
         leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
         single = [leaf for leaf in leaves if leaf.dim() and leaf.numel() == len(leaf)]
-        table = [leaf for leaf in leaves if leaf.dim() == 2 and leaf.shape[1] > 1]
+        table = [leaf.flatten(1) for leaf in leaves if leaf.dim() > 1 and leaf.numel() > len(leaf)]
         if len(leaves) != 2 or len(single) != 1 or len(table) != 1 or len(single[0]) != len(table[0]):
             return -1
-        if examples < MANY:
+        if table[0].shape[1] > WIDEST:
+            return -1
+        if examples < (MANY if table[0].shape[1] <= WIDE else PLENTY):
             tables.append(table[0].detach().cpu().double())
             targets.append(single[0].detach().cpu().double().flatten())
             examples += len(table[0])
-    if examples < FEW or len({table.shape[1] for table in tables}) != 1:
+    columns = {table.shape[1] for table in tables}
+    if len(columns) != 1 or examples < (FEW if max(columns) <= WIDE else PLENTY):
         return -1
     inputs, wanted = torch.cat(tables), torch.cat(targets)
     kinds, labels, counts = torch.unique(wanted, return_inverse=True, return_counts=True)

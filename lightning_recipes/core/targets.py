@@ -113,6 +113,20 @@ def commonest(labels: Tensor) -> float:
     return float(torch.unique(labels, return_counts=True)[1].max()) / len(labels)
 
 
+def between(batches: Sequence[Tensor]) -> float:
+    """Share of the variance of numbers that lies between batches: 1 if those of a batch are all the same, 0 by chance.
+
+    Example:
+        >>> numbers = torch.arange(64.0)
+        >>> round(between(numbers.split(8)), 2), round(between(numbers.view(8, 8).T.flatten().split(8)), 2)
+        (0.98, -0.11)
+    """
+    numbers = torch.cat([batch.cpu() for batch in batches]).double()
+    squares = sum(float((batch.cpu().double() - batch.double().mean().cpu()).square().sum()) for batch in batches)
+    variance, within = float(numbers.var()), squares / (len(numbers) - len(batches))
+    return 1 - within / variance if variance > 0 else 0.0
+
+
 def clustered(batches: Sequence[Tensor]) -> bool:
     """Whether labels differ more from batch to batch than in any of 999 shuffles of them.
 

@@ -165,10 +165,10 @@ class Readings:
 
     def __init__(self, rule: TrialRule) -> None:
         self.rule = rule
-        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._waiting: list[tuple[Tensor, float | Tensor]] = []
         self._rates: list[tuple[float, bool]] = []
 
-    def add(self, loss: Tensor, norm: Tensor, rate: float = 0.0, scaled: bool = False) -> bool:
+    def add(self, loss: Tensor, norm: float | Tensor, rate: float = 0.0, scaled: bool = False) -> bool:
         """Take in an update that is about to be made, as :meth:`TrialRule.update`; whether a block is full."""
         self._waiting.append((loss, norm))
         self._rates.append((rate, scaled))
@@ -184,7 +184,8 @@ class Readings:
             return bool(self.rule.reason)
         values: list[Any] = [each for pair in self._waiting for each in pair]  # read one by one where nothing waits
         if mean is not None or values[0].device.type != "cpu":
-            together = torch.cat([each.to(values[0].device, torch.float32).view(1) for each in values])
+            device = values[0].device
+            together = torch.cat([torch.as_tensor(each, dtype=torch.float32, device=device).view(1) for each in values])
             values = (together if mean is None else mean(together)).tolist()
         rates, scaled = zip(*self._rates, strict=True)
         self._waiting, self._rates = [], []

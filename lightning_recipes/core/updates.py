@@ -2,13 +2,15 @@
 
 A ratio of about 1e-3 is the rule of thumb. What training at the best rate shows is a ratio that starts higher and falls
 as the training converges, under any schedule; a training that has died has a tiny one. So a rate is called too low by
-the highest ratios of a run that still gains steadily, too high by the ratios of the middle half or by the first update,
-and neither where the loss says otherwise. ``benchmarks/updates.py`` says how often that is right.
+the ratios of a run whose loss falls no faster than its learning rates add up, too high by the ratios of the middle half
+or by the first update, and neither where the loss says otherwise. ``benchmarks/updates.py`` says how often that is
+right.
 """
 
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -27,7 +29,8 @@ HEALTHY = (5e-4, 2e-2)  # what figures show as the usual range
 PEAK = 0.9  # quantile of the ratios of a run that counts as their highest
 DEAD = 0.1  # of the first loss, which a run has to gain that has not died
 GIVEN_BACK = 0.3  # of the gain: so much lost again and the run has diverged
-STEADY, STILL = 0.6, 0.1  # share of the gain made by a quarter of the run at most, and after the half at least
+STEADY = 0.6, 0.1  # share of the gain made by a quarter of the summed rate at most, and after the half at least
+EVENLY = 0.2, 0.3  # likewise, where the highest ratios are not that low
 ENOUGH = 20  # measured updates before anything is said when training ends
 CERTAIN = 100  # likewise while it goes on
 SETTLED = 200  # updates before a ratio is called too high or too low: the first ones are large in any training
@@ -147,8 +150,9 @@ class UpdateRatioRule:
     scales have sizes of their own. Judged are, from 20 measured updates and 200 in all on:
 
     ====================== =============================================================================================
-    too low                the highest levels of the run are below 1.3e-3 while the loss gains steadily: at a quarter of
-                           the run at most 60 % of the gain was made, and after the half at least 10 %, beyond noise
+    too low                the loss falls evenly with the sum of the learning rates: at a quarter of the sum at most
+                           60 % of the gain was made, and after its half at least 10 %, beyond noise, while the highest
+                           levels of the run are below 1.3e-3; or 20 % and 30 %, while the middle half is below 3.9e-3
     too high               the level of the middle half of the run is above 1.2e-2 (a warning above 2e-2), or was above
                            2e-2 before the run died
     too high for the start the first update changed more than 0.3 of the weights
@@ -274,8 +278,10 @@ class UpdateRatioRule:
             return "too high"
         if self.kick > KICK:
             return "too high for the start"
-        low = self.peak() < LOW and self._gains_steadily() and not self._still_rises()
-        return "too low" if low and not self._died(min) else None
+        if self._died(min) or self._still_rises():
+            return None
+        low = self._gains(*STEADY) if self.peak() < LOW else self.level() < 3 * LOW and self._gains(*EVENLY)
+        return "too low" if low else None
 
     def finding(self, enough: int = ENOUGH) -> Finding | None:
         """The verdict on the learning rate as a finding.
@@ -291,10 +297,11 @@ class UpdateRatioRule:
         idle = max(abs(last - self.first_loss), self.first_loss - self._lowest()) < DEAD * abs(self.first_loss)
         when = "in a run that has learned nothing" if idle else "before the run died"
         warns = verdict in ("too low", "died") or middle > VERY_HIGH or self.kick > 1
+        ratio = f"stayed below {peak:.2g} in nine tenths" if peak < LOW else f"was {middle:.2g} in the middle half"
         message, advice = {
             "too low": (
-                f"The update ratio stayed below {peak:.2g} in nine tenths {share} (usual is 1e-3 to 1e-2 while there is"
-                f" much to learn), and the loss still falls steadily, from {self.first_loss:.3g} to {last:.3g} so far.",
+                f"The update ratio {ratio} {share} (usual is 1e-3 to 1e-2 while there is much to learn), and the loss"
+                f" falls as evenly as the learning rates add up, from {self.first_loss:.3g} to {last:.3g} so far.",
                 "Try 3 to 10 times the learning rate (less if a pretrained network is fine-tuned).",
             ),
             "too high": (
@@ -358,13 +365,30 @@ class UpdateRatioRule:
         """The lowest loss of a quarter of the run."""
         return min(self._loss(begin / 4, (begin + 1) / 4) for begin in range(4))
 
-    def _gains_steadily(self) -> bool:
-        first, last = self._early_loss(), self._loss(0.75, 1)
-        early, middle = self._loss(0.2, 0.3), self._loss(0.45, 0.55)
-        losses = [point[4] for point in self._part(0.75, 1)]
-        noise = statistics.median(abs(loss - last) for loss in losses) / math.sqrt(len(losses))
-        slow = first - early <= STEADY * (first - last)
-        return slow and middle - last >= max(STILL * (first - last), 4 * noise)
+    def _gains(self, early_share: float, late_share: float) -> bool:
+        """Whether the loss falls with the sum of the learning rates, not faster at first, and has not stopped yet.
+
+        By that sum, not by updates, a loss that only the rate holds back falls evenly whatever the schedule.
+
+        Args:
+            early_share: Of the gain, made at a quarter of the sum at most.
+            late_share: Of the gain, made behind half of it at least, and beyond noise.
+        """
+        rates = [point[5] for point in self.points]
+        rates = rates if any(rates) else [1.0] * len(rates)  # not known
+        passed = [sum_ / sum(rates) for sum_ in accumulate(rates)]
+
+        def losses(begin: float, end: float) -> list[float]:
+            part = zip(self.points, passed, strict=True)
+            return [point[4] for point, share in part if begin <= share <= end and math.isfinite(point[4])]
+
+        parts = losses(0.2, 0.3), losses(0.45, 0.55), losses(0.75, 1)
+        if not all(parts):
+            return False
+        first, (early, middle, last) = self._early_loss(), map(statistics.median, parts)
+        noise = statistics.median(abs(loss - last) for loss in parts[2]) / math.sqrt(len(parts[2]))
+        is_even = -0.1 * (first - last) <= first - early <= early_share * (first - last)
+        return is_even and middle - last >= max(late_share * (first - last), 4 * noise)
 
     def _still_rises(self) -> bool:
         """Whether the learning rate is in its warmup."""

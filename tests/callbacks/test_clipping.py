@@ -28,7 +28,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from lightning_recipes import PercentileGradientClipping
-from lightning_recipes.callbacks import clipping
+from lightning_recipes.callbacks import measuring
 from lightning_recipes.core.clipping import PercentileThreshold
 
 
@@ -79,7 +79,7 @@ def test_the_first_gradient_does_no_harm_if_huge_and_passes_if_normal(tmp_path: 
 def test_reading_and_not_reading_the_norm_give_the_same_weights(
     free_to_read: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(clipping, "free_to_read", lambda _: free_to_read)
+    monkeypatch.setattr(measuring, "free_to_read", lambda _: free_to_read)
     gradients = [*WAVE, 1e4, math.nan, 0.0, *WAVE]
     module = GivenGradients(weight=4.0)
     callback = PercentileGradientClipping()
@@ -124,7 +124,7 @@ def test_an_optimizer_stepped_past_lightning_is_told(tmp_path: Path) -> None:
 def test_fp16_is_clipped_unscaled_and_skipped_steps_leave_no_trace(
     make_optimizer: Callable[..., Any], free_to_read: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(clipping, "free_to_read", lambda _: free_to_read)
+    monkeypatch.setattr(measuring, "free_to_read", lambda _: free_to_read)
     callback = PercentileGradientClipping(warmup_steps=2)
     gradients = [1.0, math.inf, 1.0, 1.0, 1.0, 8.0, math.nan, 1.0]
     steps = steps_of(gradients, callback, tmp_path, make_optimizer, weight=64.0, plugins=[fp16()])
@@ -155,7 +155,7 @@ def test_a_gradient_that_is_not_finite_is_counted_told_and_left_alone(tmp_path: 
 
 @pytest.mark.parametrize("free_to_read", [True, False])
 def test_skip_nonfinite_cancels_the_update(free_to_read: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clipping, "free_to_read", lambda _: free_to_read)
+    monkeypatch.setattr(measuring, "free_to_read", lambda _: free_to_read)
     callback = PercentileGradientClipping(skip_nonfinite=True)
     with pytest.warns(UserWarning, match="which were cancelled"):
         steps = steps_of(

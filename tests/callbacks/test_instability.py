@@ -125,7 +125,7 @@ class Reports(Regression):
 def test_it_sees_the_true_loss_and_norm_of_every_update(
     settings: dict[str, Any], deferred: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module_under_test, "free_to_read", lambda _: not deferred)
+    monkeypatch.setattr(measuring, "free_to_read", lambda _: not deferred)
     if settings.get("plugins"):
         settings = {"plugins": [fp16(16.0)]}
     detector, by_hand = InstabilityDetector(), ByHand()
@@ -204,7 +204,7 @@ def test_a_loss_may_rise_where_optimizers_work_against_each_other(
 
 
 def test_it_is_attributed_to_its_step_where_it_is_read_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module_under_test, "free_to_read", lambda _: False)
+    monkeypatch.setattr(measuring, "free_to_read", lambda _: False)
     with pytest.warns(UserWarning, match="spike at step 60"):
         fit(tmp_path, Troubled({60: "spike"}), InstabilityDetector(), log_every_n_steps=50)
     assert [finding["step"] for finding in findings_of(tmp_path)] == [60]
@@ -348,7 +348,7 @@ def test_the_bad_batches_right_behind_are_skipped_and_cost_no_further_rewind(tmp
 def test_stop_ends_the_run_with_the_last_good_state(
     deferred: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module_under_test, "free_to_read", lambda _: not deferred)
+    monkeypatch.setattr(measuring, "free_to_read", lambda _: not deferred)
     module = Troubled({51: "forward"})
     detector = InstabilityDetector("stop", keep_every=10)
     trainer = fit(tmp_path, module, detector, EMAWeights(0.9), log_every_n_steps=10)
@@ -361,7 +361,7 @@ def test_stop_ends_the_run_with_the_last_good_state(
 def test_what_is_saved_before_it_is_judged_does_not_count_as_good(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module_under_test, "free_to_read", lambda _: False)
+    monkeypatch.setattr(measuring, "free_to_read", lambda _: False)
 
     class SaveAt(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
@@ -408,7 +408,7 @@ def test_nothing_of_the_training_is_kept_after_it(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:You.re resuming from a checkpoint that ended before the epoch ended")
 @pytest.mark.parametrize("action", ["warn", "rewind"])
 def test_a_resumed_run_goes_on_with_what_was_seen(action: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module_under_test, "free_to_read", lambda _: False)
+    monkeypatch.setattr(measuring, "free_to_read", lambda _: False)
 
     class SaveAt(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:

@@ -8,11 +8,21 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from matrix import RECIPES, make
 from models import Regression, quiet_trainer, regression_data
 
-from lightning_recipes import LearningCurves
+from lightning_recipes import GradientNoiseScale, LearningCurves, SnapshotEnsemble
 from lightning_recipes.callbacks.trials import fit_quietly
 from lightning_recipes.callbacks.unused import OF_EVERY_BATCH, OF_TRAINING, Unprofiled, pass_over_hooks_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # toys
+
+
+class Counting(SnapshotEnsemble):
+    """Counts the batches that it is told of."""
+
+    calls = 0
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        super().on_train_batch_start(*args)
+        self.calls += 1
 
 
 class Keeper(pl.Callback):
@@ -50,8 +60,25 @@ def test_hooks_that_do_nothing_are_not_called(name: str, tmp_path: Path) -> None
     recipe = make(name)
     fit(tmp_path, recipe)
     for hook in OF_EVERY_BATCH:
-        does_nothing = getattr(type(recipe), hook) is getattr(pl.Callback, hook)
-        assert (getattr(recipe, hook) is None) is does_nothing
+        if getattr(type(recipe), hook) is getattr(pl.Callback, hook):
+            assert getattr(recipe, hook) is None
+
+
+def test_hooks_with_nothing_to_do_in_a_run_are_not_called_in_it(tmp_path: Path) -> None:
+    noise, ensemble = GradientNoiseScale(), SnapshotEnsemble(cycles=2)
+    for batches in (1, 2, 1):
+        trainer = quiet_trainer(tmp_path, max_steps=4, callbacks=[noise, ensemble], accumulate_grad_batches=batches)
+        trainer.fit(Regression(), regression_data(8))
+        measured = ("on_train_batch_start", "on_after_backward", "on_before_optimizer_step")
+        assert [getattr(noise, hook) is None for hook in measured] == 3 * [batches == 1]
+        assert noise.rule.measured == (4 if batches > 1 else 0)
+        assert ensemble.on_train_batch_start is None
+        assert len(ensemble.rule.kept) == 2
+
+
+def test_hooks_of_a_subclass_are_called(tmp_path: Path) -> None:
+    ensemble = Counting(cycles=2)
+    assert fit(tmp_path, ensemble).global_step == ensemble.calls
 
 
 def test_a_subclass_may_call_what_its_parent_does_not_have(tmp_path: Path) -> None:

@@ -278,6 +278,15 @@ def test_single_losses_that_are_not_finite_are_no_divergence() -> None:
     assert rules_of(rule) == []
 
 
+def test_single_high_losses_behind_a_low_first_one_are_no_divergence() -> None:
+    chance, rule = random.Random(2), CurvesRule()
+    for step in range(1, 1501):  # small batches with far outliers
+        level = 0.4 + 0.4 * math.exp(-step / 300)
+        rule.update(0.4 if step == 1 else level * math.exp(chance.gauss(-0.3, 0.8)), 0.1, step)
+    assert max(rule.first) > 3
+    assert "diverged" not in rules_of(rule)
+
+
 def test_few_losses_among_many_that_are_not_finite_are_not_read() -> None:
     rule = CurvesRule(target_loss=0.0)
     for step in range(20_000):

@@ -1,5 +1,7 @@
 import copy
+from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -16,6 +18,25 @@ def test_frozen_layers_that_nobody_has_trained() -> None:
         net[1].weight.add_(0.02 * torch.randn(20, 100))
         net[2].weight.normal_(std=0.03).clamp_(-0.1, 0.1)
     assert untrained(net) == []
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.GRU(8, 20),
+        lambda: nn.LSTM(8, 20, num_layers=2, bidirectional=True),
+        lambda: nn.MultiheadAttention(24, 2),
+        lambda: nn.ConvTranspose2d(8, 8, 3),
+    ],
+)
+def test_of_every_kind_of_layer(make: Any) -> None:
+    torch.manual_seed(0)
+    layer = make()
+    assert untrained(nn.Sequential(layer)) == []
+    assert "0" in untrained(nn.Sequential(layer.requires_grad_(False)))
+    with torch.no_grad():
+        next(layer.parameters()).mul_(1.2)
+    assert "0" not in untrained(nn.Sequential(layer))
 
 
 def test_the_target_of_a_critic_is_no_frozen_layer() -> None:

@@ -109,6 +109,18 @@ def bits() -> Tensor:
     return (torch.rand(64, 4, generator=CHANCE) < torch.tensor([0.5, 0.4, 0.6, 0.5])).float()
 
 
+def first_of(loss: Any) -> Any:
+    return lambda outputs, targets: loss(outputs[:, 0], targets)
+
+
+def in_batches(targets: Tensor) -> Callable[[], Tensor]:
+    following = itertools.cycle(targets.split(64))
+    return lambda: next(following)
+
+
+MIXED = torch.linspace(-1, 1, 640)[torch.randperm(640, generator=CHANCE)]
+
+
 def normal() -> Tensor:
     return torch.randn(64, 4, generator=CHANCE)
 
@@ -129,6 +141,14 @@ def normal() -> Tensor:
         (functional.mse_loss, normal, {"scale": 5.0}, ("initial loss high", "warning")),
         (lambda o, t: functional.mse_loss(o, t, reduction="sum"), normal, {}, ("loss is a sum", "info")),
         (lambda o, t: functional.mse_loss(o, t, reduction="none").sum(), normal, {}, ("loss is a sum", "info")),
+        (first_of(functional.mse_loss), in_batches(torch.linspace(-1, 1, 640)), {}, ("labels all alike", "warning")),
+        (first_of(functional.mse_loss), in_batches(MIXED), {}, ("initial loss as expected", "info")),
+        (functional.mse_loss, lambda: normal()[:, :1].expand(64, 4), {}, ("initial loss as expected", "info")),
+        (first_of(functional.mse_loss), lambda: torch.zeros(64), {}, ("initial loss as expected", "info")),
+        (first_of(binary), in_batches((torch.arange(640) >= 320).float()), {}, ("labels all alike", "warning")),
+        (first_of(binary), lambda: torch.ones(64), {}, ("labels all alike", "info")),  # may be rare, too
+        (first_of(binary), in_batches((MIXED > 0).float()), {}, ("initial loss as expected", "info")),
+        (first_of(binary), in_batches((MIXED > 0.9).float()), {}, ("imbalanced classes", "info")),
     ],
 )
 def test_outputs_that_are_no_classes(loss: Any, targets: Any, more: Any, first: tuple[str, str]) -> None:

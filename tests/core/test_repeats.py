@@ -69,10 +69,21 @@ def test_a_column_that_gives_the_target_away(extra: Any, targets: torch.Tensor, 
     assert target_column(batches[:1]) in (column, -1)
 
 
+def test_a_value_of_an_image_that_gives_the_target_away() -> None:
+    chance = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(300, 1, 14, 14, generator=chance), torch.randint(4, (300,), generator=chance)
+    images[:, 0, 3, 5] = labels / 3
+    assert target_column([(images, labels)]) == 3 * 14 + 5
+    assert target_column([(images[:, 0], labels)]) == 3 * 14 + 5
+    assert target_column([(images[:255], labels[:255])]) == -1  # of so many values one may fit by chance
+    assert target_column([(images.flatten(1)[:, :80], labels)] * 1) == 47
+    assert target_column([(images.flatten(1)[:255, :80], labels[:255])]) == 47
+    assert target_column([(images[..., None].expand(-1, -1, -1, -1, 100), labels)]) == -1  # too large
+
+
 def test_of_other_batches_no_column_is_told() -> None:
     table = torch.cat([INPUTS, LABELS[:, None]], 1)
     assert target_column([]) == -1
     assert target_column([(table[:31], LABELS[:31])]) == -1
     assert target_column([(table, LABELS, LABELS)]) == -1
-    assert target_column([(table.view(96, 2, 2), LABELS)]) == -1
     assert target_column([(table, LABELS), (table[:, 1:], LABELS)]) == -1

@@ -152,6 +152,15 @@ def explodes(share: float) -> float:
         (lambda share: 3e-4, stays, None, None),  # dead, or hopeless: the ratio cannot tell
         (lambda share: 1e-3 * share, creeps, lambda share: share, None),  # in its warmup
         (lambda share: 1e-3, creeps, lambda share: min(share, 0.45), "too low"),
+        # A cubic decay, with a loss that falls as the rates add up: it ends flat.
+        (lambda share: 3e-4, lambda share: 0.2 + (1 - share) ** 4, lambda share: (1 - share) ** 3, "too low"),
+        (lambda share: 2e-3, lambda share: 0.2 + (1 - share) ** 2, lambda share: 1 - share, None),
+        # And with one that falls ever faster.
+        (lambda share: 2e-3, lambda share: 2.3 - share**2, None, "too low"),
+        (lambda share: 5e-3, lambda share: 2.3 - share**2, None, None),
+        (lambda share: 3e-4, lambda share: 2.3 + 4 * share - 6 * share**2, None, None),  # after a rise
+        (lambda share: 3e-4, creeps, lambda share: 0.1 if share < 0.98 else 0.0, "too low"),
+        (lambda share: 3e-4, creeps, lambda share: 0.0, "too low"),  # the rate is not known
         (lambda share: 3e-2, learns, None, "too high"),
         (lambda share: 1.5e-2, learns, None, "too high"),
         (lambda share: 1e-1 if share < 0.3 else 1e-8, stays, None, "died"),
