@@ -277,5 +277,4 @@ REST = [
     *crossed("inputs not normalised", RAW, with_data(raw_pixels), ABOVE),
     *crossed("body not in the optimizer", HEAD, head_alone, NUCLEI, SQUARES, HELPED, ABOVE),
     *crossed("detached half-way", CUT, with_net(detached), NUCLEI, PLAIN, LINES, HELPED),
-    *crossed("examples mixed", MIXED, turned, PLAIN),
 ]

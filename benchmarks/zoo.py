@@ -7,8 +7,9 @@ watched by the same callbacks with default arguments, and asked about by ``diagn
 found if one of the first two findings that say more than that all is well names it, the severer ones first. Healthy
 runs should have none above "info". Rules were mended on "broken" and "healthy"; "fresh", "later" and "healthy-later",
 then "unseen", and then "last" and "healthy-last" were written when the rules stood, and run once before any rule was
-mended on them. "crossed", "elsewhere" and "more" put the usual defects into other trainings, "healthy-crossed" and
-"healthy-more"; rules were mended on "crossed", one on "elsewhere", none on "more".
+mended on them. "crossed", "elsewhere", "more" and "rest" put the usual defects into other trainings, those in order
+are "healthy-crossed" and "healthy-more"; rules were mended on "crossed", one on "elsewhere", and a few on the others
+once they had been run.
 """
 
 import argparse

@@ -152,7 +152,8 @@ class UpdateRatioRule:
     ====================== =============================================================================================
     too low                the loss falls evenly with the sum of the learning rates: at a quarter of the sum at most
                            60 % of the gain was made, and after its half at least 10 %, beyond noise, while the highest
-                           levels of the run are below 1.3e-3; or 20 % and 30 %, while the middle half is below 3.9e-3
+                           levels of the run are below 1.3e-3; or (information only) at most 20 % and at least 30 %,
+                           while those of the middle half are below 3.9e-3
     too high               the level of the middle half of the run is above 1.2e-2 (a warning above 2e-2), or was above
                            2e-2 before the run died
     too high for the start the first update changed more than 0.3 of the weights
@@ -296,7 +297,8 @@ class UpdateRatioRule:
         peak, middle = self.peak(), self.level()
         idle = max(abs(last - self.first_loss), self.first_loss - self._lowest()) < DEAD * abs(self.first_loss)
         when = "in a run that has learned nothing" if idle else "before the run died"
-        warns = verdict in ("too low", "died") or middle > VERY_HIGH or self.kick > 1
+        is_sure = verdict == "died" or (verdict == "too low" and peak < LOW)
+        warns = is_sure or middle > VERY_HIGH or self.kick > 1
         ratio = f"stayed below {peak:.2g} in nine tenths" if peak < LOW else f"was {middle:.2g} in the middle half"
         message, advice = {
             "too low": (

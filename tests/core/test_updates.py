@@ -179,6 +179,7 @@ def test_the_verdict(ratio: Any, loss: Any, rate: Any, expected: str | None) -> 
     if finding is not None:
         assert finding.rule == f"learning rate looks too {'low' if expected == 'too low' else 'high'}"
         assert finding.step == 591
+        assert expected != "too low" or (finding.severity == "warning") == (rule.peak() < 1.3e-3)
         assert "nan" not in finding.message.replace("is nan", "")
 
 
