@@ -317,7 +317,7 @@ class InitialLossRule:
             return say.findings
         results = self.results()
         flipped = bool(self._sums) and all(
-            abs(total + value) <= 1e-3 * abs(value) for total, value in zip(self._totals, self._sums, strict=True)
+            abs(total + value) < 1e-3 * abs(value) for total, value in zip(self._totals, self._sums, strict=True)
         )
         if flipped:
             say.flipped(self._totals[0], self._sums[0])

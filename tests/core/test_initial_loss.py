@@ -145,6 +145,7 @@ def normal() -> Tensor:
         (first_of(functional.mse_loss), in_batches(MIXED), {}, ("initial loss as expected", "info")),
         (functional.mse_loss, lambda: normal()[:, :1].expand(64, 4), {}, ("initial loss as expected", "info")),
         (first_of(functional.mse_loss), lambda: torch.zeros(64), {}, ("initial loss as expected", "info")),
+        (functional.mse_loss, lambda: torch.zeros(64, 4), {"scale": 0.0}, ("initial loss as expected", "info")),
         (first_of(binary), in_batches((torch.arange(640) >= 320).float()), {}, ("labels all alike", "warning")),
         (first_of(binary), lambda: torch.ones(64), {}, ("labels all alike", "info")),  # may be rare, too
         (first_of(binary), in_batches((MIXED > 0).float()), {}, ("initial loss as expected", "info")),

@@ -126,6 +126,12 @@ def test_each_outcome_is_named(fits: list[Fit], symptoms: dict[str, Any], first:
     assert found(fits, **symptoms)[0] == first
 
 
+def test_a_narrow_layer_is_not_blamed_where_there_is_another_cause() -> None:
+    narrow: dict[str, Any] = {"narrowest": ("a", 2), "outputs": 10}
+    for cause in ({"carried": True}, {"unowned": {"a": True}}):
+        assert "model bias" not in dict(found([FAILED], **narrow, **cause))
+
+
 def test_nothing_to_train_is_an_error() -> None:
     assert nothing_to_train(7).severity == "error"
 
