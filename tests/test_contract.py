@@ -191,7 +191,7 @@ def test_a_second_fit(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_its_state_is_what_it_saw_and_is_restored_whole(name: str, tmp_path: Path) -> None:
     recipe = make(name)
-    fit(tmp_path, [recipe], Regression())
+    fit(tmp_path, [recipe], Regression(), accumulate_grad_batches=2)
     state = recipe.state_dict()
     torch.save(state, tmp_path / "state")
     loaded = torch.load(tmp_path / "state", weights_only=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lightning_recipes
 from lightning_recipes import EMAWeights, InstabilityDetector, PercentileGradientClipping
-from lightning_recipes.callbacks import early_stopping, measuring, report
+from lightning_recipes.callbacks import measuring
 
 PACKAGE = Path(lightning_recipes.__file__).parent
 
@@ -63,8 +63,7 @@ def fused_adam(parameters: Any) -> torch.optim.Optimizer:
 def test_a_steady_step_reads_nothing_back(
     recipe: str, make_module: Any, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (early_stopping, measuring, report):
-        monkeypatch.setattr(module, "free_to_read", lambda _: False)
+    monkeypatch.setattr(measuring, "free_to_read", lambda _: False)
     count = CountBetween(8, 55)  # from 8 on: the first batches are copied to the host
     callbacks = [count, getattr(lightning_recipes, recipe)(**SELDOM.get(recipe, {}))]
     if settings.get("plugins") == "fp16":
@@ -76,8 +75,7 @@ def test_a_steady_step_reads_nothing_back(
 
 def test_what_may_be_read_is_read_rarely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a step that logs, and once for all buffers at the start."""
-    for module in (early_stopping, measuring, report):
-        monkeypatch.setattr(module, "free_to_read", lambda _: False)
+    monkeypatch.setattr(measuring, "free_to_read", lambda _: False)
     count = CountBetween(0, 59)
     callbacks = [count, EMAWeights(), PercentileGradientClipping(), InstabilityDetector()]
     trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=callbacks, log_every_n_steps=50)

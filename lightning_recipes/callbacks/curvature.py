@@ -22,7 +22,14 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_recipes.callbacks.measuring import loss_of_update, mean_over_ranks, share_before_save
+from lightning_recipes.callbacks.measuring import (
+    loss_of_update,
+    mean_over_ranks,
+    means_over_ranks,
+    read_at_once,
+    read_if_free,
+    share_before_save,
+)
 from lightning_recipes.callbacks.replay import in_full, on_copies, step_arguments, without_trace
 from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.substitute import substitute
@@ -125,7 +132,7 @@ class CriticalPointProbe(pl.Callback):
         self._sample: dict[int, Any] = {}  # batches on the host by their numbers
         self._candidate: Any = None
         self._losses: list[Tensor] = []  # of the backward passes since the last update
-        self._unread: list[Any] = []  # of updates
+        self._unread: list[float | Tensor] = []  # of updates
         self._is_stalled = self._is_due = False
         self._told = ""  # the verdict
         self._able = True
@@ -211,8 +218,7 @@ class CriticalPointProbe(pl.Callback):
         losses, self._losses = self._losses, []
         if not losses:
             return
-        loss = loss_of_update(trainer, losses)
-        self._unread.append(loss)
+        self._unread.append(read_if_free(loss_of_update(trainer, losses)))
         updates = self.rule.updates + len(self._unread)
         if updates % self.rule.every == 0:
             self._read(trainer)
@@ -220,19 +226,14 @@ class CriticalPointProbe(pl.Callback):
             self._is_due = True
 
     def _read(self, trainer: pl.Trainer) -> None:
-        losses, self._unread = self._means(trainer), []
+        losses, self._unread = means_over_ranks(trainer, self._unread), []
         for loss in losses:
             if self.rule.update(loss):
                 self._is_stalled = self._is_due = True
 
-    def _means(self, trainer: pl.Trainer) -> list[float]:
-        device = trainer.strategy.root_device
-        losses = torch.stack([torch.as_tensor(loss, device=device).float() for loss in self._unread])
-        return mean_over_ranks(trainer, losses).tolist()
-
     def _share(self, trainer: pl.Trainer) -> None:
         if self._unread:
-            self._unread = self._means(trainer)
+            self._unread = [*means_over_ranks(trainer, self._unread)]
 
     # ---------------------------------------------------------------------------------- look
 
@@ -372,7 +373,7 @@ class CriticalPointProbe(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         return {
             "rule": self.rule.state_dict(),
-            "unread": [float(loss) for loss in self._unread],
+            "unread": read_at_once(self._unread),
             "is_stalled": self._is_stalled,
             "is_due": self._is_due,
             "told": self._told,

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_recipes.callbacks.measuring import index_of, mean_over_ranks, share_before_save
+from lightning_recipes.callbacks.measuring import (
+    index_of,
+    mean_over_ranks,
+    means_over_ranks,
+    read_at_once,
+    read_if_free,
+    share_before_save,
+)
 from lightning_recipes.callbacks.telling import show, tell
 from lightning_recipes.callbacks.unused import pass_over_unused
 from lightning_recipes.core.arguments import check_name
@@ -85,7 +92,9 @@ class LearningCurves(pl.Callback):
     def _forget(self) -> None:
         """Start anew: what was seen of another training says nothing about this one."""
         self.rule = CurvesRule(self.target_loss)
-        self._unread: list[tuple[Tensor, float, int, float]] = []  # loss, learning rate, updates, place in the epoch
+        self._unread: list[
+            tuple[float | Tensor, float, int, float]
+        ] = []  # loss, learning rate, updates, place in the epoch
         self._rate = math.nan
         self._looked_at_modes = False
         self._name = self.monitor or NAMES[0]
@@ -121,8 +130,7 @@ class LearningCurves(pl.Callback):
         batches = trainer.num_training_batches
         place = batch_idx / batches if 0 < batches < math.inf else math.nan
         share = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-        loss = loss.detach().float() * share if share > 1 else loss.detach()
-        self._unread.append((loss, self._rate, trainer.global_step, place))
+        self._unread.append((read_if_free(loss) * share, self._rate, trainer.global_step, place))
         if len(self._unread) >= UNREAD:
             self._read(trainer)
         if _doublings(self._batches) > self._drawn:
@@ -138,20 +146,17 @@ class LearningCurves(pl.Callback):
         """Read all losses at once, their means over the ranks."""
         if not self._unread:
             return
-        unread, self._unread = self._means(trainer), []
+        self._share(trainer)
+        unread, self._unread = self._unread, []
         for loss, rate, step, place in unread:
             self.rule.update(float(loss), rate, step, place)
 
-    def _means(self, trainer: pl.Trainer) -> list[tuple[Tensor, float, int, float]]:
-        """What is not read yet, with the means over the ranks, read at once."""
-        device = trainer.strategy.root_device
-        losses = torch.stack([loss.to(device).float().mean() for loss, *_ in self._unread])
-        means = mean_over_ranks(trainer, losses).cpu()
-        return [(mean, *where) for mean, (_, *where) in zip(means, self._unread, strict=True)]
-
     def _share(self, trainer: pl.Trainer) -> None:
-        if self._unread:
-            self._unread = self._means(trainer)
+        """Have the means over the ranks, in numbers."""
+        means = means_over_ranks(trainer, [loss for loss, *_ in self._unread]) if self._unread else []
+        self._unread = [
+            (mean, rate, step, place) for mean, (_, rate, step, place) in zip(means, self._unread, strict=True)
+        ]
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -229,7 +234,7 @@ class LearningCurves(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        losses = torch.stack([loss.float().mean() for loss, *_ in self._unread]).tolist() if self._unread else []
+        losses = read_at_once([loss for loss, *_ in self._unread])
         unread = [[loss, *where] for loss, (_, *where) in zip(losses, self._unread, strict=True)]
         return {
             "rule": self.rule.state_dict(),
@@ -242,7 +247,7 @@ class LearningCurves(pl.Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rule.load_state_dict(state_dict["rule"])
-        self._unread = [(torch.tensor(loss), rate, step, place) for loss, rate, step, place in state_dict["unread"]]
+        self._unread = [(loss, rate, step, place) for loss, rate, step, place in state_dict["unread"]]
         self._rate, self._looked_at_modes = state_dict["rate"], state_dict["looked"]
         self._name = self.monitor or state_dict["name"]
 

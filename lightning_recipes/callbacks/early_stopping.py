@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_recipes.callbacks.measuring import free_to_read, mean_over_ranks, share_before_save
+from lightning_recipes.callbacks.measuring import mean_over_ranks, share_before_save
 from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.substitute import substitute
 from lightning_recipes.callbacks.telling import tell
@@ -206,8 +206,7 @@ class EarlyStopping(LightningEarlyStopping):
     ) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if self.train_monitor is None and isinstance(loss, Tensor):
-            # Half precision does not add up.
-            self._loss_sum = self._loss_sum + (loss.item() if free_to_read(loss) else loss.detach().float())
+            self._loss_sum = self._loss_sum + loss.detach().float()  # half precision does not add up
             self._losses += 1
 
     @override

@@ -20,10 +20,11 @@ from typing_extensions import override
 from lightning_recipes.callbacks.learning_rates import scale_learning_rates
 from lightning_recipes.callbacks.measuring import (
     examples_in,
-    free_to_read,
     gradient_norm,
     index_of,
     loss_of_update,
+    means_over_ranks,
+    read_if_free,
     scaler_of,
     share_before_save,
 )
@@ -214,11 +215,11 @@ class InstabilityDetector(pl.Callback):
         if norm is None or not losses:
             return
         rate = optimizer.param_groups[0]["lr"]  # on the device if it is a tensor
-        loss = loss_of_update(trainer, losses)
-        is_free = isinstance(norm, float) and free_to_read(loss) and trainer.world_size == 1  # to read
+        loss = read_if_free(loss_of_update(trainer, losses))
+        is_known = isinstance(norm, float) and isinstance(loss, float) and trainer.world_size == 1
         update = _Update(
             optimizer=index_of(trainer, optimizer),
-            loss=float(loss) if is_free else loss,
+            loss=loss,
             norm=norm,
             examples=examples,
             rate=rate if isinstance(rate, float) else 0.0,
@@ -229,7 +230,7 @@ class InstabilityDetector(pl.Callback):
         self._updates += 1
         self._unread.append(update)
         at_once = self.action in ("skip", "rewind", "raise")
-        if not at_once and is_free:
+        if not at_once and is_known:
             at_once = self.action == "stop" or self.rule[update.optimizer].is_striking(update.loss, update.norm)
         if at_once or time_to_log(trainer) or len(self._unread) >= UNREAD:
             self._judge(trainer, pl_module, optimizer if at_once else None)
@@ -249,14 +250,9 @@ class InstabilityDetector(pl.Callback):
 
     def _read(self, trainer: pl.Trainer, unread: list[_Update]) -> list[tuple[float, float, float]]:
         """Loss, norm and number of examples of each update, the means over the ranks."""
-        if isinstance(unread[-1].norm, float) and trainer.world_size == 1:
-            return [(each.loss, each.norm, each.examples) for each in unread]
-        device = trainer.strategy.root_device
-        values = [value for each in unread for value in (each.loss, each.norm, each.examples)]
-        measured = torch.stack([torch.as_tensor(value, device=device).float() for value in values]).view(-1, 3)
-        if trainer.world_size > 1:
-            measured = trainer.strategy.reduce(measured, reduce_op="mean")
-        return [(loss, norm, examples) for loss, norm, examples in measured.tolist()]
+        measured = [value for each in unread for value in (each.loss, each.norm, each.examples)]
+        values = means_over_ranks(trainer, measured)
+        return [*zip(values[::3], values[1::3], values[2::3], strict=True)]
 
     def _act(
         self,

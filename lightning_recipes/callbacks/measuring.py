@@ -1,6 +1,6 @@
 """What callbacks measure: the gradient norm of an update, once however many ask, and means over the ranks."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_recipes.callbacks.sharding import shard_group
 from lightning_recipes.callbacks.tracking import gradients_of
-from lightning_recipes.core.clipping import total_norm
+from lightning_recipes.core.clipping import HALF_PRECISION, total_norm
 
 # For each optimizer the newest norm and who has seen it: whoever asks for it again is at the next update.
 _newest: WeakKeyDictionary[Optimizer, "_Norm"] = WeakKeyDictionary()
@@ -74,7 +74,7 @@ def _measure(trainer: pl.Trainer, optimizer: Optimizer) -> float | Tensor | None
     scaler = scaler_of(trainer)
     if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
         norm = norm / scaler.scale(torch.ones_like(norm))  # a fused optimizer unscales only inside its step
-    return norm.item() if free_to_read(norm) else norm
+    return read_if_free(norm)
 
 
 def loss_of_update(trainer: pl.Trainer, losses: list[Tensor]) -> Tensor:
@@ -123,6 +123,30 @@ def share_before_save(
 def free_to_read(tensor: Tensor) -> bool:
     """Whether the host can read the tensor without waiting for a device."""
     return tensor.is_cpu
+
+
+def read_if_free(value: Tensor) -> float | Tensor:
+    """A loss or norm as a number where that is free to read, else as a scalar tensor; of several values their mean."""
+    if value.numel() != 1 or value.dtype in HALF_PRECISION:
+        value = value.detach().float().mean()
+    return value.item() if free_to_read(value) else value.detach().reshape(())
+
+
+def read_at_once(values: Sequence[float | Tensor]) -> list[float]:
+    """The numbers, of scalars on a device with one read for all."""
+    tensors = [value.float() for value in values if isinstance(value, Tensor)]
+    read = iter(torch.stack([each.to(tensors[0].device) for each in tensors]).tolist() if tensors else ())
+    return [next(read) if isinstance(value, Tensor) else value for value in values]
+
+
+def means_over_ranks(trainer: pl.Trainer, values: Sequence[float | Tensor]) -> list[float]:
+    """Likewise the means over the ranks, all of which have to ask; of as many values."""
+    if trainer.world_size == 1:
+        return read_at_once(values)
+    device = trainer.strategy.root_device
+    together = torch.stack([torch.as_tensor(value, device=device).float() for value in values])
+    means: list[float] = mean_over_ranks(trainer, together).tolist()
+    return means
 
 
 def mean_over_ranks(trainer: pl.Trainer, value: Tensor) -> Tensor:

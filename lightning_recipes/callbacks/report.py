@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_recipes.callbacks.measuring import free_to_read, index_of
+from lightning_recipes.callbacks.measuring import index_of, read_at_once, read_if_free
 from lightning_recipes.callbacks.substitute import substitute
 from lightning_recipes.callbacks.telling import logger_step, run_folder, spared, time_to_log
 from lightning_recipes.callbacks.unused import pass_over_unused
@@ -97,7 +97,7 @@ class TrainingReport(pl.Callback):
         self._started: float | None = None  # while the training goes on
         self._written = 0.0
         self._began_at, self._before = 0, 0.0  # updates and seconds of the parts before
-        self._unread: list[tuple[str, int, Tensor]] = []
+        self._unread: list[tuple[str, int, float | Tensor]] = []
         self._seen: dict[str, Any] = {}  # the newest value of each metric, old or new
         self._rates: set[str] = set()  # names of the learning rates
         self._late: int | None = None  # the step at which others may still log
@@ -191,9 +191,7 @@ class TrainingReport(pl.Callback):
             rate = group["lr"]
             label = name if len(optimizer.param_groups) == 1 else f"{name}/pg{index + 1}"
             self._rates.add(label)
-            self._take(
-                label, logger_step(trainer), rate.detach().clone() if isinstance(rate, Tensor) else torch.tensor(rate)
-            )
+            self._take(label, logger_step(trainer), rate.detach().clone() if isinstance(rate, Tensor) else rate)
 
     @override
     def on_train_batch_end(
@@ -204,7 +202,7 @@ class TrainingReport(pl.Callback):
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor):
             share = trainer.accumulate_grad_batches  # by which Lightning has divided it
-            self._take(STEP_LOSS, logger_step(trainer), loss.detach() if share == 1 else loss.detach() * share)
+            self._take(STEP_LOSS, logger_step(trainer), read_if_free(loss) * share)
         if time_to_log(trainer) and not trainer.fit_loop._should_accumulate():
             self._late = logger_step(trainer)
             self._collect(trainer, self._late)
@@ -232,22 +230,20 @@ class TrainingReport(pl.Callback):
             forked = f"{name}_step" in metrics or f"{name}_epoch" in metrics
             own = name in self._rates  # LearningRateMonitor has it, too
             if isinstance(value, Tensor) and not _is_same(value, self._seen.get(name)) and not forked and not own:
-                self._take(name, step, value.detach())
+                self._take(name, step, value)
         self._seen = metrics
 
-    def _take(self, name: str, step: int, value: Tensor) -> None:
-        if value.numel() == 1:
-            self._unread.append((name, step, value))
+    def _take(self, name: str, step: int, value: float | Tensor) -> None:
+        if not isinstance(value, Tensor) or value.numel() == 1:
+            self._unread.append((name, step, read_if_free(value) if isinstance(value, Tensor) else value))
         if len(self._unread) >= UNREAD:
             self._read()
 
     def _read(self) -> None:
         """Remember what waits on its device, read at once."""
         unread, self._unread = self._unread, []
-        on_device = [value.float().reshape(()) for _, _, value in unread if not free_to_read(value)]
-        read = iter(torch.stack(on_device).tolist() if on_device else ())
-        for name, step, value in unread:
-            self.rule.update(name, step, value.item() if free_to_read(value) else next(read))
+        for (name, step, _), value in zip(unread, read_at_once([value for *_, value in unread]), strict=True):
+            self.rule.update(name, step, value)
 
     # ---------------------------------------------------------------------------------- tell
 

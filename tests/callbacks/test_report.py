@@ -312,7 +312,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
 def test_what_lies_on_a_device_is_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reports = [TrainingReport(), TrainingReport()]
     train(tmp_path, reports[0])
-    monkeypatch.setattr("lightning_recipes.callbacks.report.free_to_read", lambda value: value.requires_grad)
+    monkeypatch.setattr("lightning_recipes.callbacks.measuring.free_to_read", lambda _: False)
     monkeypatch.setattr("lightning_recipes.callbacks.report.UNREAD", 10)
     train(tmp_path, reports[1])
     for name in reports[0].rule:
