@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_recipes.callbacks.measuring import mean_over_ranks, share_before_save
+from lightning_recipes.callbacks.measuring import mean_over_ranks, means_over_ranks, read_if_free, share_before_save
 from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.substitute import substitute
 from lightning_recipes.callbacks.telling import tell
@@ -206,7 +206,7 @@ class EarlyStopping(LightningEarlyStopping):
     ) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if self.train_monitor is None and isinstance(loss, Tensor):
-            self._loss_sum = self._loss_sum + loss.detach().float()  # half precision does not add up
+            self._loss_sum += read_if_free(loss)
             self._losses += 1
 
     @override
@@ -247,15 +247,16 @@ class EarlyStopping(LightningEarlyStopping):
     def _measure(self, trainer: pl.Trainer, metrics: Mapping[str, Tensor]) -> None:
         """Note where the training is, for the check that follows."""
         if self.train_monitor is not None:
-            train = metrics.get(self.train_monitor, math.nan)
+            train = float(mean_over_ranks(trainer, torch.as_tensor(metrics.get(self.train_monitor, math.nan))))
         else:
-            train = self._loss_sum / self._losses * trainer.accumulate_grad_batches if self._losses else math.nan
+            [total] = means_over_ranks(trainer, [self._loss_sum])
+            train = total / self._losses * trainer.accumulate_grad_batches if self._losses else math.nan
         self._loss_sum, self._losses = 0.0, 0
         loop = trainer.fit_loop.epoch_loop
         batches = trainer.num_training_batches
         share = min(1.0, loop.batch_progress.current.completed / batches) if 0 < batches < math.inf else 1.0
         self._now = {
-            "train": float(mean_over_ranks(trainer, torch.as_tensor(train))),
+            "train": train,
             "steps": trainer.global_step,
             "epochs": trainer.current_epoch + share,
             "seconds": time.monotonic() - self._started,
@@ -306,7 +307,7 @@ class EarlyStopping(LightningEarlyStopping):
             self._loss_sum, self._losses = state_dict["loss_sum"], state_dict["losses"]
 
     def _share(self, trainer: pl.Trainer) -> None:
-        self._loss_sum = mean_over_ranks(trainer, torch.as_tensor(self._loss_sum))
+        [self._loss_sum] = means_over_ranks(trainer, [self._loss_sum])  # exact: single precision in double
 
     @override
     def on_save_checkpoint(

@@ -144,7 +144,7 @@ def means_over_ranks(trainer: pl.Trainer, values: Sequence[float | Tensor]) -> l
     if trainer.world_size == 1:
         return read_at_once(values)
     device = trainer.strategy.root_device
-    together = torch.stack([torch.as_tensor(value, device=device).float() for value in values])
+    together = torch.stack([torch.as_tensor(value, device=device, dtype=torch.float64) for value in values])
     means: list[float] = mean_over_ranks(trainer, together).tolist()
     return means
 
@@ -153,5 +153,6 @@ def mean_over_ranks(trainer: pl.Trainer, value: Tensor) -> Tensor:
     """The mean over the ranks, all of which have to ask."""
     if trainer.world_size == 1:
         return value
-    mean: Tensor = trainer.strategy.reduce(value.to(trainer.strategy.root_device, torch.float32), reduce_op="mean")
+    dtype = torch.float64 if value.dtype is torch.float64 else torch.float32
+    mean: Tensor = trainer.strategy.reduce(value.to(trainer.strategy.root_device, dtype), reduce_op="mean")
     return mean
