@@ -130,7 +130,9 @@ class LearningCurves(pl.Callback):
         batches = trainer.num_training_batches
         place = batch_idx / batches if 0 < batches < math.inf else math.nan
         share = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-        self._unread.append((read_if_free(loss) * share, self._rate, trainer.global_step, place))
+        value = read_if_free(loss)
+        value = value if share == 1 else value * share  # a tensor that is multiplied costs an operation on its device
+        self._unread.append((value, self._rate, trainer.global_step, place))
         if len(self._unread) >= UNREAD:
             self._read(trainer)
         if _doublings(self._batches) > self._drawn:

@@ -202,7 +202,8 @@ class TrainingReport(pl.Callback):
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor):
             share = trainer.accumulate_grad_batches  # by which Lightning has divided it
-            self._take(STEP_LOSS, logger_step(trainer), read_if_free(loss) * share)
+            value = read_if_free(loss)
+            self._take(STEP_LOSS, logger_step(trainer), value if share == 1 else value * share)
         if time_to_log(trainer) and not trainer.fit_loop._should_accumulate():
             self._late = logger_step(trainer)
             self._collect(trainer, self._late)
@@ -234,8 +235,9 @@ class TrainingReport(pl.Callback):
         self._seen = metrics
 
     def _take(self, name: str, step: int, value: float | Tensor) -> None:
-        if not isinstance(value, Tensor) or value.numel() == 1:
-            self._unread.append((name, step, read_if_free(value) if isinstance(value, Tensor) else value))
+        if isinstance(value, Tensor):
+            value = read_if_free(value)
+        self._unread.append((name, step, value))
         if len(self._unread) >= UNREAD:
             self._read()
 
