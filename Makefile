@@ -7,8 +7,10 @@ OLDEST_LIGHTNING = 2.6.0
 # Relative paths throughout, and no console script: the folder may have a space in its name.
 RUN = .venv/bin/python -m
 TEST = $(RUN) pytest -n 3 --dist worksteal
+OF_MODULES = tests/callbacks tests/core tests/report tests/sweep lightning_recipes
+OF_ALL_TOGETHER = $(wildcard tests/test_*.py) README.md
 
-.PHONY: demo test test-all check oldest coverage format clean
+.PHONY: demo test test-all check lint oldest coverage format clean
 
 # Train on handwritten digits with and without the recipes, and show the result.
 demo: .venv/installed
@@ -18,11 +20,13 @@ demo: .venv/installed
 # All that CI runs.
 test: check oldest
 
-check: .venv/installed
+check: lint
+	$(TEST)
+
+lint: .venv/installed
 	$(RUN) ruff format --check
 	$(RUN) ruff check
 	$(RUN) mypy
-	$(TEST)
 
 # What every recipe promises once more, with the oldest Lightning beside the newest torch.
 oldest: .oldest/lightning
@@ -30,11 +34,12 @@ oldest: .oldest/lightning
 
 # Branches that are run by the tests of each module alone; to measure them makes the tests twice as slow.
 coverage: .venv/installed
-	$(TEST) tests/callbacks tests/core tests/report tests/sweep lightning_recipes --cov --cov-report=term --cov-fail-under=95
+	$(TEST) $(OF_MODULES) --cov --cov-report=term --cov-fail-under=95
 
-# Every cell of the matrix of tests/matrix.py, and whatever else is too much for every change.
-test-all: test coverage
-	$(TEST) -m everything
+# All that `make test` runs, and every cell of the matrix of tests/matrix.py, and whatever else is too much for every change.
+test-all: lint oldest coverage
+	$(TEST) $(OF_MODULES) -m everything
+	$(TEST) $(OF_ALL_TOGETHER) -m "everything or not everything"
 
 format: .venv/installed
 	$(RUN) ruff format
