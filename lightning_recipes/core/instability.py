@@ -12,6 +12,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lightning_recipes.core.early_stopping import noise_of
+
 Kind = Literal[
     "not finite",
     "spike",
@@ -45,6 +47,7 @@ EVERY = 3  # updates from one look at that to the next
 FALL = 50  # updates within which a gradient has to collapse to have vanished
 STALL = math.log(3)  # by how much it falls, however slowly, where a training that gains nothing makes no progress
 COLLAPSE = math.log(5)  # by how much its log norm falls then, and by how much more than the log loss
+GAINED, QUIET = 0.1, 3e-3  # of the first loss, and noise of the loss: a training that goes to its minimum
 DRIFT, DRIFTED = 0.6, 7.0  # standard deviations: what a cumulative sum is allowed at an update, and where it alarms
 DRIFTED_BY = 0.04  # share of the gain that the level has to be worse by, too
 HOT_DRIFT, HOT_DRIFTED = 0.2, 3.0  # likewise while the learning rate is higher than ever before:
@@ -300,13 +303,19 @@ class InstabilityRule:
         highest = max(self.recent)
         if highest > self.top:
             self.top = highest
-        if _fell_alone(highest, log_norm, loss, COLLAPSE):
+        if _fell_alone(highest, log_norm, loss, COLLAPSE) and not self._settles(loss):
             return "vanishing gradient", log_norm, highest[0] - COLLAPSE
         gained_nothing = self.best < math.inf and self.first - self.best < 2 * self.losses.deviation
         least = max(STALL, 2 * self.norms.deviation)
         if self.seen >= EARLY and gained_nothing and _fell_alone(self.top, log_norm, loss, least):
             return "no progress", self.level, self.first
         return None
+
+    def _settles(self, loss: float) -> bool:
+        """Whether the loss goes to its minimum without noise, as on one batch for ever: then so does its gradient."""
+        lowest = min(low for _, low in self.recent)
+        gained = self.first - loss > GAINED * abs(self.first) and loss <= (1 + QUIET) * lowest
+        return gained and noise_of([each for each, _ in self.short]) <= QUIET * abs(loss)
 
     def state_dict(self) -> dict[str, Any]:
         seen = {name: value for name, value in vars(self).items() if name != "cancels"}  # is configuration

@@ -472,8 +472,9 @@ class _Judge:
                 "small sample not learnt",
                 "warning",
                 f"{not_learnt}.",
-                "Look for a bug before anything else: labels that do not belong to their inputs, a layer that loses "
-                "the input, far too small a network, or an initialisation that lets no signal through.",
+                "Look for a bug before anything else: labels that do not belong to their inputs, a learning rate that"
+                " is wrong by far more, a layer that loses the input, far too small a network, or an initialisation"
+                " that lets no signal through.",
             )
 
 

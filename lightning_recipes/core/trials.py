@@ -72,7 +72,7 @@ class Outcome:
     loss: float
     steps: int
     reason: str = ""
-    losses: tuple[float, ...] = ()
+    losses: tuple[float, ...] = field(default=(), repr=False)
     val_loss: float | None = None
 
 

@@ -95,12 +95,14 @@ class Best:
 
 
 def group(findings: Iterable[Finding]) -> list[Group]:
-    """The findings of each rule together, the most severe first, of these the newest."""
+    """The findings of each rule together: the most severe first, of these what was told before the training, which
+    others may come of, and then the newest.
+    """
     by_rule: dict[str, list[Finding]] = {}
     for finding in findings:
         by_rule.setdefault(finding.rule, []).append(finding)
     groups = [Group(each) for each in by_rule.values()]
-    return sorted(groups, key=lambda each: (_rank(each.latest.severity), -each.latest.step))
+    return sorted(groups, key=lambda each: (_rank(each.latest.severity), each.latest.step > 0, -each.latest.step))
 
 
 def verdict(run: Run) -> tuple[str, str, str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from lightning_recipes.core.instability import Instability, InstabilityRule
 
@@ -249,3 +250,23 @@ def test_what_is_not_finite_or_explodes_is_striking_and_little_else(seed: int) -
             exploded += 1
     assert exploded > 0
     assert struck < exploded + 45
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.05, 0.2, 0.5])
+def test_a_training_that_goes_to_its_minimum_has_no_vanishing_gradient(rate: float) -> None:
+    torch.manual_seed(0)
+    model, inputs, targets, rule = nn.Linear(8, 1), torch.randn(64, 8), torch.randn(64, 1), InstabilityRule()
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
+    for _ in range(200):  # the same batch each time
+        loss = nn.functional.mse_loss(model(inputs), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = float(nn.utils.get_total_norm([each.grad for each in model.parameters() if each.grad is not None]))
+        assert rule.update(loss.item(), norm, rate) is None
+        optimizer.step()
+
+
+def test_a_gradient_that_vanishes_without_a_gain_is_told_however_quiet_the_loss_is() -> None:
+    rule = InstabilityRule()
+    kinds = {found.kind for step in range(100) if (found := rule.update(2.3 - step / 1e4, math.exp(-step / 10)))}
+    assert "vanishing gradient" in kinds

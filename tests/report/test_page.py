@@ -135,6 +135,8 @@ def test_findings_of_a_rule_are_together_and_the_worst_first() -> None:
     groups = group(told)
     assert [each.latest.rule for each in groups] == ["c", "b", "a"]
     assert groups[1].when == "steps 2, 9, 2 times"
+    symptoms_and_cause = [finding("early", "warning", 5), finding("late", "warning", 9), finding("cause", "warning", 0)]
+    assert [each.latest.rule for each in group(symptoms_and_cause)] == ["cause", "late", "early"]
     text = page(Run(findings=told)).text
     assert text.index("Cure c") < text.index("Cure b") < text.index("Cure a")
 
