@@ -13,7 +13,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_recipes.callbacks.measuring import gradient_norm, index_of, scaler_of, whole_norm
+from lightning_recipes.callbacks.measuring import gradient_norm, index_of, read_if_free, scaler_of, whole_norm
 from lightning_recipes.callbacks.sharding import shard_group
 from lightning_recipes.callbacks.telling import log_histogram, log_scalars, show, tell, time_to_log
 from lightning_recipes.callbacks.tracking import gradients_of, parameters_of
@@ -188,7 +188,7 @@ class PercentileGradientClipping(pl.Callback):
         weight_norm: Any = None
         if rule.weight_norm is None:
             weights = [parameter.detach() for parameter in parameters_of(optimizer)]
-            weight_norm = whole_norm(weights, shard_group(trainer), trainer.strategy.root_device)
+            weight_norm = read_if_free(whole_norm(weights, shard_group(trainer), trainer.strategy.root_device))
         decides = self.skip_nonfinite and scaler is None  # a GradScaler skips such an update by itself
         if decides and trainer.strategy.reduce_boolean_decision(not bool(norm < math.inf), all=False):
             norm = norm * math.nan  # on all ranks, so that their thresholds stay the same

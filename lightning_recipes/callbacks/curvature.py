@@ -232,8 +232,7 @@ class CriticalPointProbe(pl.Callback):
                 self._is_stalled = self._is_due = True
 
     def _share(self, trainer: pl.Trainer) -> None:
-        if self._unread:
-            self._unread = [*means_over_ranks(trainer, self._unread)]
+        self._unread = [*means_over_ranks(trainer, self._unread)]
 
     # ---------------------------------------------------------------------------------- look
 

@@ -92,9 +92,8 @@ class LearningCurves(pl.Callback):
     def _forget(self) -> None:
         """Start anew: what was seen of another training says nothing about this one."""
         self.rule = CurvesRule(self.target_loss)
-        self._unread: list[
-            tuple[float | Tensor, float, int, float]
-        ] = []  # loss, learning rate, updates, place in the epoch
+        # Of each batch its loss, learning rate, updates before it, place in the epoch.
+        self._unread: list[tuple[float | Tensor, float, int, float]] = []
         self._rate = math.nan
         self._looked_at_modes = False
         self._name = self.monitor or NAMES[0]
@@ -146,8 +145,6 @@ class LearningCurves(pl.Callback):
 
     def _read(self, trainer: pl.Trainer) -> None:
         """Read all losses at once, their means over the ranks."""
-        if not self._unread:
-            return
         self._share(trainer)
         unread, self._unread = self._unread, []
         for loss, rate, step, place in unread:
@@ -155,7 +152,7 @@ class LearningCurves(pl.Callback):
 
     def _share(self, trainer: pl.Trainer) -> None:
         """Have the means over the ranks, in numbers."""
-        means = means_over_ranks(trainer, [loss for loss, *_ in self._unread]) if self._unread else []
+        means = means_over_ranks(trainer, [loss for loss, *_ in self._unread])
         self._unread = [
             (mean, rate, step, place) for mean, (_, rate, step, place) in zip(means, self._unread, strict=True)
         ]

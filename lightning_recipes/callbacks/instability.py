@@ -411,7 +411,7 @@ class InstabilityDetector(pl.Callback):
         self._batch, self._losses, self._unread = None, [], []
 
     def _share(self, trainer: pl.Trainer) -> None:
-        measured = self._read(trainer, self._unread) if self._unread else []
+        measured = self._read(trainer, self._unread)
         for update, (loss, norm, examples) in zip(self._unread, measured, strict=True):
             update.loss, update.norm, update.examples = loss, norm, examples
 

@@ -133,7 +133,7 @@ def read_if_free(value: Tensor) -> float | Tensor:
 
 
 def read_at_once(values: Sequence[float | Tensor]) -> list[float]:
-    """The numbers, of scalars on a device with one read for all."""
+    """The numbers; waits for the device once for all scalars on it: for now and then, not for every update."""
     tensors = [value.float() for value in values if isinstance(value, Tensor)]
     read = iter(torch.stack([each.to(tensors[0].device) for each in tensors]).tolist() if tensors else ())
     return [next(read) if isinstance(value, Tensor) else value for value in values]
@@ -141,11 +141,12 @@ def read_at_once(values: Sequence[float | Tensor]) -> list[float]:
 
 def means_over_ranks(trainer: pl.Trainer, values: Sequence[float | Tensor]) -> list[float]:
     """Likewise the means over the ranks, all of which have to ask; of as many values."""
-    if trainer.world_size == 1:
+    if trainer.world_size == 1 or not values:
         return read_at_once(values)
     device = trainer.strategy.root_device
-    together = torch.stack([torch.as_tensor(value, device=device, dtype=torch.float64) for value in values])
-    means: list[float] = mean_over_ranks(trainer, together).tolist()
+    dtype = torch.float64 if device.type == "cpu" else torch.float32  # not every device has the former
+    together = torch.stack([torch.as_tensor(value, device=device, dtype=dtype) for value in values])
+    means: list[float] = trainer.strategy.reduce(together, reduce_op="mean").tolist()
     return means
 
 
@@ -153,6 +154,5 @@ def mean_over_ranks(trainer: pl.Trainer, value: Tensor) -> Tensor:
     """The mean over the ranks, all of which have to ask."""
     if trainer.world_size == 1:
         return value
-    dtype = torch.float64 if value.dtype is torch.float64 else torch.float32
-    mean: Tensor = trainer.strategy.reduce(value.to(trainer.strategy.root_device, dtype), reduce_op="mean")
+    mean: Tensor = trainer.strategy.reduce(value.to(trainer.strategy.root_device, torch.float32), reduce_op="mean")
     return mean

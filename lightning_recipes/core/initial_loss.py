@@ -522,10 +522,9 @@ class _Say:
             f"{pure:.0%} of the labels in each of the first {count} batches are of a single class"
             f" ({len(torch.unique(every))} classes in {len(every):,} labels)."
         )
-        rare = (
-            group.kind == "binary" and len(torch.unique(every)) == 1
-        )  # the other class may be rare, and not sorted behind
-        return self("labels all alike", "info" if rare else "warning", message, advice)
+        # Of two classes the other one may be rare, and not sorted behind.
+        may_be_rare = group.kind == "binary" and len(torch.unique(every)) == 1
+        return self("labels all alike", "info" if may_be_rare else "warning", message, advice)
 
     def several(self, group: _Group) -> bool:
         shares = [call.targets for batch in group.calls for call in batch if call.targets.is_floating_point()]

@@ -314,7 +314,7 @@ class InstabilityRule:
     def _settles(self, loss: float) -> bool:
         """Whether the loss goes to its minimum without noise, as on one batch for ever: then so does its gradient."""
         lowest = min(low for _, low in self.recent)
-        gained = self.first - loss > GAINED * abs(self.first) and loss <= (1 + QUIET) * lowest
+        gained = self.first - loss > GAINED * abs(self.first) and loss - lowest <= QUIET * abs(lowest)
         return gained and noise_of([each for each, _ in self.short]) <= QUIET * abs(loss)
 
     def state_dict(self) -> dict[str, Any]:

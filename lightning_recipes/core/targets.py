@@ -116,14 +116,17 @@ def commonest(labels: Tensor) -> float:
 def between(batches: Sequence[Tensor]) -> float:
     """Share of the variance of numbers that lies between batches: 1 if those of a batch are all the same, 0 by chance.
 
+    Reads the batches back, one by one.
+
     Example:
         >>> numbers = torch.arange(64.0)
         >>> round(between(numbers.split(8)), 2), round(between(numbers.view(8, 8).T.flatten().split(8)), 2)
         (0.98, -0.11)
     """
-    numbers = torch.cat([batch.cpu() for batch in batches]).double()
-    squares = sum(float((batch.cpu().double() - batch.double().mean().cpu()).square().sum()) for batch in batches)
-    variance, within = float(numbers.var()), squares / (len(numbers) - len(batches))
+    numbers = [batch.cpu().double() for batch in batches]
+    every = torch.cat(numbers)
+    variance = float(every.var())
+    within = sum(float((each - each.mean()).square().sum()) for each in numbers) / (len(every) - len(numbers))
     return 1 - within / variance if variance > 0 else 0.0
 
 

@@ -378,11 +378,11 @@ class UpdateRatioRule:
         """
         rates = [point[5] for point in self.points]
         rates = rates if any(rates) else [1.0] * len(rates)  # not known
-        passed = [sum_ / sum(rates) for sum_ in accumulate(rates)]
+        sums = [*accumulate(rates)]
 
         def losses(begin: float, end: float) -> list[float]:
-            part = zip(self.points, passed, strict=True)
-            return [point[4] for point, share in part if begin <= share <= end and math.isfinite(point[4])]
+            part = zip(self.points, sums, strict=True)
+            return [p[4] for p, passed in part if begin <= passed / sums[-1] <= end and math.isfinite(p[4])]
 
         parts = losses(0.2, 0.3), losses(0.45, 0.55), losses(0.75, 1)
         if not all(parts):

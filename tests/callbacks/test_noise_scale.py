@@ -81,7 +81,8 @@ def test_a_fused_optimizer_in_half_precision(tmp_path: Path) -> None:
 
 def test_updates_that_a_scaler_skips_are_none(tmp_path: Path) -> None:
     noise = GradientNoiseScale()
-    fit(tmp_path, Regression(), noise, accumulate_grad_batches=2, plugins=[fp16(2.0**127)])
+    trainer = fit(tmp_path, Regression(), noise, accumulate_grad_batches=2, plugins=[fp16(2.0**127)])
+    assert trainer.fit_loop.epoch_loop._batches_that_stepped == 6
     assert noise.rule.measured < 6
 
 
@@ -92,7 +93,7 @@ def test_windows_that_cannot_be_compared_are_left_out(tmp_path: Path) -> None:
 
     noise = GradientNoiseScale()
     uneven = torch.utils.data.DataLoader(regression_data().dataset, batch_size=9)  # the last of 11 has 6
-    fit(tmp_path, Regression(), noise, loader=uneven, accumulate_grad_batches=2)
+    assert fit(tmp_path, Regression(), noise, loader=uneven, accumulate_grad_batches=2).global_step == 6
     assert noise.rule.measured == 5  # a window of one micro-batch has no pair
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*returned `None`")  # which Lightning says once
@@ -227,8 +228,8 @@ def test_what_is_not_read_yet_is_saved_and_a_second_training_starts_anew(tmp_pat
             states.append(noise.state_dict())
 
     for _ in range(2):
-        fit(tmp_path, Regression(), noise, Saves(), accumulate_grad_batches=3, log_every_n_steps=1000)
-        assert noise.rule.measured == 4
+        trainer = fit(tmp_path, Regression(), noise, Saves(), accumulate_grad_batches=3, log_every_n_steps=1000)
+        assert trainer.global_step == noise.rule.measured == 4
     torch.save(states[7], tmp_path / "state")
     restored = GradientNoiseScale(window=3)
     restored.load_state_dict(torch.load(tmp_path / "state", weights_only=True))

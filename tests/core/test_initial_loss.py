@@ -148,6 +148,13 @@ def normal() -> Tensor:
         (functional.mse_loss, lambda: torch.zeros(64, 4), {"scale": 0.0}, ("initial loss as expected", "info")),
         (first_of(binary), in_batches((torch.arange(640) >= 320).float()), {}, ("labels all alike", "warning")),
         (first_of(binary), lambda: torch.ones(64), {}, ("labels all alike", "info")),  # may be rare, too
+        # Several outputs: pictures and windows of a series are alike within an example, which says nothing of an order.
+        (
+            functional.mse_loss,
+            in_batches(MIXED.sort()[0][:, None].expand(-1, 4)),
+            {},
+            ("initial loss as expected", "info"),
+        ),
         (first_of(binary), in_batches((MIXED > 0).float()), {}, ("initial loss as expected", "info")),
         (first_of(binary), in_batches((MIXED > 0.9).float()), {}, ("imbalanced classes", "info")),
     ],

@@ -75,8 +75,11 @@ def test_a_value_of_an_image_that_gives_the_target_away() -> None:
     images[:, 0, 3, 5] = labels / 3
     assert target_column([(images, labels)]) == 3 * 14 + 5
     assert target_column([(images[:, 0], labels)]) == 3 * 14 + 5
+    more = (torch.randn(64, 1, 14, 14, generator=chance), labels[:64])
+    assert target_column([(images, labels), more]) == 3 * 14 + 5  # which are not looked at any more
     assert target_column([(images[:255], labels[:255])]) == -1  # of so many values one may fit by chance
-    assert target_column([(images.flatten(1)[:, :80], labels)] * 1) == 47
+    assert target_column([(images.flatten(1)[:, :80], labels)]) == 47
+    assert target_column([(torch.cat([INPUTS, LABELS[:, None]], 1).view(96, 2, 2), LABELS)]) == 3
     assert target_column([(images.flatten(1)[:255, :80], labels[:255])]) == 47
     assert target_column([(images[..., None].expand(-1, -1, -1, -1, 100), labels)]) == -1  # too large
 

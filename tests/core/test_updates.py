@@ -322,6 +322,14 @@ def test_a_gain_is_steady_that_is_not_made_early() -> None:
         assert (rule.verdict() == "too low") == low
 
 
+def test_a_gain_behind_the_half_counts_beyond_its_noise() -> None:
+    for noise, low in ((0.0, True), (0.3, True), (1.5, False)):
+        rule = plain(
+            3e-4, count=400, every=1, loss=lambda share, n=noise: 2.3 - share + n * ((round(400 * share) + 2) % 5 - 2)
+        )
+        assert (rule.verdict() == "too low") == low
+
+
 def test_the_finding_has_what_was_measured() -> None:
     rule = plain(1.5e-2, 0.1)
     finding = rule.finding()
