@@ -12,6 +12,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -170,6 +171,12 @@ class EMAWeights(pl.Callback):
         if isinstance(trainer.strategy, DeepSpeedStrategy):
             raise MisconfigurationException(
                 f"{name} cannot average the weights of DeepSpeed, whose engine keeps them: use FSDP or ModelParallel"
+            )
+        others = [each for each in trainer.callbacks if isinstance(each, WeightAveraging)]  # type: ignore[attr-defined]
+        if others:
+            raise MisconfigurationException(
+                f"{name} and {type(others[0]).__name__} both put averaged weights into the model and into checkpoints:"
+                " keep one of them"
             )
         if self.buffers == "recompute" and not pl_module.automatic_optimization:
             raise MisconfigurationException(

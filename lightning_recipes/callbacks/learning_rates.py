@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from lightning_recipes.core.per_optimizer import PerOptimizer
 from lightning_recipes.core.schedules import LearningRates, Run
 
-# What lies on the learning rates of an optimizer, whoever has laid it there, and what takes it away again.
-_on: WeakKeyDictionary[Optimizer, tuple[LearningRates, list[Callable[[], None]]]] = WeakKeyDictionary()
+# What lies on the learning rates of an optimizer, who has laid it there, and what takes it away again.
+_on: WeakKeyDictionary[Optimizer, tuple[LearningRates, list[str], list[Callable[[], None]]]] = WeakKeyDictionary()
 # Epochs and steps that were to end a run that is made longer, and by how many updates it is.
 _ends: WeakKeyDictionary[pl.Trainer, tuple[int | None, int, int]] = WeakKeyDictionary()
 
@@ -100,8 +100,8 @@ def lengthen(trainer: pl.Trainer, updates: int) -> None:
 def take_hold(name: str, trainer: pl.Trainer, rule: PerOptimizer[LearningRates]) -> None:
     """Have ``rule`` say what lies on the learning rates of each optimizer; what it has loaded is taken over.
 
-    For ``on_train_start``, when everything is restored. Several callbacks may; each has to let go again. From then on
-    the parameter groups have the product, at every moment but while a scheduler of the module is stepped.
+    For ``on_train_start``, when everything is restored. Several callbacks may, which is told; each has to let go again.
+    From then on the parameter groups have the product, at every moment but while a scheduler of the module is stepped.
 
     Raises:
         MisconfigurationException: If an optimizer has no step hooks.
@@ -118,11 +118,14 @@ def take_hold(name: str, trainer: pl.Trainer, rule: PerOptimizer[LearningRates])
             def stepped(*_: object, rates: LearningRates = rates) -> None:
                 rates.update()
 
-            _on[optimizer] = rates, [optimizer.register_step_post_hook(stepped).remove]
+            _on[optimizer] = rates, [], [optimizer.register_step_post_hook(stepped).remove]
             for config in trainer.lr_scheduler_configs:
                 if getattr(config.scheduler, "optimizer", None) is optimizer:
-                    _on[optimizer][1].append(_unscaled(config.scheduler, rates))
-        rates, _ = _on[optimizer]
+                    _on[optimizer][2].append(_unscaled(config.scheduler, rates))
+        rates, holders, _ = _on[optimizer]
+        if holders and not index:
+            rank_zero_info(f"The learning rate is the product of what {' and '.join([*holders, name])} make of it.")
+        holders.append(name)
         if index in rule.rules:
             rates.load_state_dict(rule[index].state_dict())
         rule.rules[index] = rates
@@ -134,7 +137,7 @@ def let_go(trainer: pl.Trainer) -> None:
         trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps, _ = _ends.pop(trainer)
     for optimizer in trainer.optimizers:
         if optimizer in _on:
-            rates, put_back = _on.pop(optimizer)
+            rates, _, put_back = _on.pop(optimizer)
             rates.finish()
             while put_back:
                 put_back.pop()()

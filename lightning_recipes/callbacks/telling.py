@@ -36,7 +36,8 @@ NO_FIGURES = Finding(
     advice="pip install 'lightning-recipes[plots]'",
     step=0,
 )
-_told: WeakKeyDictionary[Optimizer, set[str]] = WeakKeyDictionary()  # in a fit, which has optimizers of its own
+# What was said in a fit, which has optimizers of its own, and the finding of it if it was one.
+_told: WeakKeyDictionary[Optimizer, dict[str, Finding | None]] = WeakKeyDictionary()
 
 
 def logger_step(trainer: pl.Trainer) -> int:
@@ -69,7 +70,7 @@ def tell(trainer: pl.Trainer, finding: Finding) -> None:
 
     Not if the same but for the step was told in this fit before, by whatever callback.
     """
-    if _is_new(trainer, _said(finding)):
+    if _is_new(trainer, _said(finding), finding):
         (rank_zero_info if finding.severity == "info" else _warn)(finding.text)
         _write(trainer, finding)
 
@@ -82,7 +83,7 @@ def _warn(text: str) -> None:
 
 def note(trainer: pl.Trainer, finding: Finding) -> None:
     """Append a finding to ``findings.jsonl`` and log it as text, without a warning; likewise."""
-    if _is_new(trainer, _said(finding)):
+    if _is_new(trainer, _said(finding), finding):
         _write(trainer, finding)
 
 
@@ -111,11 +112,19 @@ def _said(finding: Finding) -> str:
     return repr(replace(finding, step=0))
 
 
-def _is_new(trainer: pl.Trainer, said: str) -> bool:
-    told = _told.setdefault(trainer.optimizers[0], set()) if trainer.optimizers else set()
-    is_new = said not in told
-    told.add(said)
+def _is_new(trainer: pl.Trainer, said: str, finding: Finding | None = None) -> bool:
+    if not trainer.optimizers:
+        return True
+    before = _told.setdefault(trainer.optimizers[0], {})
+    is_new = said not in before
+    before[said] = finding
     return is_new
+
+
+def told(trainer: pl.Trainer) -> list[Finding]:
+    """The findings of the trainer's last fit, whichever callbacks they are of."""
+    said = _told.get(trainer.optimizers[0], {}) if trainer.optimizers else {}
+    return [finding for finding in said.values() if finding is not None]
 
 
 def _write(trainer: pl.Trainer, finding: Finding) -> None:

@@ -9,10 +9,12 @@ from typing import Any, Literal
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_recipes.core.findings import Finding
+from lightning_recipes.core.findings import Finding, listing
 from lightning_recipes.core.selection import quantile
 
-Leaf = Literal["nothing learnt", "model bias", "optimization", "overfitting", "mismatch", "done", "cannot tell"]
+Leaf = Literal[
+    "defect", "nothing learnt", "model bias", "optimization", "overfitting", "mismatch", "done", "cannot tell"
+]
 
 LECTURE = "When a network fails to train: training loss first, then validation; Ng, Machine Learning Yearning, 2018"
 SURE = 0.975  # one-sided confidence of every comparison
@@ -54,11 +56,19 @@ CURES: dict[str, tuple[str, ...]] = {
     ),
     "done": (),
 }
-OF_OPTIMIZATION = (
+OF_OPTIMIZATION = (  # rules of findings that say so
     "diverged",
     "training loss rises",
     "falls too slowly",
     "decayed too early",
+    "learning rate looks too low",
+    "learning rate looks too high",
+    "exploding gradient",
+    "vanishing gradient",
+    "divergence",
+    "extremely aggressive clipping",
+    "saddle",
+    "bouncing between the walls",
 )
 
 
@@ -147,8 +157,8 @@ class Diagnosis:
     """A leaf of the tree.
 
     Args:
-        leaf: ``"nothing learnt"``, ``"model bias"``, ``"optimization"``, ``"overfitting"``, ``"mismatch"``, ``"done"``
-            or ``"cannot tell"``.
+        leaf: ``"defect"``, ``"nothing learnt"``, ``"model bias"``, ``"optimization"``, ``"overfitting"``,
+            ``"mismatch"``, ``"done"`` or ``"cannot tell"``.
         finding: The evidence, and what to do; the rule is the leaf.
         cures: What helps, the first first; where it cannot be told, what to measure next.
     """
@@ -171,7 +181,8 @@ class Evidence:
         smaller: Training loss of a smaller or shallower network on the same data.
         held_out: Loss on a part of the training distribution that was not trained on.
         samples: How well the inputs of training and validation can be told apart.
-        curves: Rules that the learning curves were found to follow.
+        rules: Of what was found during the training.
+        defects: Findings that warned before it, the severest first.
         step: Optimizer updates done.
     """
 
@@ -182,19 +193,21 @@ class Evidence:
     smaller: Measured | None = None
     held_out: Measured | None = None
     samples: TwoSamples | None = None
-    curves: frozenset[str] = frozenset()
+    rules: frozenset[str] = frozenset()
+    defects: tuple[Finding, ...] = ()
     step: int = 0
 
 
 def decide(evidence: Evidence) -> Diagnosis:
-    """Walk down the tree: first the training loss, then the validation loss.
+    """Walk down the tree: first what is broken, then the training loss, then the validation loss.
 
-    Training loss high: model bias or optimization, or nothing learnt where it, or the loss on held-out data (else on
-    validation data), is not lower than that of a constant output; low, and validation high: overfitting or mismatch;
-    else done. A loss is high if the whole of its interval is above the target. Without a target the trivial loss is the
-    measure: a training loss above half of it is high and one below a tenth low, between them it cannot be told (unless
-    a smaller network has a lower one, or the gap to validation is larger than the training loss itself: then that comes
-    first); and validation is high if it is more than a tenth of the trivial loss above training.
+    What warned before the training is mended first: behind it all leaves look alike. Training loss high: model bias or
+    optimization, or nothing learnt where it, or the loss on held-out data (else on validation data), is not lower than
+    that of a constant output; low, and validation high: overfitting or mismatch; else done. A loss is high if the whole
+    of its interval is above the target. Without a target the trivial loss is the measure: a training loss above half of
+    it is high and one below a tenth low, between them it cannot be told (unless a smaller network has a lower one, or
+    the gap to validation is larger than the training loss itself: then that comes first); and validation is high if it
+    is more than a tenth of the trivial loss above training.
 
     Example:
         >>> decide(Evidence(Measured(0.02), Measured(0.9), target=0.1, held_out=Measured(0.05))).leaf
@@ -206,6 +219,16 @@ def decide(evidence: Evidence) -> Diagnosis:
         https://arxiv.org/abs/1512.03385
     """
     train, target, trivial = evidence.train, evidence.target, evidence.trivial
+    if evidence.defects:
+        first, *others = evidence.defects
+        beside = f" ({listing([each.rule for each in others])} beside it)" if others else ""
+        return _leaf(
+            evidence,
+            "defect",
+            f"The training loss is {train}, but before the training there was a warning of {first.rule}{beside}:"
+            f" {first.message}",
+            tuple(each.advice for each in evidence.defects),
+        )
     if target is None and trivial is None:
         return _leaf(
             evidence,
@@ -240,7 +263,7 @@ def decide(evidence: Evidence) -> Diagnosis:
 def _of_training(evidence: Evidence, than: str) -> Diagnosis:
     train, smaller = evidence.train, evidence.smaller
     saw = f"The training loss is {train}, {than}"
-    of_curves = [rule for rule in OF_OPTIMIZATION if rule in evidence.curves]
+    of_training = [rule for rule in OF_OPTIMIZATION if rule in evidence.rules]
     nothing = _nothing(evidence)
     if smaller is not None:
         difference = train - smaller
@@ -251,17 +274,17 @@ def _of_training(evidence: Evidence, than: str) -> Diagnosis:
                 "optimization",
                 f"{saw}, and a smaller network reaches {smaller}: the larger one could, too, and does not find it.",
             )
-        if difference.high <= CLOSE * too_high and not of_curves and not nothing:
+        if difference.high <= CLOSE * too_high and not of_training and not nothing:
             than_smaller = "lower than" if difference.high < 0 else "no higher than"
             return _leaf(
                 evidence,
                 "model bias",
                 f"{saw}, but {than_smaller} the {smaller} of a smaller network: size helps, or does no harm.",
             )
-    if nothing and not of_curves:
+    if nothing and not of_training:
         return _leaf(evidence, "nothing learnt", f"{saw}: {nothing}.")
-    if of_curves:
-        return _leaf(evidence, "optimization", f"{saw}, and the learning curves say: {', '.join(of_curves)}.")
+    if of_training:
+        return _leaf(evidence, "optimization", f"{saw}, and during the training it was told: {', '.join(of_training)}.")
     if smaller is not None:
         saw += f", and that of a smaller network is {smaller}: too uncertain to compare"
         return _leaf(evidence, "cannot tell", f"{saw}.", ("both training losses with more seeds",))
@@ -276,7 +299,7 @@ def _of_training(evidence: Evidence, than: str) -> Diagnosis:
 def _nothing(evidence: Evidence) -> str:
     """In what way the network knows no more than a constant output; empty if it does."""
     others = evidence.held_out if evidence.held_out is not None else evidence.val
-    if "training loss does not fall" in evidence.curves:
+    if "training loss does not fall" in evidence.rules:
         return "it has not fallen since the start"
     if evidence.trivial is None:
         return ""
@@ -327,7 +350,7 @@ def _of_gap(evidence: Evidence, saw: str, gap: Measured) -> Diagnosis:
         if samples.auc + samples.error <= TOLD_APART:
             return _leaf(evidence, "overfitting", f"{saw}, and the inputs are alike: {samples}.")
         saw += f", and {samples}, which does not decide"
-    elif "overfitting" in evidence.curves or "best at the start" in evidence.curves:
+    elif "overfitting" in evidence.rules or "best at the start" in evidence.rules:
         return _leaf(evidence, "overfitting", f"{saw}, and it has grown while the training loss fell.")
     return _leaf(
         evidence,
@@ -340,11 +363,13 @@ def _of_gap(evidence: Evidence, saw: str, gap: Measured) -> Diagnosis:
     )
 
 
-def _leaf(evidence: Evidence, leaf: Leaf, message: str, measure: tuple[str, ...] = ()) -> Diagnosis:
-    cures = measure or CURES[leaf]
-    if leaf == "done":
+def _leaf(evidence: Evidence, leaf: Leaf, message: str, own: tuple[str, ...] = ()) -> Diagnosis:
+    cures = own or CURES[leaf]
+    if leaf == "defect":
+        advice = f"Mend that first: {cures[0]}"
+    elif leaf == "done":
         advice = "Nothing to cure: tune for the last bit, or ask for more (a lower target_loss)."
-    elif measure:
+    elif own:
         advice = f"Measure {'; or '.join(cures)}."
     else:
         advice = f"In this order: {'; '.join(cures)}."

@@ -25,6 +25,7 @@ LOW = 1.3e-3  # the highest ratios of a run are below: too low, if the loss says
 HIGH = 1.2e-2  # the middle half of a run has ratios above: too high
 VERY_HIGH = 2e-2  # likewise, and worth a warning; or above it before the run died
 KICK = 0.3  # of its weights an update changes at once: too high for the start
+LEAP = 1.0  # likewise, and worth a warning, in however short a run
 HEALTHY = (5e-4, 2e-2)  # what figures show as the usual range
 PEAK = 0.9  # quantile of the ratios of a run that counts as their highest
 DEAD = 0.1  # of the first loss, which a run has to gain that has not died
@@ -269,12 +270,13 @@ class UpdateRatioRule:
 
     def verdict(self, enough: int = ENOUGH) -> Verdict | None:
         """What is to be said of the learning rate, if anything."""
+        leaps: Verdict | None = "too high for the start" if self.kick > LEAP else None
         if self.seen < enough or not self.measured:
-            return None
+            return leaps
         if self._died():
-            return "died" if self._before_it_died() > VERY_HIGH else None
+            return "died" if self._before_it_died() > VERY_HIGH else leaps
         if self.measured < enough or self.step + 1 < SETTLED:
-            return None
+            return leaps
         if self.level() > HIGH:
             return "too high"
         if self.kick > KICK:
@@ -298,7 +300,7 @@ class UpdateRatioRule:
         idle = max(abs(last - self.first_loss), self.first_loss - self._lowest()) < DEAD * abs(self.first_loss)
         when = "in a run that has learned nothing" if idle else "before the run died"
         is_sure = verdict == "died" or (verdict == "too low" and peak < LOW)
-        warns = is_sure or middle > VERY_HIGH or self.kick > 1
+        warns = is_sure or middle > VERY_HIGH or self.kick > LEAP
         ratio = f"stayed below {peak:.2g} in nine tenths" if peak < LOW else f"was {middle:.2g} in the middle half"
         message, advice = {
             "too low": (

@@ -4,9 +4,13 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightning_recipes.callbacks.curves import LearningCurves
+from lightning_recipes.callbacks.initial_loss import InitialLossCheck
+from lightning_recipes.callbacks.telling import told
 from lightning_recipes.core.arguments import check_real
 from lightning_recipes.core.curves import CurvesRule
 from lightning_recipes.core.diagnosis import Diagnosis, Evidence, Measured, TwoSamples, decide, measured
@@ -35,34 +39,36 @@ def diagnose(
     train_inputs: Any = None,
     val_inputs: Any = None,
     features: Callable[[Tensor], Tensor] | None = None,
-    curves: Any = None,
+    trainer: pl.Trainer | None = None,
     seed: int = 0,
 ) -> Diagnosis:
-    """Say what is the matter with a training: model bias, optimization, overfitting, mismatch, or nothing.
+    """Say what is the matter with a training: a defect, model bias, optimization, overfitting, mismatch, or nothing.
 
-    Training loss that of a constant output: nothing was learnt. High: if a smaller network reaches a lower one it is
-    optimization, if not the model is too small. Training loss low and validation loss high: overfitting, if held-out
-    data of the training distribution are as bad, mismatch, if they are good; without such data a classifier is trained
-    to tell the inputs of the two sets apart. What is high, and how noise counts, says
-    :func:`~lightning_recipes.core.diagnosis.decide`. Where the evidence does not decide, the answer is
-    ``"cannot tell"``, and what to measure next.
+    Of a ``trainer`` whose fit is over its callbacks are asked: what they warned of before the training is to be mended
+    first, and what they told during it counts. Training loss that of a constant output: nothing was learnt. High: if a
+    smaller network reaches a lower one it is optimization, if not the model is too small. Training loss low and
+    validation loss high: overfitting, if held-out data of the training distribution are as bad, mismatch, if they are
+    good; without such data a classifier is trained to tell the inputs of the two sets apart. What is high, and how
+    noise counts, says :func:`~lightning_recipes.core.diagnosis.decide`. Where the evidence does not decide, the answer
+    is ``"cannot tell"``, and what to measure next.
 
     A loss is a number, or a sample (of examples, batches or, for ``smaller_train_loss``, seeds) whose mean it is: only
     then is it known how sure it is.
 
     Args:
         train_loss: In the end, taken as the validation loss is: without dropout and penalties. None for that of the
-            curves.
-        val_loss: In the end; None for that of the curves.
+            trainer's :class:`~lightning_recipes.LearningCurves`.
+        val_loss: In the end; None likewise.
         target_loss: What would be good enough: what people reach, or what is wanted.
         trivial_loss: Of the best constant prediction: the entropy of the class prior (ln C for even classes), the
-            variance of the targets; above 0, for losses whose least value is 0.
+            variance of the targets; above 0, for losses whose least value is 0. None for that of the trainer's
+            :class:`~lightning_recipes.InitialLossCheck`.
         smaller_train_loss: Of a smaller or shallower network, trained on the same data.
         held_out_loss: On a part of the training distribution that was not trained on.
         train_inputs: Of examples, a tensor (N, ...) or tensors of batches; looked at if the rest does not decide.
         val_inputs: Likewise.
         features: Makes features (N, ...) of inputs, such as a network without its head; needed for tokens.
-        curves: A :class:`~lightning_recipes.LearningCurves` after fit, or its rule.
+        trainer: After ``fit``, with the callbacks that shall be asked.
         seed: Of the classifier.
 
     Raises:
@@ -78,22 +84,29 @@ def diagnose(
         Ng, Machine Learning Yearning, 2018, chapters 20 to 44
         Lopez-Paz and Oquab, Revisiting Classifier Two-Sample Tests, 2017: https://arxiv.org/abs/1610.06545
     """
-    rule = getattr(curves, "rule", curves)
-    if rule is not None and not isinstance(rule, CurvesRule):
-        raise TypeError(f"curves must be LearningCurves or its rule, got {curves!r}")
-    of_curves = _of_curves(rule) if rule is not None else (None, None)
+    if trainer is not None and not isinstance(trainer, pl.Trainer):
+        raise TypeError(f"trainer must be a Trainer, got {trainer!r}")
+    rule = _curves(trainer)
+    read = _losses(rule) if rule is not None else (None, None)
     train, val = (
-        measured(name, given) if given is not None else read
-        for name, given, read in zip(("train_loss", "val_loss"), (train_loss, val_loss), of_curves, strict=True)
+        measured(name, given) if given is not None else own
+        for name, given, own in zip(("train_loss", "val_loss"), (train_loss, val_loss), read, strict=True)
     )
     if train is None:
-        raise TypeError("there must be a training loss: give train_loss, or curves of at least 100 batches")
+        raise TypeError(
+            "there must be a training loss: give train_loss, or a trainer with LearningCurves of at least 100 batches"
+        )
     if target_loss is not None:
         check_real("target_loss", target_loss, -math.inf, math.inf)
     if trivial_loss is not None:
         check_real("trivial_loss", trivial_loss, 0, math.inf)
+    else:
+        trivial_loss = _trivial(trainer)
     if (train_inputs is None) != (val_inputs is None):
         raise TypeError("the inputs of both sets are needed to compare them, or of none")
+    findings = told(trainer) if trainer is not None else []
+    warned = [each for severity in ("error", "warning") for each in findings if each.severity == severity]
+    of_curves = rule.findings() if rule is not None else []
     evidence = Evidence(
         train,
         val,
@@ -101,8 +114,9 @@ def diagnose(
         trivial_loss,
         None if smaller_train_loss is None else measured("smaller_train_loss", smaller_train_loss),
         None if held_out_loss is None else measured("held_out_loss", held_out_loss),
-        curves=frozenset(finding.rule for finding in rule.findings()) if rule is not None else frozenset(),
-        step=rule.train.bins[-1].last if rule is not None and rule.train.bins else 0,
+        rules=frozenset(finding.rule for finding in (*of_curves, *warned) if finding.step),
+        defects=tuple(finding for finding in warned if not finding.step),
+        step=trainer.global_step if trainer is not None else 0,
     )
     if train_inputs is not None and held_out_loss is None:
         samples = two_sample_test(train_inputs, val_inputs, features, seed)
@@ -110,7 +124,21 @@ def diagnose(
     return decide(evidence)
 
 
-def _of_curves(rule: CurvesRule) -> tuple[Measured | None, Measured | None]:
+def _curves(trainer: pl.Trainer | None) -> CurvesRule | None:
+    """Of the trainer's LearningCurves, if it has them."""
+    callbacks = trainer.callbacks if trainer is not None else []  # type: ignore[attr-defined]
+    return next((each.rule for each in callbacks if isinstance(each, LearningCurves)), None)
+
+
+def _trivial(trainer: pl.Trainer | None) -> float | None:
+    """The loss of the best constant output, if the trainer's InitialLossCheck knows it of a single criterion."""
+    callbacks = trainer.callbacks if trainer is not None else []  # type: ignore[attr-defined]
+    results = [result for each in callbacks if isinstance(each, InitialLossCheck) for result in each.results]
+    constants = [result.constant for result in results if result.constant > 0 and math.isfinite(result.constant)]
+    return constants[0] if len(constants) == len(results) == 1 else None
+
+
+def _losses(rule: CurvesRule) -> tuple[Measured | None, Measured | None]:
     """Training and validation loss at the end of the curves."""
     means = [each.mean for each in rule.train.bins if each.count]
     train = val = None

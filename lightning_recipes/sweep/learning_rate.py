@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning_recipes.callbacks.trials import progress
 from lightning_recipes.core.learning_rate import GRID, LearningRateSearch
 from lightning_recipes.core.trials import SweepResult
-from lightning_recipes.sweep.running import Make, Runner, in_this_process, trials_of
+from lightning_recipes.sweep.running import Make, Runner, in_this_process, refuse_data, trials_of
 
 
 def learning_rate_sweep(
@@ -74,6 +74,7 @@ def learning_rate_sweep(
     References:
         Godbole et al., Deep Learning Tuning Playbook, 2023: https://github.com/google-research/tuning_playbook
     """
+    refuse_data("learning_rates", learning_rates)
     search = LearningRateSearch(tuple(learning_rates), steps, seeds, max_steps)
     train = trials_of(make, train_dataloaders, datamodule, trainer_settings, val_dataloaders, monitor)
     with progress("learning-rate sweep", search.most_steps, show_progress) as told:

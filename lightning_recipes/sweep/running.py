@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_recipes.callbacks.trials import LoopTrials, ModuleTrials, run_trials, seed_all
 from lightning_recipes.core.trials import Outcome, Search, Trial
@@ -41,6 +42,19 @@ class Runner(Protocol):
 
 
 in_this_process: Runner = run_trials
+
+
+def refuse_data(name: str, given: object) -> None:
+    """Say of data at the place of another argument where they belong.
+
+    Raises:
+        TypeError: If it is a loader, a dataset or a data module.
+    """
+    if isinstance(given, DataLoader | Dataset | pl.LightningDataModule):
+        raise TypeError(
+            f"{name} comes here, got {type(given).__name__}: give data by name, as train_dataloaders=..."
+            " or datamodule=..."
+        )
 
 
 def trials_of(

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from lightning_recipes.callbacks.trials import progress
 from lightning_recipes.core.trials import SweepResult
 from lightning_recipes.core.warmup import WarmupSearch
-from lightning_recipes.sweep.running import Make, Runner, in_this_process, trials_of
+from lightning_recipes.sweep.running import Make, Runner, in_this_process, refuse_data, trials_of
 
 
 def warmup_sweep(
@@ -64,6 +64,7 @@ def warmup_sweep(
     References:
         Godbole et al., Deep Learning Tuning Playbook, 2023: https://github.com/google-research/tuning_playbook
     """
+    refuse_data("max_steps", max_steps)
     train = trials_of(make, train_dataloaders, datamodule, trainer_settings)
     search = WarmupSearch(
         train.learning_rate,

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from models import (
     Adversaries,
@@ -607,6 +607,12 @@ def test_a_training_in_a_thread(tmp_path: Path) -> None:
         thread.start()
         thread.join()
     assert not same(weights_of(module), weights_of(raw))
+
+
+def test_another_average_of_the_weights_is_refused(tmp_path: Path) -> None:
+    for callbacks in ([EMAWeights(), EMAWeightAveraging()], [EMAWeightAveraging(), EMAWeights()]):
+        with pytest.raises(MisconfigurationException, match="EMAWeights and EMAWeightAveraging both put.*keep one"):
+            fit(tmp_path, Regression(), *callbacks)
 
 
 def test_deepspeed_is_refused(tmp_path: Path) -> None:

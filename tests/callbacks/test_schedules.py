@@ -279,11 +279,14 @@ def test_a_second_fit_goes_on_and_another_one_starts_anew(tmp_path: Path) -> Non
     assert module.used[0] == [0.1, 0.01]
 
 
-def test_two_schedules_make_a_product(tmp_path: Path) -> None:
+def test_two_schedules_make_a_product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Other(LearningRateSchedule):
         """Of another state key."""
 
+    said: list[str] = []
+    monkeypatch.setattr("lightning_recipes.callbacks.learning_rates.rank_zero_info", said.append)
     rates = used(tmp_path, "cosine", LearningRateSchedule("linear"), Other("cosine"))
+    assert said == ["The learning rate is the product of what LearningRateSchedule and Other make of it."]
     factors = [a * b for a, b in zip(Linear().curve(36), Cosine().curve(36), strict=True)]
     assert rates == [pytest.approx(each) for each in times(used(tmp_path, "cosine"), factors)]
 

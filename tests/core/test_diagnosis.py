@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lightning_recipes.core.diagnosis import CURES, Evidence, Measured, TwoSamples, decide, measured
+from lightning_recipes.core.findings import Finding
 
 ALIKE, APART, UNSURE = TwoSamples(0.5, 0.04, 0.04, 800), TwoSamples(0.9, 0.04, 0.04, 800), TwoSamples(0.6, 0.1, 0.1, 90)
 
@@ -27,10 +28,11 @@ def leaf(train: Any, val: Any = None, **more: Any) -> str:
         ("nothing learnt", {"train": 2.28, "trivial": 2.3}),
         ("nothing learnt", {"train": 2.28, "trivial": 2.3, "smaller": 2.29}),  # nor does the smaller one
         ("optimization", {"train": 2.28, "trivial": 2.3, "smaller": 1.5}),
-        ("optimization", {"train": 2.28, "trivial": 2.3, "curves": frozenset({"diverged"})}),
+        ("optimization", {"train": 2.28, "trivial": 2.3, "rules": frozenset({"diverged"})}),
+        ("optimization", {"train": 1.9, "trivial": 2.3, "rules": frozenset({"learning rate looks too high"})}),
         ("cannot tell", {"train": [2.0, 2.2, 2.28], "trivial": 2.3}),  # not surely nothing
         ("cannot tell", {"train": 2.28, "target": 0.1}),  # what would a constant give?
-        ("nothing learnt", {"train": 2.28, "target": 0.1, "curves": frozenset({"training loss does not fall"})}),
+        ("nothing learnt", {"train": 2.28, "target": 0.1, "rules": frozenset({"training loss does not fall"})}),
         ("nothing learnt", {"train": 1.9, "val": 2.4, "trivial": 2.3}),  # by heart
         ("nothing learnt", {"train": 1.9, "val": 2.4, "held_out": 2.4, "trivial": 2.3}),
         ("cannot tell", {"train": 1.9, "val": 2.4, "held_out": 2.0, "trivial": 2.3}),  # validation is another matter
@@ -38,9 +40,9 @@ def leaf(train: Any, val: Any = None, **more: Any) -> str:
         ("cannot tell", {"train": [1.0, 2.0, 3.0], "target": 0.1, "smaller": [0.5, 2.4, 1.0]}),  # too uncertain
         ("model bias", {"train": 1.0, "target": 0.1, "smaller": 1.5}),
         ("model bias", {"train": 1.0, "target": 0.1, "smaller": 0.99}),
-        ("optimization", {"train": 1.0, "target": 0.1, "curves": frozenset({"falls too slowly"})}),
-        ("optimization", {"train": 1.0, "target": 0.1, "smaller": 1.5, "curves": frozenset({"decayed too early"})}),
-        ("cannot tell", {"train": 1.0, "target": 0.1, "curves": frozenset({"overfitting"})}),
+        ("optimization", {"train": 1.0, "target": 0.1, "rules": frozenset({"falls too slowly"})}),
+        ("optimization", {"train": 1.0, "target": 0.1, "smaller": 1.5, "rules": frozenset({"decayed too early"})}),
+        ("cannot tell", {"train": 1.0, "target": 0.1, "rules": frozenset({"overfitting"})}),
         ("cannot tell", {"train": 0.01, "target": 0.1}),  # and validation?
         ("done", {"train": 0.01, "val": 0.05, "target": 0.1}),
         ("done", {"train": 0.01, "val": [0.05, 0.15, 0.14, 0.12], "target": 0.1}),  # not surely above
@@ -54,7 +56,7 @@ def leaf(train: Any, val: Any = None, **more: Any) -> str:
         ("mismatch", {"train": 0.01, "val": 0.9, "trivial": 2.3, "samples": APART}),
         ("cannot tell", {"train": 0.01, "val": 0.9, "trivial": 2.3, "samples": UNSURE}),
         ("overfitting", {"train": 0.01, "val": 0.9, "target": 0.1, "held_out": 0.8, "samples": APART}),
-        ("overfitting", {"train": 0.01, "val": 0.9, "target": 0.1, "curves": frozenset({"overfitting"})}),
+        ("overfitting", {"train": 0.01, "val": 0.9, "target": 0.1, "rules": frozenset({"overfitting"})}),
         ("cannot tell", {"train": 0.4, "val": 0.7, "trivial": 2.3, "held_out": 0.4}),
         ("mismatch", {"train": 0.4, "val": 1.5, "trivial": 2.3, "held_out": 0.5}),  # the gap comes first
         ("overfitting", {"train": 0.4, "val": 1.5, "trivial": 2.3, "held_out": 1.4}),
@@ -62,8 +64,8 @@ def leaf(train: Any, val: Any = None, **more: Any) -> str:
         ("done", {"train": 0.9, "val": 1.9, "trivial": 10.0}),
         ("overfitting", {"train": 0.9, "val": 1.91, "trivial": 10.0, "held_out": 1.9}),
         ("cannot tell", {"train": 1.0, "val": 1.0, "trivial": 10.0}),  # a tenth is not low
-        ("cannot tell", {"train": 5.0, "trivial": 10.0, "curves": frozenset({"diverged"})}),  # nor a half high
-        ("optimization", {"train": 5.1, "trivial": 10.0, "curves": frozenset({"diverged"})}),
+        ("cannot tell", {"train": 5.0, "trivial": 10.0, "rules": frozenset({"diverged"})}),  # nor a half high
+        ("optimization", {"train": 5.1, "trivial": 10.0, "rules": frozenset({"diverged"})}),
         ("mismatch", {"train": -3.0, "val": -1.0, "target": -2.5, "held_out": -2.9}),
     ],
 )
@@ -83,6 +85,18 @@ def test_a_leaf_has_its_evidence_and_its_cures() -> None:
     assert "AUC of 0.900 ± 0.04 (800 examples; by chance 0.5 ± 0.04)" in mismatch.message
     unknown = decide(Evidence(Measured(1.0)))
     assert (unknown.finding.severity, unknown.finding.advice[:7]) == ("info", "Measure")
+
+
+def test_what_is_broken_is_mended_before_anything_is_told_apart() -> None:
+    found = [Finding(name, "warning", f"It has {name}.", f"Mend {name}.", 0) for name in ("a", "b", "c")]
+    for losses in ((0.01, 0.02), (2.3, 2.3), (0.01, 2.0)):
+        diagnosis = decide(Evidence(*map(Measured, losses), trivial=2.3, defects=tuple(found)))
+        assert (diagnosis.leaf, diagnosis.finding.severity) == ("defect", "warning")
+        assert "before the training there was a warning of a (b, c beside it): It has a." in diagnosis.finding.message
+        assert diagnosis.finding.advice == "Mend that first: Mend a."
+        assert diagnosis.cures == ("Mend a.", "Mend b.", "Mend c.")
+    alone = decide(Evidence(Measured(0.01), defects=tuple(found[:1])))
+    assert "a warning of a: It has a." in alone.finding.message
 
 
 def test_a_sample_is_as_sure_as_it_is() -> None:

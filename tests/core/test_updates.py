@@ -205,6 +205,16 @@ def test_nothing_is_said_of_few_updates_or_without_a_loss() -> None:
     assert ran(lambda share: 0.0, stays).finding() is None  # nothing ever moved
 
 
+def test_an_update_as_large_as_the_weights_is_told_of_however_short_a_run() -> None:
+    for first, said in ((0.99, None), (1.01, "too high for the start")):
+        for count, every in ((1, 1), (19, 10), (30, 1)):
+            assert plain(5e-3, first, count, every).verdict() == said
+    finding = plain(5e-3, 1.19, 7).finding()
+    assert finding is not None
+    assert finding.severity == "warning"
+    assert finding.message == "The first update changed the weights by 119% of their size."
+
+
 def test_the_level_is_that_of_the_layers_with_a_matrix() -> None:
     rule = UpdateRatioRule()
     rule.update(0, {"norm": 1.0, "a": 1e-3, "b": 3e-3, "zero": math.nan, "still": 0.0}, matrices=["a", "b", "zero"])

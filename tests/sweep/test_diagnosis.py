@@ -4,13 +4,17 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from models import quiet_trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_recipes import LearningCurves
+from lightning_recipes import InitialLossCheck, LearningCurves, UpdateRatioMonitor
 from lightning_recipes.core.curves import CurvesRule
 from lightning_recipes.sweep import diagnose, two_sample_test
 
@@ -126,7 +130,7 @@ def test_a_healthy_one() -> None:
         assert diagnose(*found, **reference).leaf == "done"
 
 
-# ---------------------------------------------------------------------------------------------- the curves
+# ---------------------------------------------------------------------------------------------- the trainer
 
 
 def curves(train: Callable[[float], float], val: Callable[[float], float]) -> CurvesRule:
@@ -139,15 +143,69 @@ def curves(train: Callable[[float], float], val: Callable[[float], float]) -> Cu
     return rule
 
 
-def test_losses_and_readings_come_from_the_curves() -> None:
+def with_curves(folder: Path, rule: CurvesRule) -> pl.Trainer:
+    callback = LearningCurves()
+    callback.rule = rule
+    return quiet_trainer(folder, callbacks=[callback])
+
+
+def test_losses_and_readings_come_from_the_curves(tmp_path: Path) -> None:
     slow = curves(lambda share: 2.3 - 0.3 * share, lambda share: 2.3 - 0.3 * share)
-    assert diagnose(trivial_loss=2.3, curves=slow).leaf == "optimization"
+    assert diagnose(trivial_loss=2.3, trainer=with_curves(tmp_path, slow)).leaf == "optimization"
     overfits = curves(lambda share: 2.3 * math.exp(-9 * share), lambda share: 0.6 + (share - 0.3) ** 2)
-    diagnosis = diagnose(trivial_loss=2.3, curves=overfits)
-    assert (diagnosis.leaf, diagnosis.finding.step) == ("overfitting", 2000)
+    diagnosis = diagnose(trivial_loss=2.3, trainer=with_curves(tmp_path, overfits))
+    assert diagnosis.leaf == "overfitting"
     assert float(diagnosis.finding.evidence["val_loss"]) == pytest.approx(1.0, abs=0.1)
     with pytest.raises(TypeError, match="there must be a training loss"):
-        diagnose(trivial_loss=2.3, curves=LearningCurves())
+        diagnose(trivial_loss=2.3, trainer=with_curves(tmp_path, CurvesRule()))
+
+
+class Digits(pl.LightningModule):
+    def __init__(self, rate: float, last: nn.Module) -> None:
+        super().__init__()
+        self.net, self.rate = nn.Sequential(perceptron(64, 64, 10), last), rate
+
+    def loss(self, batch: Split) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def training_step(self, batch: Split, batch_idx: int) -> Tensor:
+        return self.loss(batch)
+
+    def validation_step(self, batch: Split, batch_idx: int) -> None:
+        self.log("val_loss", self.loss(batch))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), self.rate, momentum=0.9)
+
+
+@pytest.mark.filterwarnings("ignore")  # which is what is tested
+@pytest.mark.parametrize(
+    ("rate", "last", "leaf", "said"),
+    [
+        (0.02, nn.Identity(), "done", "which is not high either"),
+        (0.02, nn.Softmax(1), "defect", "a warning of softmax applied twice: "),
+        (
+            0.0002,
+            nn.Identity(),
+            "optimization",
+            "during the training it was told: falls too slowly, learning rate looks too low",
+        ),
+    ],
+)
+def test_a_run_is_asked_for_what_its_callbacks_know(
+    rate: float, last: nn.Module, leaf: str, said: str, tmp_path: Path
+) -> None:
+    pl.seed_everything(0)
+    loaders = [DataLoader(TensorDataset(*digits()[name]), 32, shuffle=name == "train") for name in ("train", "val")]
+    callbacks: list[pl.Callback] = [InitialLossCheck(), LearningCurves(), UpdateRatioMonitor()]
+    trainer = quiet_trainer(tmp_path, max_epochs=15, callbacks=callbacks)
+    trainer.fit(Digits(rate, last), *loaders)
+    diagnosis = diagnose(trainer=trainer)
+    assert diagnosis.leaf == leaf
+    assert said in diagnosis.finding.message
+    assert diagnosis.finding.step == trainer.global_step
+    assert diagnosis.finding.evidence.get("trivial_loss", 2.3) == pytest.approx(2.3, abs=0.03)
+    assert diagnose(0.01, 0.02, target_loss=0.1).leaf == "done"  # of no trainer
 
 
 # ---------------------------------------------------------------------------------------------- two samples
@@ -191,7 +249,7 @@ def test_batches_pairs_and_numbers_are_taken_and_the_random_state_left_alone() -
         ({}, TypeError, "there must be a training loss"),
         ({"train_loss": 1.0, "trivial_loss": 0.0}, ValueError, "trivial_loss must be a number above 0"),
         ({"train_loss": 1.0, "target_loss": math.nan}, ValueError, "target_loss must be a finite number"),
-        ({"train_loss": 1.0, "curves": 3}, TypeError, "curves must be LearningCurves or its rule, got 3"),
+        ({"train_loss": 1.0, "trainer": 3}, TypeError, "trainer must be a Trainer, got 3"),
         ({"train_loss": 1.0, "train_inputs": torch.zeros(30, 1)}, TypeError, "the inputs of both sets"),
         ({"train_loss": 1.0, "train_inputs": torch.zeros(9, 1), "val_inputs": torch.zeros(30, 1)}, ValueError, "20"),
         ({"train_loss": 1.0, "train_inputs": [3], "val_inputs": torch.zeros(30, 1)}, TypeError, "must be a tensor"),

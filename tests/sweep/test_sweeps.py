@@ -282,6 +282,11 @@ def test_what_cannot_be_trained_is_refused() -> None:
         learning_rate_sweep(lambda seed: seed)  # type: ignore[arg-type, return-value]
     with pytest.raises(TypeError, match="are for a LightningModule"):
         learning_rate_sweep(quadratic, accelerator="cpu")
+    for data in (regression_data(), pl.LightningDataModule()):
+        with pytest.raises(TypeError, match=f"learning_rates comes here, got {type(data).__name__}: give data by name"):
+            learning_rate_sweep(Fragile(), data)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=f"max_steps comes here, got {type(data).__name__}: give data by name"):
+            warmup_sweep(Fragile(), data)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="learning_rates must rise"):
         learning_rate_sweep(quadratic, [0.1, 0.01])
     with pytest.raises(ValueError, match="steps must be a whole number of at least 20"):
