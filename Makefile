@@ -48,6 +48,7 @@ format: .venv/installed
 # torch first, by itself: what else needs it is then content with the version of constraints.txt.
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
+	@echo 'Installing into .venv, which takes some minutes.'
 	$(PYTHON) -m venv .venv
 	$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'

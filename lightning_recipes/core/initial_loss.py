@@ -465,7 +465,7 @@ class _Say:
                 "initial loss off", severity, f"The loss is {times}: {result.text}.", "Check scales and the loss.",
                 result,
             )  # fmt: skip
-        if result.least_ratio <= 1 + CLOSE:
+        if result.least_ratio <= 1 + CLOSE or (result.constant == 0 and not result.classes):
             return False
         bound = 1 + FAR if result.classes else 3.0
         severity = "warning" if result.least_ratio > bound and not named else "info"
@@ -545,6 +545,11 @@ class _Say:
         targets = group.unnormalised
         if not targets:
             return False
+        if result.constant == 0:
+            message = f"All targets in the first batches are the same number: {result.text}."
+            return self(
+                "labels all alike", "info", message, "Look at the targets: a constant is all there is to learn."
+            )
         message = f"The targets have {targets}, the outputs a deviation of {result.spread:.3g}: {result.text}."
         advice = "Bring the targets to mean 0 and standard deviation 1, or start the bias of the head at their mean."
         return self("targets not normalised", "info", message, advice, result)

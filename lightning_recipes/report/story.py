@@ -183,7 +183,7 @@ def events(run: Run, rates: Mapping[str, Series]) -> list[Event]:
         found.append(Event(top.step, "B", f"best {top.name}, {shown(top.value)}, at {shown(round(top.step))}"))
     for finding in run.findings:
         letter = _letter(finding)
-        if letter and (letter != "W" or finding.step < run.updates):
+        if letter and (letter != "W" or 0 < finding.step < run.updates):  # neither before the training nor in its end
             found.append(Event(finding.step, letter, f"{KINDS[letter]} at {finding.step:,}: {finding.rule}"))
     for series in rates.values():
         found += _jumps([each for each in series.bins if each.count])

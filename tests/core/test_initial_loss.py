@@ -163,6 +163,12 @@ def test_outputs_that_are_no_classes(loss: Any, targets: Any, more: Any, first: 
     assert rules(judge(loss, targets, outputs=4, **more))[0] == first
 
 
+def test_targets_that_are_all_the_same_number() -> None:
+    same = judge(functional.mse_loss, lambda: torch.ones(64, 4), outputs=4, scale=0.7)
+    assert rules(same) == [("labels all alike", "info")]
+    assert same.findings()[0].message.startswith("All targets in the first batches are the same number: mse_loss 1.")
+
+
 def test_rare_classes_are_told_beside_a_loss_that_starts_high() -> None:
     said = rules(judge(CROSS, rare, outputs=2, shift=torch.tensor([-0.5, 0.0])))
     assert said[:2] == [("imbalanced classes", "info"), ("initial loss high", "info")]

@@ -179,6 +179,7 @@ def test_events_come_from_findings_and_learning_rates() -> None:
         finding("gradient not finite", step=80),
         finding("overfitting", step=240),  # at the end: not an event of the run
         finding("warmup found", "info", 0),
+        finding("softmax applied twice", step=0),  # before it
     ]
     run = Run(series={"lr-SGD": rate, "val_loss": falling(20)}, findings=told, resumed=[120])
     found = {event.letter: event.step for event in events(run, {"lr-SGD": rate})}
