@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 UNREAD = 20  # measured updates at most until they are read
 WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_forward_module.")
-BARS = 12  # layers at either end of a figure
+SHOWN = 12  # layers at either end of a figure
 
 
 @dataclass(frozen=True)
@@ -464,7 +464,7 @@ def draw_ratios(rule: UpdateRatioRule) -> "Figure":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
-    curve, bars = figure.subplots(1, 2, width_ratios=[3, 2])
+    curve, layers = figure.subplots(1, 2, width_ratios=[3, 2])
     points = [point for point in rule.points if math.isfinite(point[1])]
     steps, level, lowest, highest, *_ = zip(*points, strict=True)
     curve.axhspan(*HEALTHY, color="C2", alpha=0.15, linewidth=0, label="usual")
@@ -474,10 +474,10 @@ def draw_ratios(rule: UpdateRatioRule) -> "Figure":
     curve.legend(loc="best")
     means = {name: math.exp(logs / changed) for name, (_, changed, logs) in rule.layers.items() if changed}
     ordered = sorted(means, key=means.__getitem__)
-    shown = ordered if len(ordered) <= 2 * BARS else [*ordered[:BARS], *ordered[-BARS:]]
-    bars.barh([name[-30:] for name in shown], [means[name] for name in shown])
-    bars.axvspan(*HEALTHY, color="C2", alpha=0.15, linewidth=0)
-    left_out = f" (the {BARS} lowest and highest)" if len(shown) < len(ordered) else ""
-    bars.set(xlabel=f"mean ratio of a layer{left_out}", xscale="log")
-    bars.tick_params(axis="y", labelsize=7)
+    shown = ordered if len(ordered) <= 2 * SHOWN else [*ordered[:SHOWN], *ordered[-SHOWN:]]
+    layers.plot([means[name] for name in shown], [name[-30:] for name in shown], "o")
+    layers.axvspan(*HEALTHY, color="C2", alpha=0.15, linewidth=0)
+    left_out = f" (the {SHOWN} lowest and highest)" if len(shown) < len(ordered) else ""
+    layers.set(xlabel=f"mean ratio of a layer{left_out}", xscale="log")
+    layers.tick_params(axis="y", labelsize=7)
     return figure
