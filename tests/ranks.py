@@ -1,6 +1,7 @@
 """Run a function on several gloo ranks, each a fork of this process; a process, to be killed or waited for."""
 
 import io
+import itertools
 import multiprocessing
 import os
 import socket
@@ -8,6 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,12 @@ import torch
 
 TIMEOUT = 120  # seconds until a rank that hangs fails the test
 
+_tried = itertools.count()
+
 
 def run_on_ranks(function: Callable[..., Any], *args: Any, ranks: int = 2) -> list[Any]:
     """Return what ``function(*args)`` returns on each rank; an error on one of them is raised here."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     context = multiprocessing.get_context("fork")
     pipes, processes = [], []
     for rank in range(ranks):
@@ -41,7 +43,7 @@ def run_on_ranks(function: Callable[..., Any], *args: Any, ranks: int = 2) -> li
     try:
         for rank, pipe in enumerate(pipes):
             if not pipe.poll(TIMEOUT):
-                raise TimeoutError(f"rank {rank} said nothing for {TIMEOUT} s")
+                raise TimeoutError(f"rank {rank} said nothing for {TIMEOUT} s; those before it: {outcomes}")
             try:
                 outcomes.append(torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False))
             except EOFError:
@@ -53,6 +55,15 @@ def run_on_ranks(function: Callable[..., Any], *args: Any, ranks: int = 2) -> li
     if failed:
         raise RuntimeError("\n".join(failed))
     return [outcome for _, outcome in outcomes]
+
+
+def _free_port() -> int:
+    """One that no connection is given in the meantime, as those from 32,768 on are, nor another worker's test."""
+    while True:
+        port = 10_000 + (97 * os.getpid() + next(_tried)) % 20_000
+        with suppress(OSError), socket.socket() as free:
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def _report(sender: Any, environment: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
