@@ -7,9 +7,9 @@ watched by the same callbacks with default arguments, and asked about by ``diagn
 found if one of the first two findings that say more than that all is well names it, the severer ones first. Healthy
 runs should have none above "info". Rules were mended on "broken" and "healthy"; "fresh", "later" and "healthy-later",
 then "unseen", and then "last" and "healthy-last" were written when the rules stood, and run once before any rule was
-mended on them. "crossed", "elsewhere", "more" and "rest" put the usual defects into other trainings, those in order
-are "healthy-crossed" and "healthy-more"; rules were mended on "crossed", one on "elsewhere", and a few on the others
-once they had been run.
+mended on them. "crossed", "elsewhere", "more", "rest" and "eight" put the usual defects into other trainings, those in
+order are "healthy-crossed", "healthy-more" and "healthy-eight"; rules were mended on "crossed", one on "elsewhere", and
+a few on the others once they had been run.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import lightning.pytorch as pl
 import torch
 from _zoo import BROKEN, FRESH, HEALTHY, Case, Run, Training, bits, sigmoid_twice
 from _zoo_crossed import CROSSED, ELSEWHERE, HEALTHY_CROSSED
+from _zoo_crossed_eight import EIGHT, HEALTHY_EIGHT
 from _zoo_crossed_more import HEALTHY_MORE, MORE, REST
 from _zoo_last import HEALTHY_LAST, LAST
 from _zoo_later import HEALTHY_LATER, LATER, broadcast
@@ -56,13 +57,15 @@ PARTS = {
     "elsewhere": ELSEWHERE,
     "more": MORE,
     "rest": REST,
+    "eight": EIGHT,
     "healthy": HEALTHY,
     "healthy-later": HEALTHY_LATER,
     "healthy-last": HEALTHY_LAST,
     "healthy-crossed": HEALTHY_CROSSED,
     "healthy-more": HEALTHY_MORE,
+    "healthy-eight": HEALTHY_EIGHT,
 }
-REGRESSION = (functional.mse_loss, functional.huber_loss, broadcast)
+REGRESSION = (functional.mse_loss, functional.huber_loss, functional.smooth_l1_loss, functional.l1_loss, broadcast)
 BINARY = functional.binary_cross_entropy_with_logits
 SEVERITY = {"error": 0, "warning": 1, "info": 2}
 ALL_IS_WELL = {"initial loss as expected", "overfits a small sample", "sharpness", "done", "cannot tell"}

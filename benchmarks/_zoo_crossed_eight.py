@@ -1,0 +1,326 @@
+"""Eight more healthy trainings, and the defects of ``_zoo_crossed`` applied to them."""
+
+from collections.abc import Callable
+from functools import cache, partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from _zoo import Case, mlp, smoothed
+from _zoo_crossed import (
+    AWAKE,
+    CARRIED,
+    COPY,
+    CUT,
+    DEAD,
+    DUPLICATED,
+    EVALUATION,
+    EXPLODING,
+    FROZEN,
+    HEAD,
+    LARGE,
+    LEAKED,
+    LIBRARY,
+    MIXED,
+    NEGATIVE,
+    ORDERED,
+    RAW,
+    SHIFTED,
+    SIGMOID,
+    SMALL,
+    SOFTMAX,
+    SUM,
+    TENFOLD,
+    TOO_HIGH,
+    TOO_LOW,
+    UNRELATED,
+    Outputs,
+    Pair,
+    Places,
+    Reshaped,
+    Split,
+    Workload,
+    bce,
+    clothes,
+    crossed,
+    dead,
+    detached,
+    duplicated,
+    exploding,
+    flat,
+    frozen,
+    head_alone,
+    larger,
+    leaked,
+    moved,
+    multiplied,
+    negative,
+    ordered,
+    raw,
+    raw_pixels,
+    rectified,
+    relative,
+    sgd,
+    shifted,
+    sideways,
+    smaller,
+    softmaxed,
+    split,
+    standardised,
+    tenfold,
+    turned,
+    unmoved,
+    unrelated,
+    upside_down,
+    with_data,
+    with_loss,
+    with_net,
+    with_options,
+    with_rate,
+)
+from _zoo_crossed_more import HELP, capitals, otherwise_scaled, sigmoided
+from torch import nn
+from torch.nn import functional
+
+KINDS = ("doctest", "email/_header_value_parser", "logging/__init__", "unittest/mock")
+PROGRAMS = ("asyncio/base_events", "imaplib", "optparse", "subprocess")
+WINDOW = 64  # characters, of which it is asked where they stand
+PIECE = 40  # characters, which are counted
+SPAN = 48  # characters, each of which is predicted of those before
+
+# ---------------------------------------------------------------------------------------------------- data
+
+
+def source(name: str) -> list[int]:
+    return list((LIBRARY / f"{name}.py").read_text("utf-8").encode("ascii", "ignore"))
+
+
+def diabetes(seed: int, raw: bool = False) -> Split:
+    """How far it went in a year, of ten things measured before."""
+    from sklearn.datasets import load_diabetes
+
+    inputs, targets = (torch.tensor(each).float() for each in load_diabetes(return_X_y=True, scaled=False))
+    data = split(inputs, (targets[:, None] - targets.mean()) / targets.std(), 330, 112, seed)
+    return data if raw else standardised(data)
+
+
+def iris(seed: int, raw: bool = False) -> Split:
+    from sklearn.datasets import load_iris
+
+    inputs, targets = (torch.tensor(each) for each in load_iris(return_X_y=True))
+    data = split(inputs.float(), targets.long(), 100, 50, seed)
+    return data if raw else standardised(data)
+
+
+@cache
+def counted() -> Pair:
+    """How often each character is in a piece of text, and whether that is of Python's help or of its source."""
+    texts = [list(HELP), [sign for name in PROGRAMS for sign in source(name)]]
+    tables, labels = [], []
+    for label, text in enumerate(texts):
+        pieces = torch.tensor(text[: 2500 * PIECE]).view(-1, PIECE)
+        table: Any = functional.one_hot(pieces, 128).sum(1)[:, 32:127].float()
+        tables.append(table.unique(dim=0))
+        labels.append(torch.full((len(tables[-1]), 1), float(1 - label)))
+    return torch.cat(tables), torch.cat(labels)
+
+
+def counts(seed: int, raw: bool = False) -> Split:
+    inputs, targets = counted()
+    data = split(inputs, targets, 4000, 900, seed)
+    return data if raw else standardised(data)
+
+
+def pairs(seed: int) -> Split:
+    """Two digits, one upon the other, and what they add up to."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def added(data: Pair, number: int) -> Pair:
+        images, labels = data
+        first, second = torch.randint(len(images), (2, number), generator=generator)
+        sums = (labels[first] + labels[second]).float()[:, None]
+        return torch.cat([images[first], images[second]], 1).view(-1, 16, 8), (sums - 9) / 4
+
+    train, val = flat(seed)
+    return added(train, 4000), added(val, 600)
+
+
+@cache
+def windows() -> Pair:
+    """Characters, and in which of four modules they stand."""
+    texts, labels = [], []
+    for label, name in enumerate(KINDS):
+        text = source(name)
+        pieces: Any = torch.tensor(text[: len(text) // WINDOW * WINDOW]).view(-1, WINDOW)[:1250]
+        texts.append(pieces.unique(dim=0))
+        labels.append(torch.full((len(texts[-1]),), label))
+    return torch.cat(texts), torch.cat(labels)
+
+
+def kinds(seed: int) -> Split:
+    return split(*windows(), 4000, 900, seed)
+
+
+def programs(seed: int, shift: int = 1) -> Split:
+    """Windows of four modules, and the same a character later."""
+    signs = torch.tensor([sign for name in PROGRAMS for sign in source(name)])
+    places = torch.arange(len(signs) // SPAN - 1)[:, None] * SPAN + torch.arange(SPAN)
+    return split(signs[places], signs[places + shift], 2400, 400, seed)
+
+
+# ---------------------------------------------------------------------------------------------------- networks
+
+
+def slope(width: int) -> nn.Sequential:
+    net: nn.Sequential = mlp(10, width, width, 1)
+    return net
+
+
+def log_softmax(width: int) -> nn.Sequential:
+    return nn.Sequential(*mlp(4, width, width, 3), nn.LogSoftmax(1))
+
+
+def narrowing(width: int) -> nn.Sequential:
+    net: nn.Sequential = mlp(95, 2 * width, width, 1, between=lambda _: nn.Dropout(0.2))
+    return net
+
+
+def separable(width: int) -> nn.Sequential:
+    """Convolutions of each channel alone, then of all at one place."""
+    layers: list[nn.Module] = [nn.Conv2d(1, width, 5, stride=2, padding=2), nn.BatchNorm2d(width), nn.ReLU()]
+    for before, after in pairwise((width, 2 * width, 4 * width)):
+        layers += [nn.Conv2d(before, before, 3, padding=1, groups=before, bias=False), nn.Conv2d(before, after, 1)]
+        layers += [nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(36 * width, 10))
+
+
+def normalised(width: int) -> nn.Sequential:
+    net: nn.Sequential = mlp(784, width, width, width, 10, between=nn.LayerNorm)
+    return net
+
+
+def attentive(width: int, batch_first: bool = True) -> nn.Sequential:
+    layer = nn.TransformerEncoderLayer(width, 2, 3 * width, 0.0, "gelu", batch_first=batch_first)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    start = nn.Linear(8, width), Places(16, width), encoder
+    return nn.Sequential(*start, nn.Flatten(), nn.Linear(16 * width, 1))
+
+
+def strided(width: int) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Embedding(128, 16), Reshaped(lambda codes: codes.transpose(1, 2))]
+    for before, after in ((16, width), (width, width)):
+        layers += [nn.Conv1d(before, after, 5, stride=2, padding=2), nn.ReLU(), nn.Dropout(0.3)]
+    return nn.Sequential(*layers, nn.AdaptiveMaxPool1d(1), nn.Flatten(), nn.Linear(width, len(KINDS)))
+
+
+def stacked(width: int, batch_first: bool = True, cells: Callable[..., nn.Module] = nn.GRU) -> nn.Sequential:
+    start = nn.Embedding(128, 24), Outputs(cells(24, width, num_layers=2, batch_first=batch_first))
+    return nn.Sequential(*start, nn.Linear(width, 128), Reshaped(lambda outputs: outputs.transpose(1, 2)))
+
+
+# ---------------------------------------------------------------------------------------------------- healthy
+
+HALVED = {"schedule": relative(lambda done: 0.5 ** int(6 * done))}
+CYCLE = {"schedule": relative(lambda done: max(0.01, 1 - abs(done - 0.3) / (0.3 if done < 0.3 else 0.7)))}
+ROOT = {"schedule": relative(lambda done: min(1.0, 0.02 + 12 * done) * max(0.0, 1 - done) ** 0.5)}
+FALLING = {"schedule": relative(lambda done: 0.05**done)}
+FLAT = {"schedule": relative(lambda done: min(1.0, 0.02 + 3 * (1 - done)))}
+nadam = partial(torch.optim.NAdam, weight_decay=0.02)
+adadelta = partial(torch.optim.Adadelta, weight_decay=5e-3)
+rmsprop = partial(torch.optim.RMSprop, weight_decay=1e-3)
+radam = partial(torch.optim.RAdam, weight_decay=1e-4)
+quick = partial(torch.optim.Adam, betas=(0.8, 0.98))
+heavy = partial(torch.optim.AdamW, weight_decay=0.3)
+
+DIABETES = Workload("diabetes, smooth L1", diabetes, slope, 16, 5, nadam, 2e-3, 15, 16, functional.smooth_l1_loss)
+IRIS = Workload(
+    "iris, log-probabilities", iris, log_softmax, 10, 5, adadelta, 10.0, 25, 8, functional.nll_loss, options=FALLING
+)
+COUNTS = Workload("counts, dropout", counts, narrowing, 32, 4, rmsprop, 6e-3, 8, 64, bce, options=HALVED)
+SEPARABLE = Workload(
+    "clothes, separable",
+    partial(clothes, pixels=28, images=4000),
+    separable,
+    8,
+    8,
+    sgd(0.9, 1e-3),
+    0.05,
+    6,
+    40,
+    options=CYCLE,
+)
+SMOOTHED = Workload(
+    "clothes, smoothed labels",
+    partial(clothes, pixels=28, images=10000),
+    normalised,
+    64,
+    7,
+    heavy,
+    2e-3,
+    12,
+    256,
+    smoothed,
+    options=FLAT,
+)
+PAIRS = Workload(
+    "digits added, attention", pairs, attentive, 32, 3, radam, 0.02, 6, 36, functional.l1_loss, options=ROOT
+)
+KIND = Workload("modules, convolutions", kinds, strided, 48, 5, torch.optim.AdamW, 8e-3, 9, 100)
+PROGRAM = Workload("programs, GRU", programs, stacked, 64, 2, quick, 8e-3, 6, 24, settings={"gradient_clip_val": 2.0})
+WORKLOADS = (DIABETES, IRIS, COUNTS, SEPARABLE, SMOOTHED, PAIRS, KIND, PROGRAM)
+HEALTHY_EIGHT = [Case(each.name, each.make) for each in WORKLOADS]
+
+
+# ---------------------------------------------------------------------------------------------------- broken
+
+# Each defect on workloads that it was seen to harm, or is there by construction.
+EIGHT = [
+    *crossed("labels shifted", SHIFTED, with_data(shifted), IRIS, SEPARABLE, SMOOTHED, KIND),
+    *crossed("target not shifted", COPY, unmoved, PROGRAM),
+    *crossed("softmax twice", SOFTMAX, with_net(softmaxed), SEPARABLE, SMOOTHED, KIND, PROGRAM),
+    *crossed("sigmoid twice", SIGMOID, with_net(sigmoided), COUNTS),
+    *crossed("sum for mean", SUM, with_loss(multiplied), DIABETES, COUNTS, SEPARABLE, SMOOTHED, PROGRAM),
+    *crossed("not shuffled", ORDERED, ordered, COUNTS, SEPARABLE, SMOOTHED, KIND),
+    *crossed("layers frozen", FROZEN, with_net(frozen), SEPARABLE, SMOOTHED, PAIRS, KIND, PROGRAM),
+    *crossed("learning rate times 30", TOO_HIGH, with_rate(30), COUNTS, SEPARABLE, PAIRS, KIND, PROGRAM),
+    *crossed("learning rate over 30", TOO_LOW, with_rate(1 / 30), DIABETES, IRIS, SEPARABLE, PROGRAM),
+    *crossed("dead units", DEAD, with_net(dead), DIABETES, SEPARABLE, SMOOTHED, KIND),
+    *crossed("wrong sign", NEGATIVE, with_loss(negative), DIABETES, COUNTS, SEPARABLE, PAIRS, PROGRAM),
+    *crossed("target leaked", LEAKED, with_data(leaked), DIABETES, IRIS, SMOOTHED, PAIRS),
+    *crossed("zero_grad missing", CARRIED, with_options(zero_grad=False), IRIS, COUNTS, SEPARABLE, PAIRS, KIND),
+    *crossed("evaluation mode in training", EVALUATION, with_options(train_in_evaluation_mode=True), SEPARABLE, KIND),
+    *crossed("training mode in validation", AWAKE, with_options(validate_in_training_mode=True), COUNTS, KIND),
+    *crossed(
+        "validation data in the training data",
+        DUPLICATED,
+        with_data(duplicated),
+        DIABETES,
+        COUNTS,
+        SEPARABLE,
+        KIND,
+        PROGRAM,
+    ),
+    *crossed("validation data otherwise scaled", SHIFTED, otherwise_scaled, DIABETES, IRIS),
+    *crossed("validation images moved", SHIFTED, with_data(moved), SEPARABLE),
+    *crossed("validation images upside down", SHIFTED, with_data(upside_down), SMOOTHED, PAIRS),
+    *crossed("validation text in capitals", SHIFTED, with_data(capitals), KIND, PROGRAM),
+    *crossed("labels at random", UNRELATED, with_data(unrelated), DIABETES, COUNTS, SMOOTHED, PAIRS, KIND),
+    *crossed("initialisation times 10", TENFOLD, with_net(tenfold), DIABETES, IRIS, COUNTS, SMOOTHED, PROGRAM),
+    *crossed("too small", SMALL, smaller(1), DIABETES, COUNTS, SEPARABLE, KIND),
+    *crossed("too small", SMALL, smaller(4), PAIRS, PROGRAM),
+    *crossed("too small", SMALL, smaller(3), SMOOTHED),
+    *crossed("too big for the data", LARGE, larger(256, 60, 100), DIABETES),
+    *crossed("too big for the data", LARGE, larger(64, 100, 100), COUNTS),
+    *crossed("too big for the data", LARGE, larger(16, 80, 60), SEPARABLE),
+    *crossed("too big for the data", LARGE, larger(256, 100, 100), SMOOTHED),
+    *crossed("too big for the data", LARGE, larger(128, 150, 60), KIND),
+    *crossed("too big for the data", LARGE, larger(128, 40, 60), PROGRAM),
+    *crossed("recurrent net explodes", EXPLODING, exploding(1.0, rectified), PROGRAM),
+    *crossed("not clipped at a high rate", EXPLODING, exploding(30.0, nn.GRU), PROGRAM),
+    *crossed("inputs not normalised", RAW, raw, DIABETES),
+    *crossed("inputs not normalised", RAW, with_data(raw_pixels), PAIRS),
+    *crossed("body not in the optimizer", HEAD, head_alone, COUNTS, SEPARABLE, SMOOTHED, PAIRS, PROGRAM),
+    *crossed("detached half-way", CUT, with_net(detached), DIABETES, SEPARABLE, SMOOTHED, PAIRS, KIND),
+    *crossed("examples mixed", MIXED, turned, DIABETES, COUNTS),
+    *crossed("examples mixed", MIXED, sideways, PAIRS, PROGRAM),
+]
