@@ -263,7 +263,7 @@ def decide(evidence: Evidence) -> Diagnosis:
 def _of_training(evidence: Evidence, than: str) -> Diagnosis:
     train, smaller = evidence.train, evidence.smaller
     saw = f"The training loss is {train}, {than}"
-    of_training = [rule for rule in OF_OPTIMIZATION if rule in evidence.rules]
+    of_training = _told(evidence)
     nothing = _nothing(evidence)
     if smaller is not None:
         difference = train - smaller
@@ -294,6 +294,11 @@ def _of_training(evidence: Evidence, than: str) -> Diagnosis:
         f"{saw}; a network that is too small and one that is not trained well look alike.",
         ("the training loss of a smaller or shallower network on the same data (smaller_train_loss)",),
     )
+
+
+def _told(evidence: Evidence) -> list[str]:
+    """Which of the rules that were told during the training say that it is optimized badly."""
+    return [rule for rule in OF_OPTIMIZATION if rule in evidence.rules]
 
 
 def _nothing(evidence: Evidence) -> str:
@@ -328,7 +333,9 @@ def _of_validation(evidence: Evidence, than: str) -> Diagnosis:
     if high:
         return _of_gap(evidence, saw, gap)
     if low:
-        return _leaf(evidence, "done", f"{saw}, which is not high either.")
+        though = _told(evidence)
+        beside = f", though during the training it was told: {', '.join(though)}" if though else ""
+        return _leaf(evidence, "done", f"{saw}, which is not high either{beside}.")
     return _leaf(evidence, "cannot tell", f"{saw}: too uncertain.", ("the validation loss on more examples",))
 
 

@@ -129,3 +129,7 @@ def test_what_was_given_is_the_evidence_and_what_is_missing_is_to_be_measured() 
         assert said in decide(Evidence(Measured(2.0), target=0.1, smaller=Measured(smaller))).finding.message
     done = decide(Evidence(Measured(0.1), Measured(0.1), target=0.1)).finding
     assert (done.severity, done.advice[:15]) == ("info", "Nothing to cure")
+    assert done.message.endswith("which is not high either.")
+    rules = frozenset({"learning rate looks too high", "overfitting"})
+    though = decide(Evidence(Measured(0.1), Measured(0.1), target=0.1, rules=rules)).finding.message
+    assert though.endswith("not high either, though during the training it was told: learning rate looks too high.")
