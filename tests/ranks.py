@@ -1,5 +1,6 @@
 """Run a function on several gloo ranks, each a fork of this process; a process, to be killed or waited for."""
 
+import gc
 import io
 import itertools
 import multiprocessing
@@ -23,10 +24,9 @@ _tried = itertools.count()
 def run_on_ranks(function: Callable[..., Any], *args: Any, ranks: int = 2) -> list[Any]:
     """Return what ``function(*args)`` returns on each rank; an error on one of them is raised here."""
     port = _free_port()
-    context = multiprocessing.get_context("fork")
     pipes, processes = [], []
     for rank in range(ranks):
-        receiver, sender = context.Pipe(duplex=False)
+        receiver, sender = multiprocessing.Pipe(duplex=False)
         environment = {
             "LOCAL_RANK": str(rank),
             "NODE_RANK": "0",
@@ -34,11 +34,9 @@ def run_on_ranks(function: Callable[..., Any], *args: Any, ranks: int = 2) -> li
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        process = context.Process(target=_report, args=(sender, environment, function, args), daemon=True)
-        process.start()
+        processes.append(_forked(_report, sender, environment, function, args))
         sender.close()
         pipes.append(receiver)
-        processes.append(process)
     outcomes = []
     try:
         for rank, pipe in enumerate(pipes):
@@ -55,6 +53,15 @@ def run_on_ranks(function: Callable[..., Any], *args: Any, ranks: int = 2) -> li
     if failed:
         raise RuntimeError("\n".join(failed))
     return [outcome for _, outcome in outcomes]
+
+
+def _forked(function: Callable[..., Any], *args: Any) -> Any:
+    """A fork that runs ``function(*args)``; its garbage collector leaves alone what was there, which it would copy."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=args, daemon=True)
+    gc.freeze()
+    process.start()
+    gc.unfreeze()
+    return process
 
 
 def _free_port() -> int:
@@ -92,8 +99,7 @@ def output_of(function: Callable[[], Any], arguments: list[str], folder: Path) -
         function()
         sys.stdout.flush()
 
-    process = multiprocessing.get_context("fork").Process(target=run, daemon=True)
-    process.start()
+    process = _forked(run)
     process.join(5 * TIMEOUT)
     printed = (folder / "output").read_text()
     if process.exitcode != 0:
@@ -104,10 +110,10 @@ def output_of(function: Callable[[], Any], arguments: list[str], folder: Path) -
 
 def run_until_killed(function: Callable[..., Any], *args: Any) -> int:
     """Run ``function(*args)`` in a fork that is expected to kill itself; return its exit code."""
-    process = multiprocessing.get_context("fork").Process(target=function, args=args, daemon=True)
-    process.start()
+    process = _forked(function, *args)
     process.join(TIMEOUT)
     if process.exitcode is None:
         process.kill()
         raise TimeoutError(f"still alive after {TIMEOUT} s")
-    return process.exitcode
+    exit_code: int = process.exitcode
+    return exit_code
