@@ -11,6 +11,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def run_on_ranks(function: Callable[..., Any], *args: Any, ranks: int = 2) -> li
     return [outcome for _, outcome in outcomes]
 
 
-def _forked(function: Callable[..., Any], *args: Any) -> Any:
+def _forked(function: Callable[..., Any], *args: Any) -> BaseProcess:
     """A fork that runs ``function(*args)``; its garbage collector leaves alone what was there, which it would copy."""
     process = multiprocessing.get_context("fork").Process(target=function, args=args, daemon=True)
     gc.freeze()
@@ -115,5 +116,4 @@ def run_until_killed(function: Callable[..., Any], *args: Any) -> int:
     if process.exitcode is None:
         process.kill()
         raise TimeoutError(f"still alive after {TIMEOUT} s")
-    exit_code: int = process.exitcode
-    return exit_code
+    return process.exitcode

@@ -115,13 +115,7 @@ def check(cell: Cell, folder: Path) -> None:
         assert own_buffers or same(rank["raw"], uninterrupted[0]["raw"]), "the ranks differ"
     if not CHANGE_TRAINING & set(cell.recipes):
         for watched, bare in zip(uninterrupted, run(cell, folder / "bare", []), strict=True):
-            # DDP gives every rank the buffers of the first before a forward pass: in validation those of the average,
-            # so that its own wait for the next one in training.
-            waits = own_buffers and watched is not uninterrupted[0]
-            trained = [each for each in watched["raw"] if not (waits and "running" in each)]
-            assert all(same(*({each: rank["raw"][each]} for rank in (watched, bare))) for each in trained), (
-                "the training is another one"
-            )
+            assert same(watched["raw"], bare["raw"]), "the training is another one"
             assert watched["optimizers"] == bare["optimizers"]
     for number, stop_at in enumerate([FIRST_STOP, SECOND_STOP] if cell.stop == "twice" else [FIRST_STOP]):
         with pytest.raises(RuntimeError, match="without a word|on purpose|SystemExit|SIGTERM|KeyboardInterrupt"):

@@ -51,7 +51,7 @@ class EMAWeights(pl.Callback):
     A checkpoint written at any moment has the average in ``state_dict``, one with ``save_weights_only=True`` too, so
     ``load_from_checkpoint`` gives the good weights. The raw ones are beside it, and ``fit(ckpt_path=...)`` goes on
     with them bit for bit (under FSDP and ModelParallel shard by shard). A training resumed without this callback goes
-    on from the average. DDP needs no communication. One EMAWeights a Trainer.
+    on from the average. DDP needs no communication but that of buffers at a validation. One EMAWeights a Trainer.
 
     Costs one pass of ``torch._foreach_lerp_`` an update and reads nothing back but once at the start. Memory is one
     copy of what is averaged (two bytes more a half-precision element, whose average is kept in single precision). On
@@ -264,6 +264,8 @@ class EMAWeights(pl.Callback):
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            if getattr(trainer.model, "broadcast_buffers", False):  # as DDP does with those that it finds in validation
+                share_(pl_module.buffers())
             self._hold_together(trainer, pl_module)
 
     @override

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,8 +15,17 @@ from torch.optim import Optimizer
 from lightning_recipes.core.per_optimizer import PerOptimizer
 from lightning_recipes.core.schedules import LearningRates, Run
 
-# What lies on the learning rates of an optimizer, who has laid it there, and what takes it away again.
-_on: WeakKeyDictionary[Optimizer, tuple[LearningRates, list[str], list[Callable[[], None]]]] = WeakKeyDictionary()
+
+@dataclass(slots=True)
+class _Held:
+    """What lies on the learning rates of an optimizer, who has laid it there, and what takes it away again."""
+
+    rates: LearningRates = field(default_factory=LearningRates)
+    names: list[str] = field(default_factory=list)
+    put_back: list[Callable[[], None]] = field(default_factory=list)
+
+
+_on: WeakKeyDictionary[Optimizer, _Held] = WeakKeyDictionary()
 # Epochs and steps that were to end a run that is made longer, and by how many updates it is.
 _ends: WeakKeyDictionary[pl.Trainer, tuple[int | None, int, int]] = WeakKeyDictionary()
 
@@ -113,22 +123,22 @@ def take_hold(name: str, trainer: pl.Trainer, rule: PerOptimizer[LearningRates])
                 " torch.optim.Optimizer"
             )
         if optimizer not in _on:
-            rates = LearningRates()
+            held = _on[optimizer] = _Held()
 
-            def stepped(*_: object, rates: LearningRates = rates) -> None:
+            def stepped(*_: object, rates: LearningRates = held.rates) -> None:
                 rates.update()
 
-            _on[optimizer] = rates, [], [optimizer.register_step_post_hook(stepped).remove]
+            held.put_back.append(optimizer.register_step_post_hook(stepped).remove)
             for config in trainer.lr_scheduler_configs:
                 if getattr(config.scheduler, "optimizer", None) is optimizer:
-                    _on[optimizer][2].append(_unscaled(config.scheduler, rates))
-        rates, holders, _ = _on[optimizer]
-        if holders and not index:
-            rank_zero_info(f"The learning rate is the product of what {' and '.join([*holders, name])} make of it.")
-        holders.append(name)
+                    held.put_back.append(_unscaled(config.scheduler, held.rates))
+        held = _on[optimizer]
+        held.names.append(name)
+        if len(held.names) > 1 and not index:
+            rank_zero_info(f"The learning rate is the product of what {' and '.join(held.names)} make of it.")
         if index in rule.rules:
-            rates.load_state_dict(rule[index].state_dict())
-        rule.rules[index] = rates
+            held.rates.load_state_dict(rule[index].state_dict())
+        rule.rules[index] = held.rates
 
 
 def let_go(trainer: pl.Trainer) -> None:
@@ -137,10 +147,10 @@ def let_go(trainer: pl.Trainer) -> None:
         trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps, _ = _ends.pop(trainer)
     for optimizer in trainer.optimizers:
         if optimizer in _on:
-            rates, _, put_back = _on.pop(optimizer)
-            rates.finish()
-            while put_back:
-                put_back.pop()()
+            held = _on.pop(optimizer)
+            held.rates.finish()
+            while held.put_back:
+                held.put_back.pop()()
 
 
 def _unscaled(scheduler: Any, rates: LearningRates) -> Callable[[], None]:

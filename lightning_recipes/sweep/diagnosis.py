@@ -86,7 +86,8 @@ def diagnose(
     """
     if trainer is not None and not isinstance(trainer, pl.Trainer):
         raise TypeError(f"trainer must be a Trainer, got {trainer!r}")
-    rule = _curves(trainer)
+    callbacks: list[Any] = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
+    rule = next((each.rule for each in callbacks if isinstance(each, LearningCurves)), None)
     read = _losses(rule) if rule is not None else (None, None)
     train, val = (
         measured(name, given) if given is not None else own
@@ -101,7 +102,7 @@ def diagnose(
     if trivial_loss is not None:
         check_real("trivial_loss", trivial_loss, 0, math.inf)
     else:
-        trivial_loss = _trivial(trainer)
+        trivial_loss = _trivial(callbacks)
     if (train_inputs is None) != (val_inputs is None):
         raise TypeError("the inputs of both sets are needed to compare them, or of none")
     findings = told(trainer) if trainer is not None else []
@@ -124,15 +125,8 @@ def diagnose(
     return decide(evidence)
 
 
-def _curves(trainer: pl.Trainer | None) -> CurvesRule | None:
-    """Of the trainer's LearningCurves, if it has them."""
-    callbacks = trainer.callbacks if trainer is not None else []  # type: ignore[attr-defined]
-    return next((each.rule for each in callbacks if isinstance(each, LearningCurves)), None)
-
-
-def _trivial(trainer: pl.Trainer | None) -> float | None:
-    """The loss of the best constant output, if the trainer's InitialLossCheck knows it of a single criterion."""
-    callbacks = trainer.callbacks if trainer is not None else []  # type: ignore[attr-defined]
+def _trivial(callbacks: Sequence[Any]) -> float | None:
+    """The loss of the best constant output, if an InitialLossCheck knows it of a single criterion."""
     results = [result for each in callbacks if isinstance(each, InitialLossCheck) for result in each.results]
     constants = [result.constant for result in results if result.constant > 0 and math.isfinite(result.constant)]
     return constants[0] if len(constants) == len(results) == 1 else None
