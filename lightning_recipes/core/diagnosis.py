@@ -63,6 +63,8 @@ OF_OPTIMIZATION = (  # rules of findings that say so
     "decayed too early",
     "learning rate looks too low",
     "learning rate looks too high",
+    "learning rate too low",  # of the small sample, like the next
+    "learning rate too high",
     "exploding gradient",
     "vanishing gradient",
     "divergence",
@@ -181,8 +183,8 @@ class Evidence:
         smaller: Training loss of a smaller or shallower network on the same data.
         held_out: Loss on a part of the training distribution that was not trained on.
         samples: How well the inputs of training and validation can be told apart.
-        rules: Of what was found during the training.
-        defects: Findings that warned before it, the severest first.
+        rules: Of what was told of the training, and before it of the learning rate.
+        defects: What else warned before it, the severest first.
         step: Optimizer updates done.
     """
 
@@ -284,7 +286,7 @@ def _of_training(evidence: Evidence, than: str) -> Diagnosis:
     if nothing and not of_training:
         return _leaf(evidence, "nothing learnt", f"{saw}: {nothing}.")
     if of_training:
-        return _leaf(evidence, "optimization", f"{saw}, and during the training it was told: {', '.join(of_training)}.")
+        return _leaf(evidence, "optimization", f"{saw}, and it was told: {', '.join(of_training)}.")
     if smaller is not None:
         saw += f", and that of a smaller network is {smaller}: too uncertain to compare"
         return _leaf(evidence, "cannot tell", f"{saw}.", ("both training losses with more seeds",))
@@ -297,7 +299,7 @@ def _of_training(evidence: Evidence, than: str) -> Diagnosis:
 
 
 def _told(evidence: Evidence) -> list[str]:
-    """Which of the rules that were told during the training say that it is optimized badly."""
+    """Which of the rules that were told say that it is optimized badly."""
     return [rule for rule in OF_OPTIMIZATION if rule in evidence.rules]
 
 
@@ -334,7 +336,7 @@ def _of_validation(evidence: Evidence, than: str) -> Diagnosis:
         return _of_gap(evidence, saw, gap)
     if low:
         though = _told(evidence)
-        beside = f", though during the training it was told: {', '.join(though)}" if though else ""
+        beside = f", though it was told: {', '.join(though)}" if though else ""
         return _leaf(evidence, "done", f"{saw}, which is not high either{beside}.")
     return _leaf(evidence, "cannot tell", f"{saw}: too uncertain.", ("the validation loss on more examples",))
 

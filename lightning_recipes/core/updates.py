@@ -274,7 +274,7 @@ class UpdateRatioRule:
         if self.seen < enough or not self.measured:
             return leaps
         if self._died():
-            return "died" if self._before_it_died() > VERY_HIGH else leaps
+            return "died" if self._before_it_died() > VERY_HIGH else None
         if self.measured < enough or self.step + 1 < SETTLED:
             return leaps
         if self.level() > HIGH:

@@ -13,7 +13,15 @@ from lightning_recipes.callbacks.initial_loss import InitialLossCheck
 from lightning_recipes.callbacks.telling import told
 from lightning_recipes.core.arguments import check_real
 from lightning_recipes.core.curves import CurvesRule
-from lightning_recipes.core.diagnosis import Diagnosis, Evidence, Measured, TwoSamples, decide, measured
+from lightning_recipes.core.diagnosis import (
+    OF_OPTIMIZATION,
+    Diagnosis,
+    Evidence,
+    Measured,
+    TwoSamples,
+    decide,
+    measured,
+)
 from lightning_recipes.core.trends import BLOCKS, trend
 
 Loss = float | Sequence[float] | Tensor | Measured
@@ -108,6 +116,7 @@ def diagnose(
     findings = told(trainer) if trainer is not None else []
     warned = [each for severity in ("error", "warning") for each in findings if each.severity == severity]
     of_curves = rule.findings() if rule is not None else []
+    defects = tuple(each for each in warned if not each.step and each.rule not in OF_OPTIMIZATION)
     evidence = Evidence(
         train,
         val,
@@ -115,8 +124,8 @@ def diagnose(
         trivial_loss,
         None if smaller_train_loss is None else measured("smaller_train_loss", smaller_train_loss),
         None if held_out_loss is None else measured("held_out_loss", held_out_loss),
-        rules=frozenset(finding.rule for finding in (*of_curves, *warned) if finding.step),
-        defects=tuple(finding for finding in warned if not finding.step),
+        rules=frozenset(each.rule for each in (*of_curves, *warned) if each not in defects),
+        defects=defects,
         step=trainer.global_step if trainer is not None else 0,
     )
     if train_inputs is not None and held_out_loss is None:

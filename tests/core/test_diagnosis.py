@@ -132,4 +132,4 @@ def test_what_was_given_is_the_evidence_and_what_is_missing_is_to_be_measured() 
     assert done.message.endswith("which is not high either.")
     rules = frozenset({"learning rate looks too high", "overfitting"})
     though = decide(Evidence(Measured(0.1), Measured(0.1), target=0.1, rules=rules)).finding.message
-    assert though.endswith("not high either, though during the training it was told: learning rate looks too high.")
+    assert though.endswith("not high either, though it was told: learning rate looks too high.")

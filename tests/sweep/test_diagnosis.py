@@ -5,7 +5,7 @@ import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import pytest
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_recipes import InitialLossCheck, LearningCurves, UpdateRatioMonitor
+from lightning_recipes.callbacks.telling import tell
 from lightning_recipes.core.curves import CurvesRule
+from lightning_recipes.core.findings import Finding
 from lightning_recipes.sweep import diagnose, two_sample_test
 
 Split = tuple[Tensor, Tensor]
@@ -188,7 +190,7 @@ class Digits(pl.LightningModule):
             0.0002,
             nn.Identity(),
             "optimization",
-            "during the training it was told: falls too slowly, learning rate looks too low",
+            "and it was told: falls too slowly, learning rate looks too low",
         ),
     ],
 )
@@ -206,6 +208,57 @@ def test_a_run_is_asked_for_what_its_callbacks_know(
     assert diagnosis.finding.step == trainer.global_step
     assert diagnosis.finding.evidence.get("trivial_loss", 2.3) == pytest.approx(2.3, abs=0.03)
     assert diagnose(0.01, 0.02, target_loss=0.1).leaf == "done"  # of no trainer
+
+
+def fitted(folder: Path, module: pl.LightningModule, *callbacks: pl.Callback, max_epochs: int = 1) -> pl.Trainer:
+    trainer = quiet_trainer(folder, max_epochs=max_epochs, callbacks=list(callbacks))
+    trainer.fit(module, DataLoader(TensorDataset(*digits()["train"]), 32, shuffle=True))
+    return trainer
+
+
+class Says(pl.Callback):
+    def __init__(self, **findings: Literal["info", "warning", "error"]) -> None:
+        self.findings = findings
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for rule, severity in self.findings.items():
+            tell(trainer, Finding(rule.replace("_", " "), severity, f"Saw {rule}.", f"Mend {rule}.", 0, {}, "none"))
+
+
+@pytest.mark.filterwarnings("ignore")  # which is what is told
+def test_the_severest_of_what_was_told_before_the_training_comes_first(tmp_path: Path) -> None:
+    says = Says(flags="warning", sign="error", hint="info", learning_rate_too_low="warning")
+    diagnosis = diagnose(0.01, target_loss=0.1, trainer=fitted(tmp_path, Digits(0.02, nn.Identity()), says))
+    assert diagnosis.leaf == "defect"
+    assert "a warning of sign (flags beside it): Saw sign." in diagnosis.finding.message
+    assert diagnosis.cures == ("Mend sign.", "Mend flags.")
+
+
+@pytest.mark.filterwarnings("ignore")  # which is what is told
+def test_a_learning_rate_told_of_before_the_training_explains_its_loss(tmp_path: Path) -> None:
+    trainer = fitted(tmp_path, Digits(0.02, nn.Identity()), Says(learning_rate_too_low="warning"))
+    high = diagnose(1.0, target_loss=0.1, trainer=trainer)
+    assert high.leaf == "optimization"
+    assert high.finding.message.endswith("and it was told: learning rate too low.")
+    low = diagnose(0.01, 0.02, target_loss=0.1, trainer=trainer)
+    assert low.leaf == "done"
+    assert low.finding.message.endswith("not high either, though it was told: learning rate too low.")
+
+
+class TwoCriteria(Digits):
+    def loss(self, batch: Split) -> Tensor:
+        outputs = self.net(batch[0])
+        return nn.functional.cross_entropy(outputs, batch[1]) + nn.functional.mse_loss(outputs.sum(1), batch[0].sum(1))
+
+
+@pytest.mark.parametrize(("kind", "known"), [(Digits, True), (TwoCriteria, False)])
+def test_the_constant_of_one_of_two_criteria_is_not_that_of_their_sum(
+    kind: type[Digits], known: bool, tmp_path: Path
+) -> None:
+    check = InitialLossCheck()
+    trainer = fitted(tmp_path, kind(0.001, nn.Identity()), check)
+    assert len(check.results) == (1 if known else 2)
+    assert ("trivial_loss" in diagnose(1.0, trainer=trainer).finding.evidence) is known
 
 
 # ---------------------------------------------------------------------------------------------- two samples
