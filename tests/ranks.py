@@ -15,9 +15,15 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import torch
+# What ranks import as they train: here once, and not in each of them.
+import torch.distributed.algorithms.ddp_comm_hooks
+import torch.distributed.checkpoint.state_dict
+import torch.distributed.fsdp
+import torch.distributed.tensor.experimental
+import torch.profiler._cupti_monitor
 
 TIMEOUT = 120  # seconds until a rank that hangs fails the test
+ROOM = 100_000  # values on the stack of frames
 
 _tried = itertools.count()
 
@@ -58,11 +64,20 @@ def run_on_ranks(function: Callable[..., Any], *args: Any, ranks: int = 2) -> li
 
 def _forked(function: Callable[..., Any], *args: Any) -> BaseProcess:
     """A fork that runs ``function(*args)``; its garbage collector leaves alone what was there, which it would copy."""
-    process = multiprocessing.get_context("fork").Process(target=function, args=args, daemon=True)
+    process = multiprocessing.get_context("fork").Process(target=_with_room, args=(function, *args), daemon=True)
     gc.freeze()
     process.start()
     gc.unfreeze()
     return process
+
+
+def _with_room(function: Callable[..., Any], *args: Any) -> None:
+    function(*args)
+
+
+# Python has its frames in pieces of 16 kB. Where a loop calls across the end of one, the next is taken from the system
+# and given back at each call, which was a third of what some ranks cost; behind a frame that is large there is room.
+_with_room.__code__ = _with_room.__code__.replace(co_stacksize=ROOM)
 
 
 def _free_port() -> int:
