@@ -7,16 +7,32 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import pairwise
 from math import cos, pi
 from pathlib import Path
 from sysconfig import get_paths
-from typing import Any
 
 import torch
-from _zoo import Case, Detached, Loss, Run, Training, mlp, named, scaled
+from _zoo import Case, mlp
+from _zoo_defects import (
+    Pair,
+    Reshaped,
+    Split,
+    Workload,
+    exploding,
+    larger,
+    put,
+    raw_pixels,
+    rectified,
+    relative,
+    sgd,
+    sideways,
+    smaller,
+    split,
+    standardised,
+    with_data,
+)
 from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
@@ -31,93 +47,9 @@ CODE = ("".join((LIBRARY / f"{name}.py").read_text("utf-8") for name in ("inspec
 )
 SIGNS = sorted(set(CODE))
 WORDS = 400
-Pair = tuple[Tensor, Tensor]
-Split = tuple[Pair, Pair]
-
-
-class Crossed(Training):
-    """A training with any optimizer, in any mode.
-
-    Args:
-        make: Makes the optimizer of parameters and a learning rate.
-        validate_in_training_mode: Let dropout and the statistics of batches go on in validation.
-        more: See Training.
-    """
-
-    def __init__(
-        self, make: Callable[[Any, float], torch.optim.Optimizer], validate_in_training_mode: bool = False, **more: Any
-    ) -> None:
-        super().__init__(**more)
-        self.make, self.validate_in_training_mode = make, validate_in_training_mode
-
-    @override
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        if self.validate_in_training_mode:
-            self.net.train()
-        super().validation_step(batch, batch_idx)
-
-    @override
-    def made(self, parameters: list[Any]) -> torch.optim.Optimizer:
-        return self.make(parameters, self.rate)
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A training that a defect changes with ``replace``.
-
-    Args:
-        name: What is trained on what.
-        data: Makes inputs and targets, to train and to validate, for a seed.
-        net: Makes the network for a width.
-        width: Of it.
-        cut: The layer at which it is cut, where a defect cuts it.
-        optimizer: Made of parameters and a learning rate.
-        rate: Learning rate.
-        epochs: How many.
-        batch: Size of a batch.
-        loss: Of outputs and targets.
-        shuffle: Whether to.
-        options: More of Crossed.
-        settings: More of the Trainer.
-    """
-
-    name: str
-    data: Callable[..., Split]
-    net: Callable[..., nn.Sequential]
-    width: int
-    cut: int
-    optimizer: Callable[[Any, float], torch.optim.Optimizer]
-    rate: float
-    epochs: int
-    batch: int
-    loss: Loss = functional.cross_entropy
-    shuffle: bool = True
-    options: dict[str, Any] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def make(self, seed: int) -> Run:
-        """The training for a seed, of which depend the split and the start."""
-        torch.manual_seed(seed)
-        train, val = self.data(seed)
-        accuracy = not train[1].is_floating_point()
-        more: dict[str, Any] = {"rate": self.rate, "accuracy": accuracy, **self.options}
-        module = Crossed(self.optimizer, net=self.net(self.width), loss=self.loss, **more)
-        return Run(module, train, val, self.epochs, self.batch, self.shuffle, self.settings)
 
 
 # ---------------------------------------------------------------------------------------------------- data
-
-
-def split(inputs: Tensor, targets: Tensor, train: int, val: int, seed: int) -> Split:
-    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(7000 + seed))
-    first, second = order[:train], order[train : train + val]
-    return (inputs[first], targets[first]), (inputs[second], targets[second])
-
-
-def standardised(data: Split) -> Split:
-    (inputs, targets), (val, val_targets) = data
-    mean, std = inputs.mean(0), inputs.std(0).clamp(min=1e-6)
-    return ((inputs - mean) / std, targets), ((val - mean) / std, val_targets)
 
 
 def cancer(seed: int, raw: bool = False) -> Split:
@@ -208,22 +140,6 @@ class Outputs(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         outputs: Tensor = self.cells(inputs)[0]
         return outputs
-
-
-class Reshaped(nn.Module):
-    """Something that has no parameters.
-
-    Args:
-        change: What is done.
-    """
-
-    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.change = change
-
-    @override
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.change(inputs)
 
 
 class Residual(nn.Module):
@@ -344,19 +260,10 @@ def convolutional(width: int) -> nn.Sequential:
 # ---------------------------------------------------------------------------------------------------- healthy
 
 
-def relative(shape: Callable[[float], float]) -> Callable[[Any, int], Any]:
-    """A schedule of the share of the training that is over."""
-    return lambda optimizer, steps: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: shape(step / steps))
-
-
 COSINE = {"schedule": relative(lambda done: 0.5 + 0.5 * cos(pi * min(done, 1)))}
 LINEAR = {"schedule": relative(lambda done: max(0.02, 1 - done))}
 WARM = {"schedule": relative(lambda done: min(1, 0.02 + 10 * done) * (0.5 + 0.5 * cos(pi * min(done, 1))))}
 HAT = {"schedule": relative(lambda done: min(0.1 + 3 * done, max(0.01, 1.43 * (1 - done))))}
-
-
-def sgd(momentum: float, decay: float, nesterov: bool = False) -> Callable[[Any, float], torch.optim.Optimizer]:
-    return partial(torch.optim.SGD, momentum=momentum, weight_decay=decay, nesterov=nesterov)
 
 
 adam = partial(torch.optim.Adam, weight_decay=3e-3)
@@ -408,284 +315,72 @@ HEALTHY_CROSSED = [Case(each.name, each.make) for each in WORKLOADS]
 # ---------------------------------------------------------------------------------------------------- broken
 
 
-def crossed(
-    defect: str, rules: frozenset[str], change: Callable[[Workload], Workload], *workloads: Workload
-) -> list[Case]:
-    return [Case(f"{defect}: {workload.name}", change(workload).make, rules) for workload in workloads]
-
-
-def with_data(change: Callable[[Split], Split]) -> Callable[[Workload], Workload]:
-    return lambda workload: replace(workload, data=lambda seed: change(workload.data(seed)))
-
-
-def with_net(change: Callable[[nn.Sequential, int], nn.Sequential]) -> Callable[[Workload], Workload]:
-    """Something is done to the network, which is cut at a layer."""
-
-    def changed(workload: Workload) -> Workload:
-        return replace(workload, net=lambda width: change(workload.net(width), workload.cut))
-
-    return changed
-
-
-def with_loss(change: Callable[[Loss, Tensor, Tensor], Tensor]) -> Callable[[Workload], Workload]:
-    def changed(workload: Workload) -> Workload:
-        return replace(workload, loss=lambda outputs, targets: change(workload.loss, outputs, targets))
-
-    return changed
-
-
-def with_options(**options: Any) -> Callable[[Workload], Workload]:
-    return lambda workload: replace(workload, options={**workload.options, **options})
-
-
-def with_rate(factor: float) -> Callable[[Workload], Workload]:
-    return lambda workload: replace(workload, rate=workload.rate * factor)
-
-
-def shifted(data: Split) -> Split:
-    (inputs, targets), val = data
-    return (inputs, (targets + 1) % (int(targets.max()) + 1)), val
-
-
-def ordered(workload: Workload) -> Workload:
-    """By class, as files often are, and read as they are."""
-
-    def by_class(data: Split) -> Split:
-        (inputs, targets), val = data
-        order = targets.flatten().argsort()
-        return (inputs[order], targets[order]), val
-
-    return replace(with_data(by_class)(workload), shuffle=False)
-
-
-def leaked(data: Split) -> Split:
-    """The target in place of the last column, or of the last pixel."""
-    scale = data[0][1].float().mean(), data[0][1].float().std()
-    for inputs, targets in data:
-        inputs.flatten(1)[:, -1] = (targets.flatten() - scale[0]) / scale[1]
-    return data
-
-
-def duplicated(data: Split) -> Split:
-    (inputs, targets), (val, val_targets) = data
-    order = torch.randperm(len(inputs) + len(val), generator=torch.Generator().manual_seed(0))
-    return (torch.cat([inputs, val])[order], torch.cat([targets, val_targets])[order]), (val, val_targets)
-
-
-def unrelated(data: Split) -> Split:
-    """Inputs and targets were put in different orders before the split."""
-    generator = torch.Generator().manual_seed(0)
-    (inputs, targets), (val, val_targets) = data
-    every = torch.cat([targets, val_targets])
-    every = every[torch.randperm(len(every), generator=generator)]
-    return (inputs, every[: len(inputs)]), (val, every[len(inputs) :])
-
-
-def upside_down(data: Split) -> Split:
-    return data[0], (data[1][0].flip(-1), data[1][1])
-
-
-def moved(data: Split) -> Split:
-    return data[0], (data[1][0].roll((5, 5), (-2, -1)), data[1][1])
-
-
-def first(examples: int) -> Callable[[Split], Split]:
-    return lambda data: ((data[0][0][:examples], data[0][1][:examples]), data[1])
-
-
-def raw_pixels(data: Split) -> Split:
-    """From 0 to 255."""
-    low, high = data[0][0].min(), data[0][0].max()
-    train, val = ((255 * (inputs - low) / (high - low), labels) for inputs, labels in data)
-    return train, val
-
-
-def frozen(net: nn.Sequential, cut: int) -> nn.Sequential:
-    for layer in [*net][:cut]:
-        layer.requires_grad_(False)
-    return net
-
-
-def tenfold(net: nn.Sequential, _: int) -> nn.Sequential:
-    scaled(net, 10)
-    return net
-
-
-def detached(net: nn.Sequential, cut: int) -> nn.Sequential:
-    return nn.Sequential(*[*net][:cut], Detached(), *[*net][cut:])
-
-
-def dead(net: nn.Sequential, cut: int) -> nn.Sequential:
-    biases: list[Any] = []
-    for layer in [*net][:cut]:
-        if isinstance(layer, nn.ReLU):
-            nn.init.constant_(biases[-1], -20.0)
-        biases += [layer.bias] if isinstance(getattr(layer, "bias", None), nn.Parameter) else []
-    return net
-
-
-def head_alone(workload: Workload) -> Workload:
-    return with_options(trained=lambda net: net[workload.cut :].parameters())(workload)
-
-
-def smaller(width: int) -> Callable[[Workload], Workload]:
-    return lambda workload: replace(workload, width=width)
-
-
-def larger(width: int, examples: int, epochs: int) -> Callable[[Workload], Workload]:
-    return lambda workload: replace(with_data(first(examples))(workload), width=width, epochs=epochs)
-
-
-def exploding(rate: float, cells: Callable[..., nn.Module]) -> Callable[[Workload], Workload]:
-    """Without the clipping of gradients that a recurrent net was given."""
-
-    def changed(workload: Workload) -> Workload:
-        net: Any = workload.net
-        return replace(workload, net=partial(net, cells=cells), rate=rate, optimizer=sgd(0.9, 0.0), settings={})
-
-    return changed
-
-
-def rectified(*sizes: int, **more: Any) -> nn.Module:
-    return nn.RNN(*sizes, nonlinearity="relu", **more)
-
-
-def turned(workload: Workload) -> Workload:
-    """By a reshape, where it should have been by a transposition."""
-    first = Reshaped(lambda inputs: inputs.t().reshape(inputs.shape))
-    return replace(workload, net=lambda width: nn.Sequential(first, *workload.net(width)))
-
-
-TOO_HIGH = named(
-    "learning rate too high",
-    "learning rate looks too high",
-    "divergence",
-    "diverged",
-    "early instability",
-    "bouncing between the walls",
-)
-TOO_LOW = named("learning rate too low", "learning rate looks too low", "falls too slowly")
-EXPLODING = TOO_HIGH | {"exploding gradient"}
-SMALL = named("underfitting", "model bias")
-EVALUATION = named("evaluation mode in training")
-SOFTMAX = named("softmax applied twice", "activation on the logits")
-SIGMOID = named("sigmoid applied twice", "activation on the logits")
-RAW = named("inputs not normalised")
-FROZEN = named("frozen parameters", "layer never changes")
-DEAD = named(
-    "dead units", "outputs hardly depend on the input", "vanishing gradient", "no gradient", "layer never changes"
-)
-MIXED = named("examples mixed")
-SHIFTED = named("mismatch")
-COPY = named("target is the input")
-SUM = named("loss is a sum")
-ORDERED = named("labels all alike", "periodic training loss")
-NEGATIVE = named("wrong sign of the loss")
-LEAKED = named("target among the inputs")
-CARRIED = named("gradients not set to zero")
-AWAKE = named("evaluation mode differs", "training mode in validation")
-DUPLICATED = named("validation data in the training data")
-UNRELATED = named("input without information", "overfitting", "nothing learnt")
-TENFOLD = named("initial loss high", "initial loss off")
-LARGE = named("overfitting")
-HEAD = named("not in any optimizer", "layer never changes")
-CUT = named("no gradient", "layer never changes")
-
-
-def softmaxed(net: nn.Sequential, _: int) -> nn.Sequential:
-    return nn.Sequential(*net, nn.Softmax(1))
-
-
-def multiplied(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
-    return len(outputs) * loss(outputs, targets)
-
-
-def negative(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
-    return -loss(outputs, targets)
-
-
-def unmoved(workload: Workload) -> Workload:
-    return replace(workload, data=partial(workload.data, shift=0))
-
-
-def raw(workload: Workload) -> Workload:
-    return replace(workload, data=partial(workload.data, raw=True))
-
-
-def rescaled(workload: Workload) -> Workload:
-    return replace(workload, data=lambda seed: (cancer(seed)[0], cancer(seed, raw=True)[1]))
-
-
-def sideways(workload: Workload) -> Workload:
-    return replace(workload, net=partial(workload.net, batch_first=False))
-
-
 # Each defect on workloads that it was seen to harm.
 CROSSED = [
-    *crossed("labels shifted", SHIFTED, with_data(shifted), CLOTHES, PASSAGES),
-    *crossed("target not shifted", COPY, unmoved, SOURCE),
-    *crossed("softmax twice", SOFTMAX, with_net(softmaxed), RESIDUAL, CAUSAL),
-    *crossed("sigmoid twice", SIGMOID, with_net(lambda net, _: nn.Sequential(*net, nn.Sigmoid())), CANCER),
-    *crossed("sum for mean", SUM, with_loss(multiplied), WINE, HALVES, CLOTHES),
-    *crossed("not shuffled", ORDERED, ordered, CLOTHES, VISION, RESIDUAL),
-    *crossed("layers frozen", FROZEN, with_net(frozen), HALVES, ROWS, CAUSAL),
-    *crossed("learning rate times 30", TOO_HIGH, with_rate(30), CLOTHES, VISION, CAUSAL),
-    *crossed("learning rate over 30", TOO_LOW, with_rate(1 / 30), WINE, RESIDUAL, COPIED),
-    *crossed("dead units", DEAD, with_net(dead), HALVES, RESIDUAL, PASSAGES),
-    *crossed("wrong sign", NEGATIVE, with_loss(negative), CANCER, VISION, COPIED),
-    *crossed("target leaked", LEAKED, with_data(leaked), HALVES, ROWS, CANCER),
-    *crossed("zero_grad missing", CARRIED, with_options(zero_grad=False), COPIED, DIGITS, CAUSAL),
-    *crossed("evaluation mode in training", EVALUATION, with_options(train_in_evaluation_mode=True), RESIDUAL),
-    *crossed("training mode in validation", AWAKE, with_options(validate_in_training_mode=True), PASSAGES),
-    *crossed("validation data in the training data", DUPLICATED, with_data(duplicated), DIGITS, VISION, ROWS),
-    *crossed("validation data otherwise scaled", SHIFTED, rescaled, CANCER),
-    *crossed("validation images upside down", SHIFTED, with_data(upside_down), ROWS),
-    *crossed("validation images moved", SHIFTED, with_data(moved), RESIDUAL),
-    *crossed("labels at random", UNRELATED, with_data(unrelated), CANCER, CLOTHES, DIGITS),
-    *crossed("initialisation times 10", TENFOLD, with_net(tenfold), WINE, COPIED, SOURCE),
-    *crossed("too small", SMALL, smaller(4), VISION),
-    *crossed("too small", SMALL, smaller(2), SOURCE),
-    *crossed("too small", SMALL, smaller(1), COPIED),
-    *crossed("too big for the data", LARGE, larger(256, 60, 100), HALVES),
-    *crossed("too big for the data", LARGE, larger(24, 100, 60), CLOTHES),
-    *crossed("too big for the data", LARGE, larger(96, 40, 60), CAUSAL),
-    *crossed("recurrent net explodes", EXPLODING, exploding(0.5, rectified), ROWS),
-    *crossed("recurrent net explodes", EXPLODING, exploding(2.0, rectified), SOURCE),
-    *crossed("not clipped at a high rate", EXPLODING, exploding(30.0, nn.LSTM), SOURCE),
-    *crossed("inputs not normalised", RAW, raw, CANCER, WINE),
-    *crossed("inputs not normalised", RAW, with_data(raw_pixels), ROWS, VISION),
-    *crossed("body not in the optimizer", HEAD, head_alone, VISION, SOURCE, COPIED),
-    *crossed("detached half-way", CUT, with_net(detached), DIGITS, SOURCE, CAUSAL),
-    *crossed("examples mixed", MIXED, turned, WINE),
-    *crossed("examples mixed", MIXED, sideways, VISION, ROWS),
+    *put("labels shifted", CLOTHES, PASSAGES),
+    *put("target not shifted", SOURCE),
+    *put("softmax twice", RESIDUAL, CAUSAL),
+    *put("sigmoid twice", CANCER),
+    *put("sum for mean", WINE, HALVES, CLOTHES),
+    *put("not shuffled", CLOTHES, VISION, RESIDUAL),
+    *put("layers frozen", HALVES, ROWS, CAUSAL),
+    *put("learning rate times 30", CLOTHES, VISION, CAUSAL),
+    *put("learning rate over 30", WINE, RESIDUAL, COPIED),
+    *put("dead units", HALVES, RESIDUAL, PASSAGES),
+    *put("wrong sign", CANCER, VISION, COPIED),
+    *put("target leaked", HALVES, ROWS, CANCER),
+    *put("zero_grad missing", COPIED, DIGITS, CAUSAL),
+    *put("evaluation mode in training", RESIDUAL),
+    *put("training mode in validation", PASSAGES),
+    *put("validation data in the training data", DIGITS, VISION, ROWS),
+    *put("validation data otherwise scaled", CANCER),
+    *put("validation images upside down", ROWS),
+    *put("validation images moved", RESIDUAL),
+    *put("labels at random", CANCER, CLOTHES, DIGITS),
+    *put("initialisation times 10", WINE, COPIED, SOURCE),
+    *put("too small", VISION, by=smaller(4)),
+    *put("too small", SOURCE, by=smaller(2)),
+    *put("too small", COPIED, by=smaller(1)),
+    *put("too big for the data", HALVES, by=larger(256, 60, 100)),
+    *put("too big for the data", CLOTHES, by=larger(24, 100, 60)),
+    *put("too big for the data", CAUSAL, by=larger(96, 40, 60)),
+    *put("recurrent net explodes", ROWS, by=exploding(0.5, rectified)),
+    *put("recurrent net explodes", SOURCE, by=exploding(2.0, rectified)),
+    *put("not clipped at a high rate", SOURCE, by=exploding(30.0, nn.LSTM)),
+    *put("inputs not normalised", CANCER, WINE),
+    *put("inputs not normalised", ROWS, VISION, by=with_data(raw_pixels)),
+    *put("body not in the optimizer", VISION, SOURCE, COPIED),
+    *put("detached half-way", DIGITS, SOURCE, CAUSAL),
+    *put("examples mixed", WINE),
+    *put("examples mixed", VISION, ROWS, by=sideways),
 ]
 
 # And on others, whether it harms them or not.
 ELSEWHERE = [
-    *crossed("labels shifted", SHIFTED, with_data(shifted), VISION, RESIDUAL, ROWS, DIGITS),
-    *crossed("target not shifted", COPY, unmoved, CAUSAL),
-    *crossed("softmax twice", SOFTMAX, with_net(softmaxed), CLOTHES, DIGITS, PASSAGES),
-    *crossed("sum for mean", SUM, with_loss(multiplied), RESIDUAL, DIGITS, CANCER),
-    *crossed("not shuffled", ORDERED, ordered, DIGITS, ROWS),
-    *crossed("layers frozen", FROZEN, with_net(frozen), CLOTHES, VISION, DIGITS),
-    *crossed("learning rate times 30", TOO_HIGH, with_rate(30), RESIDUAL, ROWS, COPIED),
-    *crossed("learning rate over 30", TOO_LOW, with_rate(1 / 30), CLOTHES, VISION, SOURCE),
-    *crossed("dead units", DEAD, with_net(dead), CLOTHES),
-    *crossed("wrong sign", NEGATIVE, with_loss(negative), WINE, ROWS, SOURCE),
-    *crossed("target leaked", LEAKED, with_data(leaked), DIGITS, WINE),
-    *crossed("zero_grad missing", CARRIED, with_options(zero_grad=False), CLOTHES, RESIDUAL, PASSAGES),
-    *crossed("training mode in validation", AWAKE, with_options(validate_in_training_mode=True), RESIDUAL, HALVES),
-    *crossed("validation data in the training data", DUPLICATED, with_data(duplicated), CLOTHES, WINE, RESIDUAL),
-    *crossed("validation images upside down", SHIFTED, with_data(upside_down), VISION, DIGITS),
-    *crossed("validation images moved", SHIFTED, with_data(moved), CLOTHES),
-    *crossed("labels at random", UNRELATED, with_data(unrelated), VISION, ROWS, WINE),
-    *crossed("initialisation times 10", TENFOLD, with_net(tenfold), DIGITS, VISION, CAUSAL),
-    *crossed("too small", SMALL, smaller(2), DIGITS, CAUSAL),
-    *crossed("too small", SMALL, smaller(1), ROWS),
-    *crossed("too big for the data", LARGE, larger(256, 60, 100), DIGITS, PASSAGES),
-    *crossed("too big for the data", LARGE, larger(96, 60, 100), ROWS),
-    *crossed("inputs not normalised", RAW, with_data(raw_pixels), CLOTHES, DIGITS),
-    *crossed("body not in the optimizer", HEAD, head_alone, ROWS, CAUSAL, CLOTHES),
-    *crossed("detached half-way", CUT, with_net(detached), CLOTHES, VISION, RESIDUAL),
-    *crossed("examples mixed", MIXED, turned, DIGITS, CANCER),
+    *put("labels shifted", VISION, RESIDUAL, ROWS, DIGITS),
+    *put("target not shifted", CAUSAL),
+    *put("softmax twice", CLOTHES, DIGITS, PASSAGES),
+    *put("sum for mean", RESIDUAL, DIGITS, CANCER),
+    *put("not shuffled", DIGITS, ROWS),
+    *put("layers frozen", CLOTHES, VISION, DIGITS),
+    *put("learning rate times 30", RESIDUAL, ROWS, COPIED),
+    *put("learning rate over 30", CLOTHES, VISION, SOURCE),
+    *put("dead units", CLOTHES),
+    *put("wrong sign", WINE, ROWS, SOURCE),
+    *put("target leaked", DIGITS, WINE),
+    *put("zero_grad missing", CLOTHES, RESIDUAL, PASSAGES),
+    *put("training mode in validation", RESIDUAL, HALVES),
+    *put("validation data in the training data", CLOTHES, WINE, RESIDUAL),
+    *put("validation images upside down", VISION, DIGITS),
+    *put("validation images moved", CLOTHES),
+    *put("labels at random", VISION, ROWS, WINE),
+    *put("initialisation times 10", DIGITS, VISION, CAUSAL),
+    *put("too small", DIGITS, CAUSAL, by=smaller(2)),
+    *put("too small", ROWS, by=smaller(1)),
+    *put("too big for the data", DIGITS, PASSAGES, by=larger(256, 60, 100)),
+    *put("too big for the data", ROWS, by=larger(96, 60, 100)),
+    *put("inputs not normalised", CLOTHES, DIGITS, by=with_data(raw_pixels)),
+    *put("body not in the optimizer", ROWS, CAUSAL, CLOTHES),
+    *put("detached half-way", CLOTHES, VISION, RESIDUAL),
+    *put("examples mixed", DIGITS, CANCER),
 ]
