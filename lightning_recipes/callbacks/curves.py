@@ -48,8 +48,8 @@ class LearningCurves(pl.Callback):
     falls too slowly, or fell fast and then stayed (at a constant rate); a decay of the learning rate that came too
     early, or a rate that rises to the end; overfitting and since when; a best check in the first tenth or the last
     quarter, or a run of few checks that still falls; a validation that never improves, or jumps from check to check; a
-    training loss far above it; a pattern that all epochs share (data that are not shuffled); and, if ``target_loss``
-    says what would be good, underfitting.
+    training loss far above it; a pattern that all epochs share (data that are not shuffled); and underfitting, as a
+    warning if ``target_loss`` says what would be good.
     At the first validation it tells of layers that are left in training mode. Where the noise does not allow it nothing
     is said, and nothing of a run of fewer than 100 batches; what an :class:`~lightning_recipes.EarlyStopping` beside it
     tells is left to that one. :meth:`findings` has the same at any moment.
@@ -68,7 +68,7 @@ class LearningCurves(pl.Callback):
         monitor: Name of the validation loss, lower is better; None for ``val_loss``, or else the metric whose name has
             ``val`` and ``loss`` in it.
         target_loss: A training loss that would be good enough, any number; None if nobody knows: then underfitting is
-            not told.
+            information, told of a loss that is flat above a tenth of the first one.
 
     Raises:
         TypeError: If an argument is not of its kind.

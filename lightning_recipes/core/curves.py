@@ -38,7 +38,9 @@ SEEN = 0.03  # of the fall, from where on a period is told
 HARMFUL = 0.06  # and from where on it is worth a warning, if
 ALIKE = 2.0  # is exceeded by the ratio of variances: batches that follow each other are alike
 MATERIAL = 0.03  # of the fall, that a loss has to lose or promise to be worth a warning
-CLOSE = 0.1  # of what the training loss is above its target: a gap that is hardly one
+CLOSE = 0.1  # of what the training loss is above its target, or above 0: a gap that is hardly one
+LOW = 0.1  # of the loss at the start: below it a loss is low enough, if nobody knows a target
+STOPPED = 0.05  # of the fall: what the last quarter of a run brings at most, of which that is told
 
 
 class CurvesRule:
@@ -56,7 +58,7 @@ class CurvesRule:
 
     Args:
         target_loss: A training loss that would be good enough, any number; None if nobody knows: then underfitting is
-            not told.
+            information, told of a loss that is flat above a tenth of the first one.
 
     Example:
         >>> rule = CurvesRule()
@@ -511,22 +513,41 @@ class Reading:
         )
 
     def underfits(self) -> Finding | None:
-        """The training loss ends above its target, and validation with it."""
+        """The training loss ends above its target, or flat and not low, and validation with it."""
         target, checks = self.rule.target_loss, self.rule.checks
-        if target is None or not checks.values or not all(map(math.isfinite, checks.values)):
+        if not checks.values or not all(map(math.isfinite, checks.values)):
             return None
         line = trend(self.means[-len(self.means) // 4 :])
-        above = line.level + line.change / 2 - line.error - target
-        gap = statistics.median(checks.values[-5:]) - statistics.median(checks.train[-5:])
-        if above <= 0 or gap > CLOSE * above + noise_of(checks.values):
+        above = line.level + line.change / 2 - line.error - (target or 0.0)
+        gap, noise = (
+            statistics.median(checks.values[-5:]) - statistics.median(checks.train[-5:]),
+            noise_of(checks.values),
+        )
+        if above <= 0 or gap > CLOSE * above + noise:
+            return None
+        close = f"{self.monitor} hardly higher: a gap of {gap:.2g}."
+        if target is not None:
+            return self.found(
+                "underfitting",
+                "warning",
+                f"The training loss is {self.end:.3g}, at least {above:.2g} above the target of {target:g},"
+                f" and {close}",
+                "Use a larger model, train longer or at a better learning rate, regularise less.",
+                end=self.end,
+                target=target,
+                gap=gap,
+            )
+        learned = self.first - line.level
+        is_flat = learned > FLAT * self.first and -line.change < STOPPED * learned
+        if above < LOW * self.first or not is_flat or max(noise, -gap) > CLOSE * above:
             return None
         return self.found(
             "underfitting",
-            "warning",
-            f"The training loss is {self.end:.3g}, at least {above:.2g} above the target of {target:g}, and"
-            f" {self.monitor} hardly higher: a gap of {gap:.2g}.",
-            "Use a larger model, train longer or at a better learning rate, regularise less.",
+            "info",
+            f"The training loss hardly falls any more, at {self.end:.3g} of {self.first:.3g} at the start, and {close}",
+            "If that is too high, use a larger model or a better learning rate, and regularise less; more data of the"
+            " kind will not help, and nothing will where noise is the limit.",
             end=self.end,
-            target=target,
+            start=self.first,
             gap=gap,
         )

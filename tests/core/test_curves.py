@@ -324,16 +324,41 @@ def test_overfitting_and_validation_that_jumps() -> None:
     jumpy = trained(learned, rate=lambda share: 1 - share, validation=learned, jump=0.15)
     assert [(finding.rule, finding.severity) for finding in jumpy.findings()] == [("validation jumps", "info")]
     slight = trained(learned, rate=lambda share: 1 - share, validation=lambda share: learned(share) + 0.02 * share)
-    assert rules_of(slight) == []
+    assert rules_of(slight) == ["underfitting"]
 
 
-def test_underfitting_only_where_a_target_is_known() -> None:
-    for target, expected in ((None, []), (0.1, ["underfitting"]), (0.4, [])):
-        rule = trained(
-            lambda share: 0.3 + math.exp(-20 * share), 0.02, rate=lambda share: 1 - share,
-            validation=lambda share: 0.31 + math.exp(-20 * share), target_loss=target,
-        )  # fmt: skip
-        assert rules_of(rule) == expected
+@pytest.mark.parametrize(
+    ("target", "floor", "gap", "severity"),
+    [
+        (0.1, 0.3, 0.01, "warning"),
+        (0.4, 0.3, 0.01, None),
+        (None, 0.3, 0.01, "info"),
+        (None, 0.3, 0.1, None),
+        (None, 0.3, -0.1, None),  # of dropout, say
+        (None, 0.1, 0.0, None),  # low enough for anybody
+        (None, 2.2, 0.01, None),  # hardly anything was learnt, which is another matter
+    ],
+)
+def test_underfitting(target: float | None, floor: float, gap: float, severity: str | None) -> None:
+    def falls(share: float) -> float:
+        return floor + (2.3 - floor) * math.exp(-20 * share)
+
+    rule = trained(
+        falls, 0.02, rate=lambda share: 1 - share, validation=lambda share: falls(share) + gap, target_loss=target
+    )
+    found = [(finding.rule, finding.severity) for finding in rule.findings()]
+    assert found == ([] if severity is None else [("underfitting", severity)])
+
+
+@pytest.mark.parametrize(("last_quarter", "jump", "told"), [(0.04, 0.0, True), (0.06, 0.0, False), (0.04, 0.2, False)])
+def test_underfitting_of_a_loss_that_stands_and_a_validation_that_does(
+    last_quarter: float, jump: float, told: bool
+) -> None:
+    def falls(share: float) -> float:
+        return 0.5 + 1.8 * math.exp(-30 * share) + 4 * 1.8 * last_quarter * (1 - share)
+
+    rule = trained(falls, 0.02, rate=lambda share: 1 - share, validation=falls, jump=jump)
+    assert ("underfitting" in rules_of(rule)) is told
 
 
 def in_the_same_order(pattern: Callable[[int], float]) -> list[Any]:
