@@ -476,7 +476,10 @@ def seed_all(seed: int) -> None:
     """Seed all random numbers."""
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:  # the same, without noting for each kind of device who has asked, which takes longer than a small step
+        torch.default_generator.manual_seed(seed)
 
 
 @contextmanager
