@@ -519,19 +519,16 @@ class Reading:
             return None
         line = trend(self.means[-len(self.means) // 4 :])
         above = line.level + line.change / 2 - line.error - (target or 0.0)
-        gap, noise = (
-            statistics.median(checks.values[-5:]) - statistics.median(checks.train[-5:]),
-            noise_of(checks.values),
-        )
+        gap = statistics.median(checks.values[-5:]) - statistics.median(checks.train[-5:])
+        noise = noise_of(checks.values)
         if above <= 0 or gap > CLOSE * above + noise:
             return None
-        close = f"{self.monitor} hardly higher: a gap of {gap:.2g}."
         if target is not None:
             return self.found(
                 "underfitting",
                 "warning",
-                f"The training loss is {self.end:.3g}, at least {above:.2g} above the target of {target:g},"
-                f" and {close}",
+                f"The training loss is {self.end:.3g}, at least {above:.2g} above the target of {target:g}, and"
+                f" {self.monitor} hardly higher: a gap of {gap:.2g}.",
                 "Use a larger model, train longer or at a better learning rate, regularise less.",
                 end=self.end,
                 target=target,
@@ -544,7 +541,8 @@ class Reading:
         return self.found(
             "underfitting",
             "info",
-            f"The training loss hardly falls any more, at {self.end:.3g} of {self.first:.3g} at the start, and {close}",
+            f"The training loss hardly falls any more, at {self.end:.3g} of {self.first:.3g} at the start, and"
+            f" {self.monitor} is close to it: a gap of {gap:.2g}.",
             "If that is too high, use a larger model or a better learning rate, and regularise less; more data of the"
             " kind will not help, and nothing will where noise is the limit.",
             end=self.end,

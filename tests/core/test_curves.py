@@ -463,6 +463,19 @@ def test_the_numbers_are_those_of_validation_too() -> None:
         "gap": pytest.approx(0.01, abs=0.01),
     }
     assert "at least 0.19 above the target of 0.1" in under.message
+    hint = told(
+        trained(
+            lambda share: 0.3 + 2 * math.exp(-20 * share), 0.02, rate=lambda share: 1 - share,
+            validation=lambda share: 0.31 + 2 * math.exp(-20 * share),
+        ),
+        "underfitting",
+    )  # fmt: skip
+    assert hint.evidence == {
+        "end": pytest.approx(0.3, abs=0.01),
+        "start": pytest.approx(2.25, abs=0.1),
+        "gap": pytest.approx(0.01, abs=0.01),
+    }
+    assert "hardly falls any more, at 0.3" in hint.message
     for checks, jumps in ((9, False), (10, True)):
         rule = CurvesRule()
         for check in range(checks):
