@@ -15,24 +15,7 @@ from sysconfig import get_paths
 
 import torch
 from _zoo import Case, mlp
-from _zoo_defects import (
-    Pair,
-    Reshaped,
-    Split,
-    Workload,
-    exploding,
-    larger,
-    put,
-    raw_pixels,
-    rectified,
-    relative,
-    sgd,
-    sideways,
-    smaller,
-    split,
-    standardised,
-    with_data,
-)
+from _zoo_defects import Pair, Reshaped, Split, Workload, put, relative, sgd, split, standardised
 from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
@@ -338,21 +321,19 @@ CROSSED = [
     *put("validation images moved", RESIDUAL),
     *put("labels at random", CANCER, CLOTHES, DIGITS),
     *put("initialisation times 10", WINE, COPIED, SOURCE),
-    *put("too small", VISION, by=smaller(4)),
-    *put("too small", SOURCE, by=smaller(2)),
-    *put("too small", COPIED, by=smaller(1)),
-    *put("too big for the data", HALVES, by=larger(256, 60, 100)),
-    *put("too big for the data", CLOTHES, by=larger(24, 100, 60)),
-    *put("too big for the data", CAUSAL, by=larger(96, 40, 60)),
-    *put("recurrent net explodes", ROWS, by=exploding(0.5, rectified)),
-    *put("recurrent net explodes", SOURCE, by=exploding(2.0, rectified)),
-    *put("not clipped at a high rate", SOURCE, by=exploding(30.0, nn.LSTM)),
-    *put("inputs not normalised", CANCER, WINE),
-    *put("inputs not normalised", ROWS, VISION, by=with_data(raw_pixels)),
+    *put("too small", VISION, width=4),
+    *put("too small", SOURCE, width=2),
+    *put("too small", COPIED, width=1),
+    *put("too big for the data", HALVES, width=256, examples=60, epochs=100),
+    *put("too big for the data", CLOTHES, width=24, examples=100, epochs=60),
+    *put("too big for the data", CAUSAL, width=96, examples=40, epochs=60),
+    *put("recurrent net explodes", ROWS, rate=0.5),
+    *put("recurrent net explodes", SOURCE, rate=2.0),
+    *put("not clipped at a high rate", SOURCE, rate=30.0, cells=nn.LSTM),
+    *put("inputs not normalised", CANCER, WINE, ROWS, VISION),
     *put("body not in the optimizer", VISION, SOURCE, COPIED),
     *put("detached half-way", DIGITS, SOURCE, CAUSAL),
-    *put("examples mixed", WINE),
-    *put("examples mixed", VISION, ROWS, by=sideways),
+    *put("examples mixed", WINE, VISION, ROWS),
 ]
 
 # And on others, whether it harms them or not.
@@ -375,11 +356,11 @@ ELSEWHERE = [
     *put("validation images moved", CLOTHES),
     *put("labels at random", VISION, ROWS, WINE),
     *put("initialisation times 10", DIGITS, VISION, CAUSAL),
-    *put("too small", DIGITS, CAUSAL, by=smaller(2)),
-    *put("too small", ROWS, by=smaller(1)),
-    *put("too big for the data", DIGITS, PASSAGES, by=larger(256, 60, 100)),
-    *put("too big for the data", ROWS, by=larger(96, 60, 100)),
-    *put("inputs not normalised", CLOTHES, DIGITS, by=with_data(raw_pixels)),
+    *put("too small", DIGITS, CAUSAL, width=2),
+    *put("too small", ROWS, width=1),
+    *put("too big for the data", DIGITS, PASSAGES, width=256, examples=60, epochs=100),
+    *put("too big for the data", ROWS, width=96, examples=60, epochs=100),
+    *put("inputs not normalised", CLOTHES, DIGITS),
     *put("body not in the optimizer", ROWS, CAUSAL, CLOTHES),
     *put("detached half-way", CLOTHES, VISION, RESIDUAL),
     *put("examples mixed", DIGITS, CANCER),

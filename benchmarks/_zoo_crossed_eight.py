@@ -9,24 +9,7 @@ import torch
 from _zoo import Case, mlp, smoothed
 from _zoo_crossed import LIBRARY, Outputs, Places, bce, clothes, flat
 from _zoo_crossed_more import HELP
-from _zoo_defects import (
-    Pair,
-    Reshaped,
-    Split,
-    Workload,
-    exploding,
-    larger,
-    put,
-    raw_pixels,
-    rectified,
-    relative,
-    sgd,
-    sideways,
-    smaller,
-    split,
-    standardised,
-    with_data,
-)
+from _zoo_defects import Pair, Reshaped, Split, Workload, put, relative, sgd, split, standardised
 from torch import nn
 from torch.nn import functional
 
@@ -245,21 +228,19 @@ EIGHT = [
     *put("validation text in capitals", KIND, PROGRAM),
     *put("labels at random", DIABETES, COUNTS, SMOOTHED, PAIRS, KIND),
     *put("initialisation times 10", DIABETES, IRIS, COUNTS, SMOOTHED, PROGRAM),
-    *put("too small", DIABETES, COUNTS, SEPARABLE, KIND, by=smaller(1)),
-    *put("too small", PAIRS, PROGRAM, by=smaller(4)),
-    *put("too small", SMOOTHED, by=smaller(3)),
-    *put("too big for the data", DIABETES, by=larger(256, 60, 100)),
-    *put("too big for the data", COUNTS, by=larger(64, 100, 100)),
-    *put("too big for the data", SEPARABLE, by=larger(16, 80, 60)),
-    *put("too big for the data", SMOOTHED, by=larger(256, 100, 100)),
-    *put("too big for the data", KIND, by=larger(128, 150, 60)),
-    *put("too big for the data", PROGRAM, by=larger(128, 40, 60)),
-    *put("recurrent net explodes", PROGRAM, by=exploding(1.0, rectified)),
-    *put("not clipped at a high rate", PROGRAM, by=exploding(30.0, nn.GRU)),
-    *put("inputs not normalised", DIABETES),
-    *put("inputs not normalised", PAIRS, by=with_data(raw_pixels)),
+    *put("too small", DIABETES, COUNTS, SEPARABLE, KIND, width=1),
+    *put("too small", PAIRS, PROGRAM, width=4),
+    *put("too small", SMOOTHED, width=3),
+    *put("too big for the data", DIABETES, width=256, examples=60, epochs=100),
+    *put("too big for the data", COUNTS, width=64, examples=100, epochs=100),
+    *put("too big for the data", SEPARABLE, width=16, examples=80, epochs=60),
+    *put("too big for the data", SMOOTHED, width=256, examples=100, epochs=100),
+    *put("too big for the data", KIND, width=128, examples=150, epochs=60),
+    *put("too big for the data", PROGRAM, width=128, examples=40, epochs=60),
+    *put("recurrent net explodes", PROGRAM, rate=1.0),
+    *put("not clipped at a high rate", PROGRAM, rate=30.0, cells=nn.GRU),
+    *put("inputs not normalised", DIABETES, PAIRS),
     *put("body not in the optimizer", COUNTS, SEPARABLE, SMOOTHED, PAIRS, PROGRAM),
     *put("detached half-way", DIABETES, SEPARABLE, SMOOTHED, PAIRS, KIND),
-    *put("examples mixed", DIABETES, COUNTS),
-    *put("examples mixed", PAIRS, PROGRAM, by=sideways),
+    *put("examples mixed", DIABETES, COUNTS, PAIRS, PROGRAM),
 ]

@@ -7,24 +7,7 @@ from pydoc_data import topics
 import torch
 from _zoo import Attention, Case, mlp
 from _zoo_crossed import LIBRARY, Outputs, Places, bce, clothes, flat
-from _zoo_defects import (
-    Pair,
-    Reshaped,
-    Split,
-    Workload,
-    exploding,
-    larger,
-    put,
-    raw_pixels,
-    rectified,
-    relative,
-    sgd,
-    sideways,
-    smaller,
-    split,
-    standardised,
-    with_data,
-)
+from _zoo_defects import Pair, Reshaped, Split, Workload, put, relative, sgd, split, standardised
 from torch import nn
 from torch.nn import functional
 
@@ -172,19 +155,17 @@ MORE = [
     *put("validation text in capitals", HELPED),
     *put("labels at random", NUCLEI, SQUARES, ABOVE),
     *put("initialisation times 10", NUCLEI, SQUARES, PLAIN),
-    *put("too small", PLAIN, by=smaller(2)),
-    *put("too small", SQUARES, by=smaller(1)),
-    *put("too small", HELPED, by=smaller(4)),
-    *put("too big for the data", NUCLEI, by=larger(256, 40, 200)),
-    *put("too big for the data", SQUARES, by=larger(24, 80, 60)),
-    *put("too big for the data", ABOVE, by=larger(128, 60, 60)),
-    *put("recurrent net explodes", LINES, by=exploding(1.0, rectified)),
-    *put("inputs not normalised", NUCLEI),
-    *put("inputs not normalised", SQUARES, PLAIN, by=with_data(raw_pixels)),
+    *put("too small", PLAIN, width=2),
+    *put("too small", SQUARES, width=1),
+    *put("too small", HELPED, width=4),
+    *put("too big for the data", NUCLEI, width=256, examples=40, epochs=200),
+    *put("too big for the data", SQUARES, width=24, examples=80, epochs=60),
+    *put("too big for the data", ABOVE, width=128, examples=60, epochs=60),
+    *put("recurrent net explodes", LINES, rate=1.0),
+    *put("inputs not normalised", NUCLEI, SQUARES, PLAIN),
     *put("body not in the optimizer", PLAIN, LINES),
     *put("detached half-way", SQUARES, ABOVE),
-    *put("examples mixed", NUCLEI, ABOVE),
-    *put("examples mixed", LINES, by=sideways),
+    *put("examples mixed", NUCLEI, ABOVE, LINES),
 ]
 
 # The same on the others of the six, wherever it can be done.
@@ -203,11 +184,11 @@ REST = [
     *put("validation images upside down", SQUARES),
     *put("labels at random", PLAIN, LINES, HELPED),
     *put("initialisation times 10", LINES, HELPED, ABOVE),
-    *put("too small", NUCLEI, LINES, ABOVE, by=smaller(1)),
-    *put("too big for the data", PLAIN, by=larger(512, 60, 100)),
-    *put("too big for the data", LINES, by=larger(128, 60, 60)),
-    *put("too big for the data", HELPED, by=larger(64, 20, 60)),
-    *put("inputs not normalised", ABOVE, by=with_data(raw_pixels)),
+    *put("too small", NUCLEI, LINES, ABOVE, width=1),
+    *put("too big for the data", PLAIN, width=512, examples=60, epochs=100),
+    *put("too big for the data", LINES, width=128, examples=60, epochs=60),
+    *put("too big for the data", HELPED, width=64, examples=20, epochs=60),
+    *put("inputs not normalised", ABOVE),
     *put("body not in the optimizer", NUCLEI, SQUARES, HELPED, ABOVE),
     *put("detached half-way", NUCLEI, PLAIN, LINES, HELPED),
 ]

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ class Workload:
         return Run(module, train, val, self.epochs, self.batch, self.shuffle, self.settings)
 
 
-Change = Callable[[Workload], Workload]
+Change = Callable[..., Workload]
 
 
 # ------------------------------------------------------------------------------------------ parts of trainings
@@ -159,6 +160,10 @@ def with_rate(factor: float) -> Change:
     return lambda workload: replace(workload, rate=workload.rate * factor)
 
 
+def takes(function: Callable[..., Any], name: str) -> bool:
+    return name in signature(function).parameters
+
+
 # ---------------------------------------------------------------------------------------------------- defects
 
 
@@ -214,7 +219,6 @@ def first(examples: int) -> Callable[[Split], Split]:
 
 
 def raw_pixels(data: Split) -> Split:
-    """From 0 to 255."""
     low, high = data[0][0].min(), data[0][0].max()
     train, val = ((255 * (inputs - low) / (high - low), labels) for inputs, labels in data)
     return train, val
@@ -248,30 +252,27 @@ def head_alone(workload: Workload) -> Workload:
     return with_options(trained=lambda net: net[workload.cut :].parameters())(workload)
 
 
-def smaller(width: int) -> Change:
-    return lambda workload: replace(workload, width=width)
+def smaller(workload: Workload, width: int) -> Workload:
+    return replace(workload, width=width)
 
 
-def larger(width: int, examples: int, epochs: int) -> Change:
-    return lambda workload: replace(with_data(first(examples))(workload), width=width, epochs=epochs)
-
-
-def exploding(rate: float, cells: Callable[..., nn.Module]) -> Change:
-    """Without the clipping of gradients that a recurrent net was given."""
-
-    def changed(workload: Workload) -> Workload:
-        net: Any = workload.net
-        return replace(workload, net=partial(net, cells=cells), rate=rate, optimizer=sgd(0.9, 0.0), settings={})
-
-    return changed
+def larger(workload: Workload, width: int, examples: int, epochs: int) -> Workload:
+    return replace(with_data(first(examples))(workload), width=width, epochs=epochs)
 
 
 def rectified(*sizes: int, **more: Any) -> nn.Module:
     return nn.RNN(*sizes, nonlinearity="relu", **more)
 
 
-def turned(workload: Workload) -> Workload:
-    """By a reshape, where it should have been by a transposition."""
+def exploding(workload: Workload, rate: float, cells: Callable[..., nn.Module] = rectified) -> Workload:
+    """Without the clipping of gradients that a recurrent net was given."""
+    return replace(workload, net=partial(workload.net, cells=cells), rate=rate, optimizer=sgd(0.9, 0.0), settings={})
+
+
+def mixed(workload: Workload) -> Workload:
+    """Sequence for batch, or by a reshape where it should have been by a transposition."""
+    if takes(workload.net, "batch_first"):
+        return replace(workload, net=partial(workload.net, batch_first=False))
     first = Reshaped(lambda inputs: inputs.t().reshape(inputs.shape))
     return replace(workload, net=lambda width: nn.Sequential(first, *workload.net(width)))
 
@@ -297,11 +298,10 @@ def unmoved(workload: Workload) -> Workload:
 
 
 def raw(workload: Workload) -> Workload:
-    return replace(workload, data=partial(workload.data, raw=True))
-
-
-def sideways(workload: Workload) -> Workload:
-    return replace(workload, net=partial(workload.net, batch_first=False))
+    """Columns as they were measured, pixels from 0 to 255."""
+    if takes(workload.data, "raw"):
+        return replace(workload, data=partial(workload.data, raw=True))
+    return with_data(raw_pixels)(workload)
 
 
 def otherwise_scaled(workload: Workload) -> Workload:
@@ -322,8 +322,8 @@ TOO_HIGH = named(
     "early instability",
     "bouncing between the walls",
 )
-# Of each defect the findings that name it, and the change; None where a case has its own.
-DEFECTS: dict[str, tuple[frozenset[str], Change | None]] = {
+# Of each defect the findings that name it, and the change, which may ask for more.
+DEFECTS: dict[str, tuple[frozenset[str], Change]] = {
     "labels shifted": (named("mismatch"), with_data(shifted)),
     "target not shifted": (named("target is the input"), unmoved),
     "softmax twice": (named("softmax applied twice", "activation on the logits"), with_net(softmaxed)),
@@ -367,25 +367,24 @@ DEFECTS: dict[str, tuple[frozenset[str], Change | None]] = {
     "validation text in capitals": (named("mismatch"), with_data(capitals)),
     "labels at random": (named("input without information", "overfitting", "nothing learnt"), with_data(unrelated)),
     "initialisation times 10": (named("initial loss high", "initial loss off"), with_net(tenfold)),
-    "too small": (named("underfitting", "model bias"), None),
-    "too big for the data": (named("overfitting"), None),
-    "recurrent net explodes": (TOO_HIGH | {"exploding gradient"}, None),
-    "not clipped at a high rate": (TOO_HIGH | {"exploding gradient"}, None),
+    "too small": (named("underfitting", "model bias"), smaller),
+    "too big for the data": (named("overfitting"), larger),
+    "recurrent net explodes": (TOO_HIGH | {"exploding gradient"}, exploding),
+    "not clipped at a high rate": (TOO_HIGH | {"exploding gradient"}, exploding),
     "inputs not normalised": (named("inputs not normalised"), raw),
     "body not in the optimizer": (named("not in any optimizer", "layer never changes"), head_alone),
     "detached half-way": (named("no gradient", "layer never changes"), with_net(detached)),
-    "examples mixed": (named("examples mixed"), turned),
+    "examples mixed": (named("examples mixed"), mixed),
 }
 
 
-def put(defect: str, *workloads: Workload, by: Change | None = None) -> list[Case]:
+def put(defect: str, *workloads: Workload, **more: Any) -> list[Case]:
     """The workloads with a defect.
 
     Args:
         defect: Of the table.
         workloads: What it is put into.
-        by: A change in place of that of the table.
+        more: That its change asks for.
     """
-    rules, usual = DEFECTS[defect]
-    change: Any = by or usual
-    return [Case(f"{defect}: {workload.name}", change(workload).make, rules) for workload in workloads]
+    rules, change = DEFECTS[defect]
+    return [Case(f"{defect}: {workload.name}", change(workload, **more).make, rules) for workload in workloads]

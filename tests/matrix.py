@@ -285,7 +285,7 @@ def covering(values: Mapping[str, Sequence[Any]], is_possible: Callable[[dict[st
     rows = []
     while wanted:
         sample = draws.sample(every, min(400, len(every)))
-        row = max(sample, key=lambda each: (len(_pairs(each) & wanted), -VALUES["ranks"].index(each["ranks"])))
+        row = max(sample, key=lambda each: (len(_pairs(each) & wanted), -values["ranks"].index(each["ranks"])))
         gained = _pairs(row) & wanted
         if not gained:  # what is left is rare: look for it
             pair = next(iter(sorted(wanted, key=str)))

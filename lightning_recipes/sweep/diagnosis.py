@@ -94,7 +94,8 @@ def diagnose(
     """
     if trainer is not None and not isinstance(trainer, pl.Trainer):
         raise TypeError(f"trainer must be a Trainer, got {trainer!r}")
-    callbacks: list[Any] = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
+    run: Any = trainer  # connectors set some attributes
+    callbacks = [] if run is None else run.callbacks
     rule = next((each.rule for each in callbacks if isinstance(each, LearningCurves)), None)
     read = _losses(rule) if rule is not None else (None, None)
     train, val = (

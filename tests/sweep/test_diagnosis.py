@@ -180,6 +180,13 @@ class Digits(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), self.rate, momentum=0.9)
 
 
+def fitted(folder: Path, module: pl.LightningModule, *callbacks: pl.Callback, max_epochs: int = 1) -> pl.Trainer:
+    loaders = [DataLoader(TensorDataset(*digits()[name]), 32, shuffle=name == "train") for name in ("train", "val")]
+    trainer = quiet_trainer(folder, max_epochs=max_epochs, callbacks=list(callbacks))
+    trainer.fit(module, *loaders)
+    return trainer
+
+
 @pytest.mark.filterwarnings("ignore")  # which is what is tested
 @pytest.mark.parametrize(
     ("rate", "last", "leaf", "said"),
@@ -197,23 +204,14 @@ class Digits(pl.LightningModule):
 def test_a_run_is_asked_for_what_its_callbacks_know(
     rate: float, last: nn.Module, leaf: str, said: str, tmp_path: Path
 ) -> None:
-    pl.seed_everything(0)
-    loaders = [DataLoader(TensorDataset(*digits()[name]), 32, shuffle=name == "train") for name in ("train", "val")]
-    callbacks: list[pl.Callback] = [InitialLossCheck(), LearningCurves(), UpdateRatioMonitor()]
-    trainer = quiet_trainer(tmp_path, max_epochs=15, callbacks=callbacks)
-    trainer.fit(Digits(rate, last), *loaders)
+    callbacks = InitialLossCheck(), LearningCurves(), UpdateRatioMonitor()
+    trainer = fitted(tmp_path, Digits(rate, last), *callbacks, max_epochs=15)
     diagnosis = diagnose(trainer=trainer)
     assert diagnosis.leaf == leaf
     assert said in diagnosis.finding.message
     assert diagnosis.finding.step == trainer.global_step
     assert diagnosis.finding.evidence.get("trivial_loss", 2.3) == pytest.approx(2.3, abs=0.03)
     assert diagnose(0.01, 0.02, target_loss=0.1).leaf == "done"  # of no trainer
-
-
-def fitted(folder: Path, module: pl.LightningModule, *callbacks: pl.Callback, max_epochs: int = 1) -> pl.Trainer:
-    trainer = quiet_trainer(folder, max_epochs=max_epochs, callbacks=list(callbacks))
-    trainer.fit(module, DataLoader(TensorDataset(*digits()["train"]), 32, shuffle=True))
-    return trainer
 
 
 class Says(pl.Callback):
