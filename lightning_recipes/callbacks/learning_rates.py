@@ -12,8 +12,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
+from lightning_recipes.core.learning_rates import LearningRates
 from lightning_recipes.core.per_optimizer import PerOptimizer
-from lightning_recipes.core.schedules import LearningRates, Run
+from lightning_recipes.core.schedules import Run
 
 
 @dataclass(slots=True)

@@ -23,11 +23,11 @@ from lightning_recipes.core.arguments import check_choice, check_count
 from lightning_recipes.core.durations import parse_duration
 from lightning_recipes.core.files import put
 from lightning_recipes.core.findings import Finding
+from lightning_recipes.core.learning_rates import LearningRates
 from lightning_recipes.core.per_optimizer import PerOptimizer
 from lightning_recipes.core.schedules import (
     SCHEDULES,
     Constant,
-    LearningRates,
     PlateauRule,
     ReduceOnPlateau,
     Run,
@@ -67,7 +67,7 @@ class LearningRateSchedule(pl.Callback):
     exactly the same learning rates. Costs two microseconds an update and no memory.
 
     Attributes:
-        rule: The :class:`~lightning_recipes.core.schedules.LearningRates` of each optimizer.
+        rule: The :class:`~lightning_recipes.core.learning_rates.LearningRates` of each optimizer.
         plateau: The :class:`~lightning_recipes.core.schedules.PlateauRule` of a ``ReduceOnPlateau``, or None.
 
     Args:

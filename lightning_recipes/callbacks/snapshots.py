@@ -40,8 +40,9 @@ from lightning_recipes.core.arguments import check_choice, check_count, check_fl
 from lightning_recipes.core.ensembles import Ensemble
 from lightning_recipes.core.evidence import Evidence
 from lightning_recipes.core.findings import Finding
+from lightning_recipes.core.learning_rates import LearningRates
 from lightning_recipes.core.per_optimizer import PerOptimizer
-from lightning_recipes.core.schedules import CyclicCosine, LearningRates, Run
+from lightning_recipes.core.schedules import CyclicCosine, Run
 from lightning_recipes.core.selection import HOW, Report
 from lightning_recipes.core.snapshots import SnapshotRule
 

@@ -27,8 +27,8 @@ from lightning_recipes.callbacks.trials import ModuleTrials, peak_rate, progress
 from lightning_recipes.callbacks.unused import pass_over_unused
 from lightning_recipes.core.arguments import check_count, check_flag, check_name
 from lightning_recipes.core.findings import Finding
+from lightning_recipes.core.learning_rates import LearningRates
 from lightning_recipes.core.per_optimizer import PerOptimizer
-from lightning_recipes.core.schedules import LearningRates
 from lightning_recipes.core.trials import Outcome, SweepResult, Trial, load_outcomes
 from lightning_recipes.core.warmup import LEAST, WarmupSearch
 
@@ -56,7 +56,7 @@ class WarmupSweep(pl.Callback):
     Attributes:
         result: A :class:`~lightning_recipes.core.trials.SweepResult`, or None if nothing was swept.
         warmup_steps: Of this run, 0 for none.
-        rule: The :class:`~lightning_recipes.core.schedules.LearningRates` of each optimizer.
+        rule: The :class:`~lightning_recipes.core.learning_rates.LearningRates` of each optimizer.
 
     Args:
         base_learning_rate: The learning rate to be made stable, above 0 (of the first parameter group; the others keep
