@@ -10,7 +10,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ _tried = itertools.count()
 
 def run_on_ranks(function: Callable[..., Any], *args: Any, ranks: int = 2) -> list[Any]:
     """Return what ``function(*args)`` returns on each rank; an error on one of them is raised here."""
-    port = _free_port()
+    port, guard = _reserved()
     pipes, processes = [], []
     for rank in range(ranks):
         receiver, sender = multiprocessing.Pipe(duplex=False)
@@ -56,6 +55,7 @@ def run_on_ranks(function: Callable[..., Any], *args: Any, ranks: int = 2) -> li
     finally:
         for process in processes:
             process.kill() if len(outcomes) < ranks else process.join(TIMEOUT)
+        guard.close()
     failed = [f"rank {rank} died: {outcome}" for rank, (succeeded, outcome) in enumerate(outcomes) if not succeeded]
     if failed:
         raise RuntimeError("\n".join(failed))
@@ -80,13 +80,21 @@ def _with_room(function: Callable[..., Any], *args: Any) -> None:
 _with_room.__code__ = _with_room.__code__.replace(co_stacksize=ROOM)
 
 
-def _free_port() -> int:
-    """One that no connection is given in the meantime, as those from 32,768 on are, nor another worker's test."""
+def _reserved() -> tuple[int, socket.socket]:
+    """A port, and what holds the next one and so keeps the tests of other workers from both.
+
+    No connection is given it in the meantime, as those from 32,768 on are.
+    """
     while True:
-        port = 10_000 + (97 * os.getpid() + next(_tried)) % 20_000
-        with suppress(OSError), socket.socket() as free:
-            free.bind(("127.0.0.1", port))
-            return port
+        port = 10_000 + 2 * ((97 * os.getpid() + next(_tried)) % 10_000)
+        guard = socket.socket()
+        try:
+            guard.bind(("127.0.0.1", port + 1))
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", port))
+            return port, guard
+        except OSError:
+            guard.close()
 
 
 def _report(sender: Any, environment: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...]) -> None:

@@ -13,9 +13,13 @@ import torch
 from matrix import ALL, RECIPES, make
 from models import Regression, quiet_trainer, regression_data
 
-from lightning_recipes import CriticalPointProbe
+from lightning_recipes import CriticalPointProbe, TrainingReport
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+OFTEN: dict[str, Any] = {  # and not for the first time in the second half of a run
+    "CriticalPointProbe": CriticalPointProbe,
+    "TrainingReport": lambda: TrainingReport(every_n_seconds=1),
+}
 ONCE = {"InitialLossCheck", "OverfitCheck", "WarmupSweep"}  # before training, then nothing
 
 
@@ -87,7 +91,7 @@ EACH = [*NAMES, ALL]
 )
 def test_nothing_piles_up(name: str, steps: int, tmp_path: Path) -> None:
     names = NAMES if name == ALL else [name]
-    recipes = [CriticalPointProbe() if each == "CriticalPointProbe" else make(each) for each in names]
+    recipes = [OFTEN[each]() if each in OFTEN else make(each) for each in names]
     growth = grown(tmp_path, recipes, steps)
     assert is_steady(growth, steps), growth
 

@@ -208,8 +208,8 @@ def decide(evidence: Evidence) -> Diagnosis:
     that of a constant output; low, and validation high: overfitting or mismatch; else done. A loss is high if the whole
     of its interval is above the target. Without a target the trivial loss is the measure: a training loss above half of
     it is high and one below a tenth low, between them it cannot be told (unless a smaller network has a lower one, or
-    the gap to validation is larger than the training loss itself: then that comes first); and validation is high if it
-    is more than a tenth of the trivial loss above training.
+    validation is no better than a constant output or its gap larger than the training loss itself: then that comes
+    first); and validation is high if it is more than a tenth of the trivial loss above training.
 
     Example:
         >>> decide(Evidence(Measured(0.02), Measured(0.9), target=0.1, held_out=Measured(0.05))).leaf
@@ -252,7 +252,7 @@ def decide(evidence: Evidence) -> Diagnosis:
         return _of_training(evidence, f"{'high' if high else 'not low'} against {than}")
     if low:
         return _of_validation(evidence, f"low against {than}")
-    if evidence.val is not None and (evidence.val - train).low > train.value:
+    if evidence.val is not None and _worse_than_that(train, evidence.val, trivial):
         return _of_validation(evidence, f"neither low nor high against {than}")
     return _leaf(
         evidence,
@@ -260,6 +260,11 @@ def decide(evidence: Evidence) -> Diagnosis:
         f"The training loss is {train}, neither low nor high against {than}.",
         ("what people or a known model reach (target_loss)", "the training loss of a smaller and of a larger network"),
     )
+
+
+def _worse_than_that(train: Measured, val: Measured, trivial: float | None) -> bool:
+    """Whether validation is what to look at, though the training loss may be too high."""
+    return (val - train).low > train.value or (trivial is not None and val.low > NOTHING * trivial)
 
 
 def _of_training(evidence: Evidence, than: str) -> Diagnosis:
@@ -359,7 +364,7 @@ def _of_gap(evidence: Evidence, saw: str, gap: Measured) -> Diagnosis:
         if samples.auc + samples.error <= TOLD_APART:
             return _leaf(evidence, "overfitting", f"{saw}, and the inputs are alike: {samples}.")
         saw += f", and {samples}, which does not decide"
-    elif "overfitting" in evidence.rules or "best at the start" in evidence.rules:
+    if "overfitting" in evidence.rules or "best at the start" in evidence.rules:
         return _leaf(evidence, "overfitting", f"{saw}, and it has grown while the training loss fell.")
     return _leaf(
         evidence,

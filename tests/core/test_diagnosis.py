@@ -55,11 +55,17 @@ def leaf(train: Any, val: Any = None, **more: Any) -> str:
         ("overfitting", {"train": 0.01, "val": 0.9, "trivial": 2.3, "samples": ALIKE}),
         ("mismatch", {"train": 0.01, "val": 0.9, "trivial": 2.3, "samples": APART}),
         ("cannot tell", {"train": 0.01, "val": 0.9, "trivial": 2.3, "samples": UNSURE}),
+        (
+            "overfitting",
+            {"train": 0.01, "val": 0.9, "trivial": 2.3, "samples": UNSURE, "rules": frozenset({"overfitting"})},
+        ),
         ("overfitting", {"train": 0.01, "val": 0.9, "target": 0.1, "held_out": 0.8, "samples": APART}),
         ("overfitting", {"train": 0.01, "val": 0.9, "target": 0.1, "rules": frozenset({"overfitting"})}),
         ("cannot tell", {"train": 0.4, "val": 0.7, "trivial": 2.3, "held_out": 0.4}),
         ("mismatch", {"train": 0.4, "val": 1.5, "trivial": 2.3, "held_out": 0.5}),  # the gap comes first
         ("overfitting", {"train": 0.4, "val": 1.5, "trivial": 2.3, "held_out": 1.4}),
+        ("cannot tell", {"train": 1.1, "val": 2.18, "trivial": 2.3, "held_out": 1.2}),
+        ("mismatch", {"train": 1.1, "val": 2.19, "trivial": 2.3, "held_out": 1.2}),  # nor is anything of use there
         ("done", {"train": 0.5, "val": 0.5, "target": 0.5}),  # at the target is low
         ("done", {"train": 0.9, "val": 1.9, "trivial": 10.0}),
         ("overfitting", {"train": 0.9, "val": 1.91, "trivial": 10.0, "held_out": 1.9}),
