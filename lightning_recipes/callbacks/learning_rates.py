@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
+from lightning_recipes.callbacks.substitute import substitute
 from lightning_recipes.core.learning_rates import LearningRates
 from lightning_recipes.core.per_optimizer import PerOptimizer
 from lightning_recipes.core.schedules import Run
@@ -26,9 +27,19 @@ class _Held:
     put_back: list[Callable[[], None]] = field(default_factory=list)
 
 
+@dataclass(slots=True)
+class _End:
+    """What was to end a run that may be made longer, who asks for how many updates more, and what takes them away."""
+
+    epochs: int | None
+    steps: int
+    asked: list[Callable[[], int]] = field(default_factory=list)
+    added: int = 0
+    put_back: list[Callable[[], None]] = field(default_factory=list)
+
+
 _on: WeakKeyDictionary[Optimizer, _Held] = WeakKeyDictionary()
-# Epochs and steps that were to end a run that is made longer, and by how many updates it is.
-_ends: WeakKeyDictionary[pl.Trainer, tuple[int | None, int, int]] = WeakKeyDictionary()
+_ends: WeakKeyDictionary[pl.Trainer, _End] = WeakKeyDictionary()
 
 
 def scale_learning_rates(trainer: pl.Trainer, factor: float) -> None:
@@ -39,9 +50,15 @@ def scale_learning_rates(trainer: pl.Trainer, factor: float) -> None:
                 if name in group:
                     group[name] = group[name] * factor
     for config in trainer.lr_scheduler_configs:
-        scheduler: Any = config.scheduler
-        if hasattr(scheduler, "base_lrs"):
-            scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
+        _scale(config.scheduler, factor)
+
+
+def _scale(scheduler: Any, factor: float) -> None:
+    for name in ("base_lrs", "max_lrs"):  # the second is CyclicLR's
+        if hasattr(scheduler, name):
+            setattr(scheduler, name, [rate * factor for rate in getattr(scheduler, name)])
+    for inner in getattr(scheduler, "_schedulers", ()):  # of SequentialLR and ChainedScheduler
+        _scale(inner, factor)
 
 
 def length_of(trainer: pl.Trainer) -> Run:
@@ -50,22 +67,34 @@ def length_of(trainer: pl.Trainer) -> Run:
     For ``on_train_start`` or later: to set the loaders up sooner would lose the place from which a resumed run goes on
     in them. Where several optimizers are stepped by hand, each is taken to be stepped once a batch.
     """
-    epochs, steps, _ = _ends.get(trainer, (trainer.max_epochs, trainer.max_steps, 0))
+    end = _ends.get(trainer, _End(trainer.max_epochs, trainer.max_steps))
     batches = trainer.num_training_batches / trainer.accumulate_grad_batches
     per_epoch = math.ceil(batches) if batches < math.inf else math.inf
-    by_epochs = math.inf if epochs is None or epochs < 0 else per_epoch * epochs
-    by_steps = math.inf if steps < 0 else steps / max(1, len(trainer.optimizers))
+    by_epochs = math.inf if end.epochs is None or end.epochs < 0 else per_epoch * end.epochs
+    by_steps = math.inf if end.steps < 0 else end.steps / max(1, len(trainer.optimizers))
     return Run(min(by_epochs, by_steps), per_epoch)
 
 
-def leave_end_open(trainer: pl.Trainer) -> None:
-    """For ``on_fit_start``, if :func:`lengthen` may follow: a run that is resumed behind its old end is not over.
+def lengthen_by(trainer: pl.Trainer, updates: Callable[[], int]) -> None:
+    """For ``on_fit_start``: :func:`lengthen` a run by what is asked for as soon as its loaders are known.
 
-    One that is asked for no update at all is, and gets no longer.
+    That is before it is looked whether the run is over, as one that is resumed behind its old end is not. One that is
+    asked for no update at all gets no longer.
     """
-    if trainer not in _ends and 0 not in (trainer.max_epochs, trainer.max_steps):
-        _ends[trainer] = trainer.max_epochs, trainer.max_steps, 0
-        trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = -1, -1
+    if trainer not in _ends:
+        end = _ends[trainer] = _End(trainer.max_epochs, trainer.max_steps)
+        loop = trainer.fit_loop
+        train = loop.run
+
+        def run() -> None:
+            loop.setup_data()
+            if trainer.limit_train_batches != 0 and length_of(trainer).steps:
+                for ask in end.asked:
+                    lengthen(trainer, ask())
+            train()
+
+        end.put_back.append(substitute(loop, "run", run))
+    _ends[trainer].asked.append(updates)
 
 
 @contextmanager
@@ -73,7 +102,8 @@ def end_as_asked(trainer: pl.Trainer) -> Iterator[None]:
     """Within the context the trainer has the end that was asked for, whether it is left open or not."""
     loop = trainer.fit_loop
     now = loop.max_epochs, loop.epoch_loop.max_steps
-    loop.max_epochs, loop.epoch_loop.max_steps, _ = _ends.get(trainer, (*now, 0))
+    end = _ends.get(trainer, _End(*now))
+    loop.max_epochs, loop.epoch_loop.max_steps = end.epochs, end.steps
     try:
         yield
     finally:
@@ -81,31 +111,45 @@ def end_as_asked(trainer: pl.Trainer) -> Iterator[None]:
 
 
 def lengthen(trainer: pl.Trainer, updates: int) -> None:
-    """Make a run longer by so many updates of each optimizer, for ``on_train_start``, until :func:`let_go`.
+    """Make a run longer by so many updates of each optimizer, until :func:`let_go`.
 
-    Whatever ends it: a number of steps, of epochs, or both. A run that a time ends is left alone. Where several
-    optimizers are stepped by hand and epochs end the run, it gets longer by whole epochs.
+    Whatever ends it: a number of steps, of epochs, or both. A run that a time ends is left alone, and so is one with
+    ``fast_dev_run``. Where several optimizers are stepped by hand and epochs end the run, it gets longer by whole
+    epochs. One that was to end with an epoch, and so with a validation, ends with a validation.
 
     Raises:
         MisconfigurationException: If somebody else has made it longer.
     """
-    epochs, steps, before = _ends[trainer]
-    if updates and before:
+    asked: Any = trainer  # connectors set some attributes
+    end = _ends[trainer]
+    if not updates or asked.fast_dev_run:
+        return
+    if end.added:
         raise MisconfigurationException(
             "Two warmups make the run longer: leave out the warmup_steps of one, or overlay it (warmup='overlaid')"
         )
-    added = before + updates
-    _ends[trainer] = epochs, steps, added
+    end.added = updates
     run, loop, optimizers = length_of(trainer), trainer.fit_loop, max(1, len(trainer.optimizers))
-    loop.max_epochs, loop.epoch_loop.max_steps = epochs, steps
-    if updates:
-        rank_zero_info(f"The warmup makes the run {updates:,} updates longer.")
-    if added and epochs is not None and epochs >= 0 and run.steps_per_epoch < math.inf:
-        loop.max_epochs = epochs + math.ceil(added / run.steps_per_epoch)
-    if added and steps >= 0:
-        loop.epoch_loop.max_steps = steps + added * optimizers
-    if added and optimizers == 1 and run.steps < math.inf:
-        loop.epoch_loop.max_steps = int(run.steps) + added
+    rank_zero_info(f"The warmup makes the run {updates:,} updates longer.")
+    if end.epochs is not None and end.epochs >= 0 and run.steps_per_epoch < math.inf:
+        loop.max_epochs = end.epochs + math.ceil(updates / run.steps_per_epoch)
+    if end.steps >= 0:
+        loop.epoch_loop.max_steps = end.steps + updates * optimizers
+    if optimizers == 1 and run.steps < math.inf:
+        loop.epoch_loop.max_steps = int(run.steps) + updates
+        if run.steps % run.steps_per_epoch == 0:
+            end.put_back.append(_validate_at_the_end(trainer))
+
+
+def _validate_at_the_end(trainer: pl.Trainer) -> Callable[[], None]:
+    """Have a run that ends in the midst of an epoch validate there, as it would at the end of one."""
+    loop = trainer.fit_loop.epoch_loop
+    is_due = loop._should_check_val_fx
+
+    def is_due_or_over(data_fetcher: Any) -> bool:
+        return is_due(data_fetcher) or (trainer.enable_validation and trainer.global_step >= loop.max_steps)
+
+    return substitute(loop, "_should_check_val_fx", is_due_or_over)
 
 
 def take_hold(name: str, trainer: pl.Trainer, rule: PerOptimizer[LearningRates]) -> None:
@@ -142,10 +186,19 @@ def take_hold(name: str, trainer: pl.Trainer, rule: PerOptimizer[LearningRates])
         rule.rules[index] = held.rates
 
 
+def renew(rule: PerOptimizer[LearningRates]) -> None:
+    """For ``setup`` of another fit, whose optimizers are new: what counts is the learning rates that they have."""
+    for index in rule:
+        rule[index].base = []
+
+
 def let_go(trainer: pl.Trainer) -> None:
     """Give the optimizers their own learning rates back, and the run its own end; harmless if that has been done."""
     if trainer in _ends:
-        trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps, _ = _ends.pop(trainer)
+        end, loop = _ends.pop(trainer), trainer.fit_loop
+        loop.max_epochs, loop.epoch_loop.max_steps = end.epochs, end.steps
+        while end.put_back:
+            end.put_back.pop()()
     for optimizer in trainer.optimizers:
         if optimizer in _on:
             held = _on.pop(optimizer)

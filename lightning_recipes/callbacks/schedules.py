@@ -10,10 +10,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from lightning_recipes.callbacks.learning_rates import (
-    leave_end_open,
     length_of,
-    lengthen,
+    lengthen_by,
     let_go,
+    renew,
     take_hold,
 )
 from lightning_recipes.callbacks.measuring import mean_over_ranks
@@ -127,25 +127,21 @@ class LearningRateSchedule(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         pass_over_unused(trainer, self)
-        if trainer.state.fn == TrainerFn.FITTING and trainer.global_step == 0:
-            self._forget()
+        if trainer.state.fn == TrainerFn.FITTING:
+            renew(self.rule) if trainer.global_step else self._forget()
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if isinstance(trainer.strategy, DeepSpeedStrategy):
             name = type(self).__name__
             raise MisconfigurationException(f"{name} cannot see the updates of DeepSpeed: use its own scheduler")
-        leave_end_open(trainer)
+        lengthen_by(trainer, lambda: self._whole.added_steps(self._run(trainer)))
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        run = length_of(trainer)
-        run, whole = Run(run.steps if self.steps is None else self.steps, run.steps_per_epoch), self._whole
-        try:
-            whole.check(run)
-            added = whole.added_steps(run)
-        except ValueError as error:
-            raise MisconfigurationException(f"{type(self).__name__}: {error}") from None
+        run, whole = self._run(trainer), self._whole
+        if self.plateau is not None and not trainer.enable_validation:
+            tell(trainer, _never(self.plateau.asked))
         moves = whole.momentum(0, run) is not None
         for optimizer in trainer.optimizers:
             if moves and not {"momentum", "betas"} & {*optimizer.param_groups[0]}:
@@ -153,14 +149,25 @@ class LearningRateSchedule(pl.Callback):
                     f"{type(self).__name__}({self.schedule!r}) moves the momentum, which {type(optimizer).__name__}"
                     " does not have: set cycle_momentum=False"
                 )
-        lengthen(trainer, added)
         take_hold(type(self).__name__, trainer, self.rule)
+        added = whole.added_steps(run)
         for index, optimizer in enumerate(trainer.optimizers):
             rates = self.rule[index]
             rates.lay(partial(whole.factor, run=run), added, partial(whole.momentum, run=run) if moves else None)
             if self.plateau is not None:
                 rates.lay(self._cut)
             rates.start(optimizer)
+
+    def _run(self, trainer: pl.Trainer) -> Run:
+        """The length that the schedule is for."""
+        run, whole = length_of(trainer), self._whole
+        run = Run(run.steps if self.steps is None else self.steps, run.steps_per_epoch)
+        try:
+            whole.check(run)
+            whole.added_steps(run)
+        except ValueError as error:
+            raise MisconfigurationException(f"{type(self).__name__}: {error}") from None
+        return run
 
     def _cut(self, step: int) -> float:
         """By the plateaus so far; every optimizer by the same, whatever its own step is."""
@@ -225,6 +232,16 @@ class LearningRateSchedule(pl.Callback):
         self.rule.load_state_dict(state_dict["rule"])
         if self.plateau is not None and state_dict["plateau"] is not None:
             self.plateau.load_state_dict(state_dict["plateau"])
+
+
+def _never(asked: ReduceOnPlateau) -> Finding:
+    return Finding(
+        rule="learning rate never cut",
+        severity="warning",
+        message=f"There is no validation, at the end of which {asked.monitor} is looked at: no plateau will be seen.",
+        advice="Give the Trainer validation data, or a schedule that goes by steps.",
+        step=0,
+    )
 
 
 def _finding(asked: ReduceOnPlateau, rates: LearningRates) -> Finding:

@@ -28,7 +28,7 @@ from lightning_recipes.callbacks.ensembling import (
     rounding,
     with_state,
 )
-from lightning_recipes.callbacks.learning_rates import length_of, let_go, take_hold
+from lightning_recipes.callbacks.learning_rates import length_of, let_go, renew, take_hold
 from lightning_recipes.callbacks.measuring import scaler_of
 from lightning_recipes.callbacks.replay import without_trace
 from lightning_recipes.callbacks.sharding import is_sharded
@@ -153,7 +153,7 @@ class SnapshotEnsemble(pl.Callback):
         self._used = False
         self._exact: dict[str, Tensor] = {}  # the last snapshot before it was rounded
         self._folder = ""
-        self._planned = 0  # updates of all cycles, those included that a GradScaler skips
+        self._planned: list[int] = []  # ends of all cycles, had they been those of a run from the start
         self._since = 0.0  # seconds left when the cycle began
         self._put_back: list[Callable[[], None]] = []
 
@@ -162,8 +162,8 @@ class SnapshotEnsemble(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         pass_over_unused(trainer, self)
-        if trainer.state.fn == TrainerFn.FITTING and trainer.global_step == 0:
-            self._forget()
+        if trainer.state.fn == TrainerFn.FITTING:
+            renew(self.rates) if trainer.global_step else self._forget()
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -176,16 +176,31 @@ class SnapshotEnsemble(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        planned = self.schedule.ends(self._run(trainer))
-        if planned[-1] != self._planned:  # or it goes on, with what was skipped understood
-            self._planned, self.rule.ends = planned[-1], planned
         folder = run_folder(trainer) if self.storage == "files" else None
         self._folder = trainer.strategy.broadcast("" if folder is None else str(folder / "snapshots"))
         self._since = _seconds_left(trainer)
         take_hold(type(self).__name__, trainer, self.rates)
+        planned = self.schedule.ends(self._run(trainer))
+        if planned != self._planned:  # or it goes on
+            self._planned, self.ensemble, self.report, self._chosen = planned, None, None, None
+            self._plan(trainer)
         for index, optimizer in enumerate(trainer.optimizers):
             self.rates[index].lay(lambda step: self.schedule.at(step, self.rule.ends))
             self.rates[index].start(optimizer)
+
+    def _plan(self, trainer: pl.Trainer) -> None:
+        """Have the cycles that are not over yet end with the run."""
+        self.rule.plan(self._planned, self._updates(trainer), self._done)
+
+    def _updates(self, trainer: pl.Trainer) -> int:
+        """Of all cycles, without those that a GradScaler has skipped, or were made before."""
+        missed = trainer.global_step - self.rates[0].step if len(trainer.optimizers) == 1 else 0
+        return self._planned[-1] - missed
+
+    @property
+    def _done(self) -> int:
+        """Updates of the optimizer that has made the fewest."""
+        return min(self.rates[index].behind_warmup for index in self.rates)
 
     def _run(self, trainer: pl.Trainer) -> Run:
         """The length of the cycles together."""
@@ -233,7 +248,7 @@ class SnapshotEnsemble(pl.Callback):
     def _update(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer, index: int) -> None:
         if self.reset_momentum and self.rates[index].behind_warmup in self.rule.ends[:-1]:
             _forget_momentum(optimizer)
-        if self.rule.update(min(self.rates[index].behind_warmup for index in self.rates)):
+        if self.rule.update(self._done):
             self._keep(trainer, pl_module)
             self._stop_if_over(trainer)
 
@@ -241,11 +256,9 @@ class SnapshotEnsemble(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if scaler_of(trainer) is not None and len(trainer.optimizers) == 1:
-            updates = self._planned - (trainer.global_step - self.rates[0].step)
-            if updates != self.rule.ends[-1]:
-                self.rule.shorten(updates)
-                self.rates[0].start(trainer.optimizers[0])
+        if scaler_of(trainer) is not None and self._updates(trainer) != self.rule.ends[-1]:
+            self._plan(trainer)
+            self.rates[0].start(trainer.optimizers[0])
         if len(self.rule.kept) == len(self.rule.ends):
             self._conclude(trainer, pl_module)  # so that the checkpoints of the last epoch know how they predict
 
@@ -276,7 +289,7 @@ class SnapshotEnsemble(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        ended = trainer.global_step >= self._planned * len(trainer.optimizers)
+        ended = trainer.global_step >= self._planned[-1] * len(trainer.optimizers)
         if ended and len(self.rule.kept) == len(self.rule.ends) - 1:
             self._keep(trainer, pl_module)  # a GradScaler has skipped the very last update
         self._conclude(trainer, pl_module)
@@ -326,7 +339,11 @@ class SnapshotEnsemble(pl.Callback):
         if problem:
             tell(trainer, _not_made(problem, step))
             return
-        self.ensemble, findings = self._weigh(trainer, pl_module, states, step)
+        try:
+            self.ensemble, findings = self._weigh(trainer, pl_module, states, step)
+        except Exception as error:
+            tell(trainer, _not_made(f"the module cannot be copied ({type(error).__name__}: {error})", step))
+            return
         weights = [1 / taken] * taken if self.report is None else list(self.report.selection.weights)
         combine = None if callable(self.ensemble.combine) else self.ensemble.combine
         self._chosen = {"weights": weights, "combine": combine, "dim": self.ensemble.dim}
@@ -346,7 +363,7 @@ class SnapshotEnsemble(pl.Callback):
             try:
                 states = self.rule.states()
             except Exception as error:  # a file is gone, or damaged
-                problem = f"{type(error).__name__}: {error}"
+                problem = f"the snapshots cannot be read ({type(error).__name__}: {error})"
         return trainer.strategy.broadcast((states, problem))
 
     def _weigh(
@@ -451,9 +468,9 @@ class SnapshotEnsemble(pl.Callback):
             return
         module = self._submodule(pl_module)
         if self.ensemble is None:
-            chosen = self._chosen or {"weights": None, "combine": "logits", "dim": None}
+            chosen = self._chosen or {"weights": None, "combine": None, "dim": None}
             members = [with_state(module, state) for state in self.rule.states()]
-            combine = self.combine if chosen["combine"] is None else chosen["combine"]
+            combine = chosen["combine"] or (self._likely if self.combine == "auto" else self.combine)
             self.ensemble = Ensemble(members, chosen["weights"], combine, chosen["dim"])
         self._used = False
         ensemble = self.ensemble.to(pl_module.device)
@@ -474,13 +491,15 @@ class SnapshotEnsemble(pl.Callback):
             "rates": self.rates.state_dict(),
             "planned": self._planned,
             "chosen": self._chosen,
+            "likely": self._likely,
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rule.load_state_dict(state_dict["rule"])
         self.rates.load_state_dict(state_dict["rates"])
-        self._planned, self._chosen = state_dict["planned"], state_dict["chosen"]
+        self._planned, self._chosen = list(state_dict["planned"]), state_dict["chosen"]
+        self._likely = state_dict["likely"]
 
 
 def _averaging(trainer: pl.Trainer) -> Any:
@@ -519,8 +538,9 @@ def _not_made(problem: str, step: int) -> Finding:
     return Finding(
         rule="ensemble not made",
         severity="warning",
-        message=f"The snapshots cannot be read ({problem}): there is no ensemble.",
-        advice="Put the file back, or weigh the others with lightning_recipes.sweep.ensemble_from_checkpoints.",
+        message=f"There is no ensemble: {problem}.",
+        advice="Put a file back that is gone, keep no locks in the module; or weigh what there is with"
+        " lightning_recipes.sweep.ensemble_from_checkpoints.",
         step=step,
         source=HUANG,
     )

@@ -13,10 +13,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from lightning_recipes.callbacks.learning_rates import (
-    leave_end_open,
     length_of,
     lengthen,
+    lengthen_by,
     let_go,
+    renew,
     scale_learning_rates,
     take_hold,
 )
@@ -110,6 +111,8 @@ class WarmupSweep(pl.Callback):
         self.warmup_steps = 0
         self.rule: PerOptimizer[LearningRates] = PerOptimizer(LearningRates)
         self._done = False
+        self._factor = 1.0  # of the learning rates that the optimizers were given
+        self._scaled = False  # whether those of this fit have it
         self._in_trials: list[pl.Callback] = []
         self._whole: pl.LightningModule | None = None  # a model that will be in shards, before it is
 
@@ -118,7 +121,12 @@ class WarmupSweep(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         pass_over_unused(trainer, self)
-        if trainer.state.fn == TrainerFn.FITTING and trainer.global_step == 0:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._scaled = False
+        if trainer.global_step:
+            renew(self.rule)
+        else:
             self._forget()
             run: Any = trainer  # connectors set some attributes
             self._in_trials = copy.deepcopy([each for each in run.callbacks if getattr(each, "in_trials", False)])
@@ -132,7 +140,7 @@ class WarmupSweep(pl.Callback):
                 f" {type(trainer.strategy).__name__}: use ModelParallelStrategy, or call"
                 " lightning_recipes.sweep.warmup_sweep with a function that makes the model"
             )
-        leave_end_open(trainer)
+        lengthen_by(trainer, lambda: self.warmup_steps)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -140,7 +148,8 @@ class WarmupSweep(pl.Callback):
         if not (self._done or trainer.ckpt_path or trainer.global_step or run.fast_dev_run):
             self._sweep(trainer, pl_module)
         self._done, self._whole = True, None
-        lengthen(trainer, self.warmup_steps)
+        if not self._scaled:
+            scale_learning_rates(trainer, self._factor)
         if not self.warmup_steps:
             return
         take_hold(type(self).__name__, trainer, self.rule)
@@ -169,9 +178,8 @@ class WarmupSweep(pl.Callback):
         self._report(trainer, self.result)
         best = self.result.best
         if best is not None:
-            self.warmup_steps = best.warmup_steps
-            if best.learning_rate != own:
-                scale_learning_rates(trainer, best.learning_rate / own)
+            self.warmup_steps, self._factor = best.warmup_steps, best.learning_rate / own
+            lengthen(trainer, self.warmup_steps)
 
     def _prepare(self, trainer: pl.Trainer) -> tuple[Path | None, dict[Trial, Outcome]]:
         """The file for the outcomes, which rank zero writes, and those to go on from, the same on every rank."""
@@ -203,12 +211,14 @@ class WarmupSweep(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"rule": self.rule.state_dict(), "warmup_steps": self.warmup_steps, "done": self._done}
+        seen = {"warmup_steps": self.warmup_steps, "factor": self._factor, "done": self._done}
+        return {"rule": self.rule.state_dict(), **seen}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rule.load_state_dict(state_dict["rule"])
-        self.warmup_steps, self._done = state_dict["warmup_steps"], state_dict["done"]
+        self.warmup_steps, self._factor, self._done = (state_dict[name] for name in ("warmup_steps", "factor", "done"))
+        self._scaled = True  # as the optimizers that were saved with it are
 
 
 def _too_short(steps: int) -> Finding:

@@ -42,7 +42,7 @@ class LearningRates:
         self._momenta: list[Any] = []  # by themselves
         self._warmup_steps = 0
         self._curves: list[tuple[Callable[[int], float], int]] = []
-        self._momentum: Callable[[int], float | None] | None = None
+        self._momentum: tuple[Callable[[int], float | None], int] | None = None
         self._written = 1.0  # the factor that the groups have
 
     def lay(
@@ -55,12 +55,12 @@ class LearningRates:
 
         Args:
             factor: Of the base learning rate, for the update number ``step``.
-            added_steps: Within so many updates, those of a warmup, the schedulers below do not move.
+            added_steps: Within so many updates, those of a warmup, neither the schedulers nor other factors move.
             momentum: Of the update number ``step``.
         """
         self._read()
         self._curves.append((factor, added_steps))
-        self._momentum = momentum or self._momentum
+        self._momentum = self._momentum if momentum is None else (momentum, added_steps)
         self._write()
 
     def prepend_warmup(self, warmup_steps: int) -> None:
@@ -76,8 +76,12 @@ class LearningRates:
 
     @property
     def behind_warmup(self) -> int:
-        """Updates done since the warmup that :meth:`prepend_warmup` has put in front of everything."""
-        return max(0, self.step - self._warmup_steps)
+        """Updates done since the warmup in front of everything."""
+        return self._behind(0)
+
+    def _behind(self, own: int) -> int:
+        """Likewise, but for ``own`` updates of a warmup."""
+        return max(0, self.step - (self.added_steps - own))
 
     @property
     def holds_schedulers(self) -> bool:
@@ -87,8 +91,8 @@ class LearningRates:
     @property
     def factor(self) -> float:
         """Of the next update."""
-        behind = self.behind_warmup
-        return math.prod((curve(behind) for curve, _ in self._curves), start=warmth(self.step, self._warmup_steps))
+        factors = (curve(self._behind(added)) for curve, added in self._curves)
+        return math.prod(factors, start=warmth(self.step, self._warmup_steps))
 
     def start(self, optimizer: Optimizer) -> None:
         """Begin, or go on with what was loaded; again after another was laid."""
@@ -149,7 +153,8 @@ class LearningRates:
         for group, base in zip(self._groups, self.base, strict=True):
             _set(group, base * factor)
         if self._momentum is not None:
-            momentum = self._momentum(self.behind_warmup)
+            curve, added = self._momentum
+            momentum = curve(self._behind(added))
             for group in self._groups if momentum is not None else ():
                 if "momentum" in group:
                     group["momentum"] = momentum

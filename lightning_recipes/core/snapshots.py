@@ -52,17 +52,25 @@ class SnapshotRule:
         """Whether a cycle is over, and has to be kept now that so many updates were made."""
         return len(self.kept) < len(self.ends) and updates >= self.ends[len(self.kept)]
 
-    def shorten(self, updates: int) -> None:
-        """Divide what is left of a run, which will have fewer updates than was planned, among the cycles that are left.
+    def plan(self, ends: Sequence[int], updates: int, done: int) -> None:
+        """Divide a run into cycles, or what is left of one among the cycles that are left.
 
         Args:
+            ends: Updates after which each cycle is over in a run from the start. If as many have been kept already,
+                what is left has more of them, of about that length.
             updates: Of the whole run.
+            done: Updates that were made.
         """
-        done = len(self.kept)
-        start, cycles = self.ends[done - 1] if done else 0, len(self.ends) - done
-        if updates - start >= cycles > 0:
-            left = [start + (updates - start) * (cycle + 1) // cycles for cycle in range(cycles)]
-            self.ends = [*self.ends[:done], *left]
+        taken, left = len(self.kept), updates - done
+        cycles = len(ends) - taken if len(ends) > taken else max(1, round(left * len(ends) / ends[-1]))
+        if not taken and not done and updates == ends[-1]:
+            self.ends = ends
+        elif left >= cycles:
+            start = self.ends[taken - 1] if taken else 0
+            if start + (updates - start) // cycles <= done:
+                start = done  # or the cycle under way would be over already
+            new = [start + (updates - start) * (cycle + 1) // cycles for cycle in range(cycles)]
+            self.ends = [*self.ends[:taken], *new]
 
     def keep(self, state: Mapping[str, Any], folder: str | Path | None = None, write: bool = True) -> None:
         """Keep the state at the end of a cycle.

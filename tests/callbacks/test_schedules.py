@@ -279,6 +279,77 @@ def test_a_second_fit_goes_on_and_another_one_starts_anew(tmp_path: Path) -> Non
     assert module.used[0] == [0.1, 0.01]
 
 
+@pytest.mark.parametrize("scheduler", ["none", "lambda", "cosine"])
+def test_a_second_fit_has_the_rates_of_its_own_optimizers(scheduler: str, tmp_path: Path) -> None:
+    rates = {}
+    for callbacks in ([], [LearningRateSchedule("constant")]):
+        module = Scheduled(scheduler)
+        trainer = fit(tmp_path, module, *callbacks)
+        trainer.fit_loop.max_epochs = 6
+        module.rates = (0.02, 0.03)
+        module.used.clear()
+        trainer.fit(module, regression_data(), regression_data(2))
+        rates[len(callbacks)] = module.used
+    assert len(rates[0]) == 36
+    assert rates[1] == rates[0]
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_fast_dev_run_gets_no_longer(batches: int, tmp_path: Path) -> None:
+    module = Scheduled()
+    fit(tmp_path, module, LearningRateSchedule("cosine", warmup_steps=100), fast_dev_run=batches)
+    assert [rate for rate, _ in module.used] == pytest.approx([0.1 * (step + 1) / 101 for step in range(batches)])
+
+
+@pytest.mark.parametrize("ckpt", [False, True])
+def test_until_training_starts_the_end_is_as_asked(ckpt: bool, tmp_path: Path) -> None:
+    class Asks(Scheduled):
+        def on_fit_start(self) -> None:
+            self.asked = self.trainer.estimated_stepping_batches
+
+    last = None
+    if ckpt:
+        save = ModelCheckpoint(tmp_path, filename="cut", every_n_train_steps=39)
+        fit(tmp_path, Scheduled(), save, LearningRateSchedule("cosine", warmup_steps=5))
+        last = tmp_path / "cut.ckpt"
+    module = Asks()
+    trainer = fit(tmp_path, module, LearningRateSchedule("cosine", warmup_steps=5), ckpt_path=last)
+    assert module.asked == 36
+    assert len(module.used) == (2 if ckpt else 41)
+    assert (trainer.max_epochs, trainer.max_steps) == (3, -1)
+
+
+@pytest.mark.parametrize(
+    ("warmup_steps", "limit", "checks"),
+    [
+        (5, {"max_epochs": 3}, [12, 24, 36, 41]),
+        (12, {"max_epochs": 3}, [12, 24, 36, 48]),
+        (5, {"max_epochs": 3, "val_check_interval": 6}, [6, 12, 18, 24, 30, 36, 41]),
+        (5, {"max_epochs": 3, "limit_val_batches": 0}, []),
+        (5, {"max_epochs": -1, "max_steps": 30}, [12, 24]),  # nor does Lightning without a warmup
+    ],
+)
+def test_a_run_that_ends_with_an_epoch_still_ends_with_a_validation(
+    warmup_steps: int, limit: dict[str, Any], checks: list[int], tmp_path: Path
+) -> None:
+    class Validated(pl.Callback):
+        def __init__(self) -> None:
+            self.at: list[int] = []
+
+        def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            if not trainer.sanity_checking:
+                self.at.append(trainer.global_step)
+
+    validated = Validated()
+    fit(tmp_path, Scheduled(), LearningRateSchedule("cosine", warmup_steps=warmup_steps), validated, **limit)
+    assert validated.at == checks
+
+
+def test_a_plateau_that_will_not_be_seen_is_told(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="no plateau will be seen"):
+        fit(tmp_path, Scheduled(), LearningRateSchedule(ReduceOnPlateau()), limit_val_batches=0)
+
+
 def test_two_schedules_make_a_product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Other(LearningRateSchedule):
         """Of another state key."""

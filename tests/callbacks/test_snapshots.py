@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -35,6 +36,8 @@ from lightning_recipes.core.ensembles import Ensemble
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You.re resuming from a checkpoint that ended before the epoch ended"),
     pytest.mark.filterwarnings("ignore:ensemble at step"),  # toys differ or not
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory"),
 ]
 
 
@@ -206,7 +209,7 @@ def test_a_snapshot_that_cannot_be_read_costs_no_more_than_the_ensemble(damage: 
 
     snapshots = SnapshotEnsemble(2, storage="files")
     trainer = quiet_trainer(tmp_path, max_epochs=2, callbacks=[snapshots, Damages()])
-    with pytest.warns(UserWarning, match="The snapshots cannot be read") as told:
+    with pytest.warns(UserWarning, match="There is no ensemble: the snapshots cannot be read") as told:
         trainer.fit(Regression(), regression_data(11), regression_data(2))
     assert trainer.global_step == 22
     assert snapshots.ensemble is None
@@ -590,12 +593,90 @@ def test_bad_arguments_are_refused(arguments: Any, error: str) -> None:
         SnapshotEnsemble(**arguments)
 
 
-def test_a_prepended_warmup_moves_everything(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [True, False])
+def test_a_prepended_warmup_moves_everything(first: bool, tmp_path: Path) -> None:
     watch, snapshots = Watch(), SnapshotEnsemble(2)
     schedule = LearningRateSchedule("constant", warmup_steps=5)
-    trainer = quiet_trainer(tmp_path, max_epochs=2, callbacks=[schedule, snapshots, watch])
+    callbacks: list[pl.Callback] = [schedule, snapshots] if first else [snapshots, schedule]
+    trainer = quiet_trainer(tmp_path, max_epochs=2, callbacks=[*callbacks, watch])
     trainer.fit(Regression(), regression_data(), regression_data(2))
-    assert len(watch.weights) == 29
+    warmed = [0.01 * (step + 1) / 6 for step in range(5)]
+    assert [rate for (rate,) in watch.rates] == pytest.approx(
+        warmed + [0.01 * huang(step, 24, 2) for step in range(24)]
+    )
+    for end, member in zip((17, 29), members_of(snapshots), strict=True):
+        assert same(member, inside(watch.weights[end - 1]))
+
+
+@pytest.mark.parametrize(
+    ("cycles", "epochs", "cut", "again", "longer", "ends"),
+    [
+        (5, 5, 24, 10, 5, [12, 24, 28, 33, 37, 42, 46, 51, 55, 60]),  # more cycles
+        (5, 5, 30, 5, 3, [12, 24, 32, 34, 36]),  # a shorter run
+        (2, 2, 24, 2, 4, [12, 24, 48]),  # a longer one behind the last cycle
+        (5, 5, 30, 5, 10, [12, 24, 56, 88, 120]),
+        (None, 2, 12, 2, 2, [6, 12]),  # of the updates that are left, as it was not there before
+    ],
+)
+def test_what_is_left_of_a_resumed_run_is_divided(
+    cycles: int | None, epochs: int, cut: int, again: int, longer: int, ends: list[int], tmp_path: Path
+) -> None:
+    save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    before = [] if cycles is None else [SnapshotEnsemble(cycles)]
+    quiet_trainer(tmp_path, max_epochs=epochs, callbacks=[save, *before]).fit(
+        Regression(), regression_data(), regression_data(2)
+    )
+    watch, snapshots = Watch(), SnapshotEnsemble(again)
+    trainer = quiet_trainer(tmp_path, max_epochs=longer, callbacks=[snapshots, watch])
+    trainer.fit(Regression(), regression_data(), regression_data(2), ckpt_path=tmp_path / f"step={cut}.ckpt")
+    assert snapshots.rule.ends == ends
+    assert len(members_of(snapshots)) == len(ends)
+    assert snapshots.ensemble is not None
+    made = [end for end in ends if cycles is None or end > cut]
+    for end, member in zip(reversed(made), reversed(members_of(snapshots)), strict=False):
+        assert same(member, inside(watch.weights[end - 1 - (0 if cycles is None else cut)]))
+
+
+def test_a_second_fit_has_more_cycles(tmp_path: Path) -> None:
+    snapshots, module = SnapshotEnsemble(2), Regression()
+    trainer = quiet_trainer(tmp_path, max_epochs=2, callbacks=[snapshots])
+    trainer.fit(module, regression_data(), regression_data(2))
+    first = snapshots.ensemble
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(module, regression_data(), regression_data(2))
+    assert snapshots.rule.ends == [12, 24, 48]
+    assert snapshots.ensemble is not first is not None
+
+
+@pytest.mark.parametrize("combine", ["auto", "mean"])
+def test_a_checkpoint_of_the_midst_predicts_as_its_members_do(combine: str, tmp_path: Path) -> None:
+    save = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    snapshots = SnapshotEnsemble(2, combine=combine, evaluate=True)
+    quiet_trainer(tmp_path, max_epochs=4, callbacks=[save, snapshots]).fit(
+        Regression(), regression_data(), regression_data(2)
+    )
+    [first, _] = members_of(snapshots)
+    module, other = Regression(), SnapshotEnsemble(2, combine=combine, evaluate=True)
+    trainer = quiet_trainer(tmp_path, callbacks=[other])
+    trainer.validate(module, regression_data(2), ckpt_path=tmp_path / "epoch=1.ckpt")
+    told = trainer.callback_metrics["val_loss"]
+    module.net.load_state_dict(first)
+    alone = quiet_trainer(tmp_path)
+    alone.validate(module, regression_data(2))
+    assert float(told) == pytest.approx(float(alone.callback_metrics["val_loss"]))
+
+
+def test_a_module_that_cannot_be_copied_is_trained_to_the_end(tmp_path: Path) -> None:
+    class Locks(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net.lock = threading.Lock()  # type: ignore[assignment]
+
+    snapshots = SnapshotEnsemble(2)
+    trainer = quiet_trainer(tmp_path, max_epochs=2, callbacks=[snapshots])
+    with pytest.warns(UserWarning, match="There is no ensemble: the module cannot be copied"):
+        trainer.fit(Locks(), regression_data(), regression_data(2))
+    assert trainer.global_step == 24
     assert len(members_of(snapshots)) == 2
 
 

@@ -13,7 +13,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from models import Fragile, Regression, Resumable, fp16, quiet_trainer, regression_data, same, weights_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    CyclicLR,
+    LambdaLR,
+    LinearLR,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+)
 
 from lightning_recipes import (
     InstabilityDetector,
@@ -298,6 +306,33 @@ def test_a_second_fit_sweeps_no_more_and_another_run_does(tmp_path: Path, monkey
     assert trainer.global_step == 410
     fit(tmp_path, Watched(), sweep)
     assert sweep.result is not first
+
+
+SCHEDULES: dict[str, Any] = {
+    "none": None,
+    "in sequence": lambda optimizer: SequentialLR(
+        optimizer, [LinearLR(optimizer, 0.1, 1.0, 50), CosineAnnealingLR(optimizer, 250)], [50]
+    ),
+    "cyclic": lambda optimizer: CyclicLR(optimizer, 1e-4, 1e-3, 20, cycle_momentum=False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*scheduler.step")
+@pytest.mark.parametrize("scheduler", SCHEDULES)
+def test_the_rate_that_was_found_is_that_of_the_whole_run_and_of_the_next(
+    scheduler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = {}
+    for callbacks in ([], [WarmupSweep(base_learning_rate=3e-3)]):
+        module = Watched(SCHEDULES[scheduler], learning_rate=3e-4)
+        decided(monkeypatch, 3e-3, 30)
+        trainer = fit(tmp_path, module, *callbacks)
+        trainer.fit_loop.epoch_loop.max_steps = 2 * STEPS
+        trainer.fit(module, data(), regression_data(2))
+        used[len(callbacks)] = module.used
+    assert len(used[0]) == 2 * STEPS
+    ratios = {round(after / before, 6) for before, after in zip(used[0], used[1][30:], strict=True)}
+    assert len(ratios) == 1
 
 
 def test_a_run_of_unknown_length_is_refused_and_a_short_one_left_alone(tmp_path: Path) -> None:

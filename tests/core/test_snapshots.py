@@ -67,18 +67,35 @@ def test_a_wrong_dtype_is_refused() -> None:
 
 
 def test_a_shorter_run_divides_what_is_left() -> None:
-    rule = SnapshotRule()
-    rule.ends = [10, 20, 30]
-    rule.shorten(28)
+    rule, planned = SnapshotRule(), [10, 20, 30]
+    rule.plan(planned, 30, 0)
+    assert rule.ends is planned
+    rule.plan(planned, 28, 2)
     assert rule.ends == [9, 18, 28]
     rule.keep({})
-    rule.shorten(25)
+    rule.plan(planned, 25, 10)
     assert rule.ends == [9, 17, 25]
     rule.keep({})
-    rule.shorten(17)  # nothing would be left
+    rule.plan(planned, 17, 17)  # nothing would be left
     assert rule.ends == [9, 17, 25]
-    rule.shorten(18)
+    rule.plan(planned, 18, 17)
     assert rule.ends == [9, 17, 18]
+
+
+def test_where_a_cycle_would_be_over_already_what_is_left_begins_now() -> None:
+    rule = SnapshotRule()
+    rule.ends = [20, 40]
     rule.keep({})
-    rule.shorten(40)  # no cycle is left
-    assert rule.ends == [9, 17, 18]
+    rule.plan([15, 30, 45, 60], 60, 34)
+    assert rule.ends == [20, 42, 51, 60]
+
+
+def test_a_run_that_goes_on_has_more_cycles_of_that_length() -> None:
+    rule = SnapshotRule()
+    rule.ends = [20, 40]
+    for _ in rule.ends:
+        rule.keep({})
+    rule.plan([30, 60], 60, 40)
+    assert rule.ends == [20, 40, 60]
+    rule.plan([40, 80], 200, 40)
+    assert rule.ends == [20, 40, 80, 120, 160, 200]
