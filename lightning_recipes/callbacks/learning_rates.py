@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
@@ -68,11 +69,23 @@ def length_of(trainer: pl.Trainer) -> Run:
     in them. Where several optimizers are stepped by hand, each is taken to be stepped once a batch.
     """
     end = _ends.get(trainer, _End(trainer.max_epochs, trainer.max_steps))
-    batches = trainer.num_training_batches / trainer.accumulate_grad_batches
-    per_epoch = math.ceil(batches) if batches < math.inf else math.inf
-    by_epochs = math.inf if end.epochs is None or end.epochs < 0 else per_epoch * end.epochs
+    batches = trainer.num_training_batches
+    per_epoch = _updates(batches, trainer, trainer.current_epoch)
+    by_epochs = math.inf
+    if end.epochs is not None and end.epochs >= 0:
+        by_epochs = sum(_updates(batches, trainer, epoch) for epoch in range(end.epochs))
+        per_epoch = by_epochs / end.epochs if end.epochs else per_epoch
     by_steps = math.inf if end.steps < 0 else end.steps / max(1, len(trainer.optimizers))
     return Run(min(by_epochs, by_steps), per_epoch)
+
+
+def _updates(batches: float, trainer: pl.Trainer, epoch: int) -> float:
+    """Of an epoch, as GradientAccumulationScheduler will have it, which says so only when the epoch begins."""
+    run: Any = trainer  # connectors set some attributes
+    schedulers = (each for each in run.callbacks if isinstance(each, GradientAccumulationScheduler))
+    scheduler = next(schedulers, None)
+    accumulated = trainer.accumulate_grad_batches if scheduler is None else scheduler.get_accumulate_grad_batches(epoch)
+    return math.ceil(batches / accumulated) if batches < math.inf else math.inf
 
 
 def lengthen_by(trainer: pl.Trainer, updates: Callable[[], int]) -> None:

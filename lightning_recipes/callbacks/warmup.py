@@ -22,6 +22,7 @@ from lightning_recipes.callbacks.learning_rates import (
     take_hold,
 )
 from lightning_recipes.callbacks.outlets import Files
+from lightning_recipes.callbacks.rehearsal import unharmed
 from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.telling import run_folder, show, spared, tell
 from lightning_recipes.callbacks.trials import ModuleTrials, peak_rate, progress, run_trials, settings_of
@@ -147,6 +148,7 @@ class WarmupSweep(pl.Callback):
         run: Any = trainer  # connectors set some attributes
         if not (self._done or trainer.ckpt_path or trainer.global_step or run.fast_dev_run):
             self._sweep(trainer, pl_module)
+            lengthen(trainer, self.warmup_steps)
         self._done, self._whole = True, None
         if not self._scaled:
             scale_learning_rates(trainer, self._factor)
@@ -172,14 +174,14 @@ class WarmupSweep(pl.Callback):
         settings = {**settings_of(trainer), "callbacks": self._in_trials}
         module = self._whole or pl_module
         train = ModuleTrials(lambda _: module, trainer.train_dataloader, None, settings, own, run=trainer)
-        with progress("warmup sweep", search.most_steps, self.show_progress and trainer.is_global_zero) as told:
-            outcomes = run_trials(search, train, path, told, known)
-        self.result = search.result(outcomes)
-        self._report(trainer, self.result)
-        best = self.result.best
-        if best is not None:
-            self.warmup_steps, self._factor = best.warmup_steps, best.learning_rate / own
-            lengthen(trainer, self.warmup_steps)
+        shown = progress("warmup sweep", search.most_steps, self.show_progress and trainer.is_global_zero)
+        with unharmed(trainer, type(self).__name__):
+            with shown as told:
+                self.result = search.result(run_trials(search, train, path, told, known))
+            self._report(trainer, self.result)
+            best = self.result.best
+            if best is not None:
+                self.warmup_steps, self._factor = best.warmup_steps, best.learning_rate / own
 
     def _prepare(self, trainer: pl.Trainer) -> tuple[Path | None, dict[Trial, Outcome]]:
         """The file for the outcomes, which rank zero writes, and those to go on from, the same on every rank."""

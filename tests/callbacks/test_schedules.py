@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from models import Adversaries, Regression, Resumable, fp16, quiet_trainer, regression_data, same, weights_of
@@ -382,6 +382,19 @@ def test_the_length_of_the_run_is_the_one_that_was_asked_for(tmp_path: Path) -> 
         ema = EMAWeights(half_life="0.1 of the run")
         fit(tmp_path, Scheduled(), *[LearningRateSchedule(warmup_steps=12), ema][::order])
         assert ema.rule[0].decay == pytest.approx(2 ** (-1 / 3.6))
+
+
+@pytest.mark.parametrize(
+    ("limit", "steps"),
+    [({"max_epochs": 3}, 12 + 3 + 3), ({"max_epochs": 3, "max_steps": 16}, 16), ({"max_epochs": 1}, 12)],
+)
+def test_the_length_of_the_run_is_that_of_a_scheduled_accumulation(
+    limit: dict[str, int], steps: int, tmp_path: Path
+) -> None:
+    module = Scheduled()
+    accumulation = GradientAccumulationScheduler({0: 1, 1: 4})
+    fit(tmp_path, module, accumulation, LearningRateSchedule("linear"), **limit)
+    assert [rate for rate, _ in module.used] == pytest.approx([0.1 * factor for factor in Linear().curve(steps)])
 
 
 # ------------------------------------------------------------------------------------------ plateaus

@@ -345,6 +345,19 @@ def test_a_run_of_unknown_length_is_refused_and_a_short_one_left_alone(tmp_path:
     assert "The run has 99 updates" in (tmp_path / "findings.jsonl").read_text()
 
 
+def test_a_sweep_that_fails_costs_no_more_than_the_sweep(tmp_path: Path) -> None:
+    class Alone(Watched):
+        def on_train_start(self) -> None:
+            if self.trainer.max_steps != STEPS:
+                raise OSError("no such folder")
+
+    module, sweep = Alone(), WarmupSweep()
+    with pytest.warns(UserWarning, match="OSError: no such folder"):
+        trainer = fit(tmp_path, module, sweep)
+    assert trainer.global_step == STEPS
+    assert (sweep.result, sweep.warmup_steps) == (None, 0)
+
+
 def test_two_warmups_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decided(monkeypatch, 3e-4, 10)
     for order in (1, -1):
