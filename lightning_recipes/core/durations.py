@@ -69,14 +69,14 @@ def parse_duration(name: str, value: float | str) -> Duration:
             ...
         ValueError: half_life must be a number of updates, '2 epochs' or '0.1 of the run', got '2 weeks'
     """
+    return _read(name, value if isinstance(value, (str, int, float)) else check_real(name, value, 0, math.inf))
+
+
+@lru_cache(maxsize=256, typed=True)  # schedules ask at every step
+def _read(name: str, value: float | str) -> Duration:
     if not isinstance(value, str):
         amount = check_real(name, value, 0, math.inf)
         return Duration(amount, "runs" if amount < 1 else "updates")
-    return _read(name, value)
-
-
-@lru_cache(maxsize=256)  # schedules ask at every step
-def _read(name: str, value: str) -> Duration:
     match = _PATTERN.fullmatch(value.strip())
     if match is None:
         raise ValueError(f"{name} must be a number of updates, '2 epochs' or '0.1 of the run', got {value!r}")

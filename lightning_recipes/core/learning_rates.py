@@ -21,6 +21,7 @@ class LearningRates:
     Attributes:
         step: Updates done.
         base: Learning rate of each group by itself.
+        added_steps: Updates that a warmup in front of everything has, all together.
 
     Example:
         >>> import torch
@@ -38,6 +39,7 @@ class LearningRates:
     def __init__(self) -> None:
         self.step = 0
         self.base: list[Any] = []
+        self.added_steps = 0
         self._optimizer: Optimizer | None = None
         self._momenta: list[Any] = []  # by themselves
         self._warmup_steps = 0
@@ -60,19 +62,16 @@ class LearningRates:
         """
         self._read()
         self._curves.append((factor, added_steps))
+        self.added_steps += added_steps
         self._momentum = self._momentum if momentum is None else (momentum, added_steps)
         self._write()
 
     def prepend_warmup(self, warmup_steps: int) -> None:
         """Have everything begin only after a warmup."""
         self._read()
+        self.added_steps += warmup_steps - self._warmup_steps
         self._warmup_steps = warmup_steps
         self._write()
-
-    @property
-    def added_steps(self) -> int:
-        """Updates that a warmup in front of everything has, all together."""
-        return self._warmup_steps + sum(added for _, added in self._curves)
 
     @property
     def behind_warmup(self) -> int:
@@ -91,7 +90,7 @@ class LearningRates:
     @property
     def factor(self) -> float:
         """Of the next update."""
-        factors = (curve(self._behind(added)) for curve, added in self._curves)
+        factors = [curve(self._behind(added)) for curve, added in self._curves]
         return math.prod(factors, start=warmth(self.step, self._warmup_steps))
 
     def start(self, optimizer: Optimizer) -> None:
@@ -128,7 +127,8 @@ class LearningRates:
             for group, (momentum, betas) in zip(self._groups, self._momenta, strict=False):
                 group.update({} if momentum is None else {"momentum": momentum})
                 group.update({} if betas is None else {"betas": betas})
-        self._optimizer, self._curves, self._momentum, self._warmup_steps, self._momenta = None, [], None, 0, []
+        self._optimizer, self._curves, self._momentum, self._momenta = None, [], None, []
+        self._warmup_steps = self.added_steps = 0
 
     @property
     def _groups(self) -> list[dict[str, Any]]:

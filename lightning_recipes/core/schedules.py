@@ -472,11 +472,12 @@ class Warmup(Schedule):
 
     @override
     def factor(self, step: int, run: Run) -> float:
-        return warmth(step, self._length(run)) * self.schedule.factor(self._behind(step, run), run)
+        length = self._length(run)
+        return warmth(step, length) * self.schedule.factor(self._behind(step, length), run)
 
     @override
     def momentum(self, step: int, run: Run) -> float | None:
-        return self.schedule.momentum(self._behind(step, run), run)
+        return self.schedule.momentum(self._behind(step, self._length(run)), run)
 
     @override
     def added_steps(self, run: Run) -> int:
@@ -485,8 +486,8 @@ class Warmup(Schedule):
     def _length(self, run: Run) -> int:
         return run.length("warmup_steps", self.warmup_steps)
 
-    def _behind(self, step: int, run: Run) -> int:
-        return max(0, step - self._length(run)) if self.kind == "prepended" else step
+    def _behind(self, step: int, length: int) -> int:
+        return max(0, step - length) if self.kind == "prepended" else step
 
 
 def warmth(step: int, warmup_steps: int) -> float:
