@@ -35,8 +35,9 @@ class EarlyStopping(LightningEarlyStopping):
     deviations on, at least a tenth). On a plateau at the start, where the metric wobbles within a tenth of its first
     value, no check counts. A curve without noise is judged as Lightning does. Nor does a check count without a new
     value, as after an epoch without validation, and a NaN is never an improvement. A wish to stop before the Trainer's
-    ``min_epochs`` or ``min_steps`` is taken back if a later check finds an improvement. Under DDP the mean over the
-    ranks is judged.
+    ``min_epochs`` or ``min_steps`` waits for them, and is taken back if a check finds a new best value meanwhile and
+    does not wish to stop itself. What others ask of the Trainer is left alone. Under DDP the mean over the ranks is
+    judged.
 
     When fit ends, by itself, stopped, by an exception or Ctrl-C, the model gets the weights back that a checkpoint
     would have held at the best check: with ``EMAWeights`` those are the averaged ones that were validated. They are
@@ -142,6 +143,10 @@ class EarlyStopping(LightningEarlyStopping):
         self._put_back: Callable[[], None] | None = None
         self._forget()
 
+    @property
+    def _judge(self) -> Criterion:
+        return self.criterion or Patience(self.patience)
+
     def _signed(self, delta: float) -> float:
         """As Lightning keeps ``min_delta``."""
         return delta if self.mode == "max" else -delta
@@ -162,7 +167,7 @@ class EarlyStopping(LightningEarlyStopping):
         self.best_score = torch.tensor(-self._signed(math.inf))
         self.wait_count = self.stopped_epoch = 0
         self.stopping_reason, self.stopping_reason_message = EarlyStoppingReason.NOT_STOPPED, None
-        self.stop_wish = False
+        self.stop_wish = self._asked = False
         self._best_weights: dict[str, Any] | None = None
         self._seen: Any = None  # the metric's tensor at the last check: Lightning never lets go of an old one
         self._loss_sum: Tensor | float = 0.0  # of the training steps since the last check
@@ -199,6 +204,7 @@ class EarlyStopping(LightningEarlyStopping):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         spent = self.rule.curve.seconds[-1] if self.rule.curve.seconds else 0.0
         self._started = time.monotonic() - spent
+        self.stop_wish = self.stop_wish and not trainer.fit_loop._can_stop_early  # else a run that ended is resumed
 
     @override
     def on_train_batch_end(
@@ -208,6 +214,12 @@ class EarlyStopping(LightningEarlyStopping):
         if self.train_monitor is None and isinstance(loss, Tensor):
             self._loss_sum += read_if_free(loss)
             self._losses += 1
+        self._pass_on(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        self._pass_on(trainer)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -265,31 +277,35 @@ class EarlyStopping(LightningEarlyStopping):
 
     @override
     def _evaluate_stopping_criteria(self, current: Tensor) -> tuple[bool, str | None]:
-        criterion = self.criterion or Patience(self.patience)
-        verdict = self.rule.update(current.item(), criterion, **self._now)
+        verdict = self.rule.update(current.item(), self._judge, **self._now)
         self.min_delta = self._signed(self.rule.least_improvement)
-        self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
+        before = self.stopping_reason if self.stop_wish else EarlyStoppingReason.NOT_STOPPED
         should_stop, reason = super()._evaluate_stopping_criteria(current)
         if not self._now["counts"]:
             self.wait_count, verdict, should_stop = 0, None, False
         if should_stop and self.stopping_reason != EarlyStoppingReason.PATIENCE_EXHAUSTED:
             return True, reason  # not finite, or one of the thresholds
         if verdict is None:
-            self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
+            self.stopping_reason = before
             return False, reason if self.wait_count == 0 else None
         self.stopping_reason = EarlyStoppingReason.PATIENCE_EXHAUSTED
         return True, f"Monitored metric {self.monitor} {verdict}. Best score: {self.best_score:.3f}."
 
     def _wish(self, trainer: pl.Trainer, stop: bool, reason: str | None) -> None:
-        """Ask the Trainer to stop, or take an earlier wish back that it has not followed yet."""
-        others = [other for other in trainer.early_stopping_callbacks if other is not self]
+        """Wish to stop, or take an earlier wish back."""
         if stop:
-            trainer.should_stop = True
+            self.stop_wish = True
             self.stopped_epoch, self.stopping_reason_message = trainer.current_epoch, reason
-        elif self.stop_wish:
-            trainer.should_stop = any(getattr(other, "stop_wish", trainer.should_stop) for other in others)
+        elif self.stop_wish and not self._asked and self.rule.improved:
+            self.stop_wish = False
+            self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
             self.stopped_epoch, self.stopping_reason_message = 0, None
-        self.stop_wish = stop
+        self._pass_on(trainer)
+
+    def _pass_on(self, trainer: pl.Trainer) -> None:
+        """Ask the Trainer to stop, as soon as it can: what it has been asked nobody can take back."""
+        if self.stop_wish and trainer.fit_loop._can_stop_early:
+            trainer.should_stop = self._asked = True
 
     # ---------------------------------------------------------------------------------- checkpoints
 
@@ -297,7 +313,13 @@ class EarlyStopping(LightningEarlyStopping):
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
         del state["patience"]  # is configuration
-        return {**state, "rule": self.rule.state_dict(), "loss_sum": float(self._loss_sum), "losses": self._losses}
+        return {
+            **state,
+            "rule": self.rule.state_dict(),
+            "loss_sum": float(self._loss_sum),
+            "losses": self._losses,
+            "wished_by": repr(self._judge) if self.stop_wish else None,
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -305,6 +327,7 @@ class EarlyStopping(LightningEarlyStopping):
         if "rule" in state_dict:  # Lightning's own has none
             self.rule.load_state_dict(state_dict["rule"])
             self._loss_sum, self._losses = state_dict["loss_sum"], state_dict["losses"]
+            self.stop_wish = state_dict["wished_by"] == repr(self._judge)  # another one judges anew
 
     def _share(self, trainer: pl.Trainer) -> None:
         [self._loss_sum] = means_over_ranks(trainer, [self._loss_sum])  # exact: single precision in double

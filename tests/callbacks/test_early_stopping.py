@@ -7,13 +7,14 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping as LightningEarlyStopping
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from models import Regression, Resumable, SeedEachStep, quiet_trainer, regression_data, same, weights_of
 from torch import Tensor
 
 from lightning_recipes import EarlyStopping, EMAWeights
-from lightning_recipes.core.early_stopping import AnyOf, GeneralizationLoss, Patience, ProgressQuotient
+from lightning_recipes.core.early_stopping import AnyOf, GeneralizationLoss, Patience, ProgressQuotient, SuccessiveRises
 
 
 class Scripted(Regression):
@@ -121,6 +122,53 @@ def test_a_wish_to_stop_before_min_epochs_is_judged_anew(tmp_path: Path) -> None
     trainer = fit(tmp_path, Scripted([5.0, 6.0, 7.0, 8.0]), stopping, epochs=7, min_epochs=5)
     assert trainer.current_epoch == 5
     assert stopping.stopping_reason is EarlyStoppingReason.PATIENCE_EXHAUSTED
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_others_ask_of_the_trainer_is_left_alone(first: bool, tmp_path: Path) -> None:
+    class Stop(pl.Callback):
+        def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            trainer.should_stop = trainer.current_epoch == 3 or trainer.should_stop
+
+    callbacks = [EarlyStopping("val_loss", 0.0, 1), Stop()]
+    trainer = fit(
+        tmp_path, Scripted([5.0, 6.0, 7.0, 4.0, 3.0, 2.0, 1.0]), *callbacks[:: 1 if first else -1], min_epochs=6
+    )
+    assert trainer.current_epoch == 6
+
+
+@pytest.mark.parametrize(
+    ("losses", "arguments", "reason"),
+    [
+        ([5.0, 1.0, 2.0, 3.0], {"stopping_threshold": 1.5}, EarlyStoppingReason.STOPPING_THRESHOLD),
+        ([5.0, 4.0, math.nan, 4.5], {}, EarlyStoppingReason.NON_FINITE_METRIC),
+        ([1.0, 2.0, 3.0, 4.0, 4.0], {"criterion": SuccessiveRises(1, 2)}, EarlyStoppingReason.PATIENCE_EXHAUSTED),
+    ],
+)
+def test_a_wish_stands_until_there_is_an_improvement(
+    losses: list[float], arguments: dict[str, Any], reason: EarlyStoppingReason, tmp_path: Path
+) -> None:
+    stopping = EarlyStopping("val_loss", 0.0, 20, **arguments)
+    trainer = fit(tmp_path, Scripted(losses), stopping, min_epochs=6)
+    assert trainer.current_epoch == 6
+    assert stopping.stopping_reason is reason
+    assert 0 < stopping.stopped_epoch < 4
+
+
+@pytest.mark.parametrize("settings", [{"min_steps": 11}, {"min_steps": 12}, {"min_epochs": 3}, {"min_steps": 13}])
+def test_a_wish_is_followed_when_lightnings_would_be(settings: dict[str, int], tmp_path: Path) -> None:
+    def steps_with(stopping: pl.Callback) -> int:
+        module = Scripted([5.0, 6.0, 7.0, 8.0, 9.0, 9.0, 9.0, 9.0])
+        return fit(tmp_path, module, stopping, val_check_interval=3, **settings).global_step
+
+    assert steps_with(EarlyStopping("val_loss", 0.0, 2)) == steps_with(LightningEarlyStopping("val_loss", 0.0, 2)) > 10
+
+
+def test_a_wish_that_is_followed_is_not_taken_back_by_the_last_validation(tmp_path: Path) -> None:
+    stopping = EarlyStopping("val_loss", 0.0, 2)
+    trainer = fit(tmp_path, Scripted([5.0, 6.0, 7.0, 1.0]), stopping, val_check_interval=3, min_steps=13)
+    assert (trainer.global_step, stopping.rule.curve.values[-1]) == (13, 1.0)
+    assert (stopping.stopped_epoch, stopping.stopping_reason) == (2, EarlyStoppingReason.PATIENCE_EXHAUSTED)
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -300,6 +348,19 @@ def test_a_resumed_run_has_its_own_patience_and_the_old_count(tmp_path: Path) ->
     trainer = fit(tmp_path, module, stopping, ModelCheckpoint(tmp_path), ckpt_path=saves.last_model_path)
     assert trainer.current_epoch == 6
     assert stopping.patience == 4
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.parametrize(("patience", "steps"), [(2, 13), (4, 16)])
+def test_a_wish_that_waits_is_resumed_with_its_patience(patience: int, steps: int, tmp_path: Path) -> None:
+    losses = [5.0, 6.0, 7.0, 7.0, 7.0]
+    saves = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+    whole = fit(tmp_path, Scripted(losses), EarlyStopping("val_loss", 0.0, 2), saves, min_steps=13)
+    assert whole.global_step == 13
+    module, stopping = Scripted(losses), EarlyStopping("val_loss", 0.0, patience, strict=False)
+    settings = {"ckpt_path": tmp_path / "epoch=2.ckpt", "min_steps": 13, "limit_val_batches": 0}
+    resumed = fit(tmp_path, module, stopping, copy.deepcopy(saves), epochs=4, **settings)
+    assert resumed.global_step == steps
 
 
 def test_a_checkpoint_of_lightnings_own_is_resumed(tmp_path: Path) -> None:
