@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_recipes.core.ensembles import COMBINATIONS, Combination, Ensemble, average_weights
 from lightning_recipes.core.evidence import Evidence
@@ -81,9 +82,15 @@ def pair(batch: Any) -> tuple[Any, Tensor]:
 
 
 def with_state(module: nn.Module, state: State) -> nn.Module:
-    """A copy of the module, without its Trainer, that has this state and is not trained."""
+    """A copy of the module, without its Trainer, that has this state and is not trained.
+
+    What the module keeps of a forward pass, such as an activation, has no gradient in the copy: torch copies no others.
+    """
     trainer = getattr(module, "_trainer", None)
-    own = copy.deepcopy(module, {} if trainer is None else {id(trainer): None})
+    copies: dict[int, Any] = {} if trainer is None else {id(trainer): None}
+    kept = (each for submodule in module.modules() for each in tree_leaves(vars(submodule)))
+    copies |= {id(each): each.detach().clone() for each in kept if isinstance(each, Tensor) and not each.is_leaf}
+    own = copy.deepcopy(module, copies)
     own.load_state_dict(dict(state))
     return own.requires_grad_(False).eval()
 

@@ -159,6 +159,22 @@ def test_checkpoints_of_one_training_can_be_averaged(tmp_path: Path) -> None:
     assert alone.weights.tolist() == pytest.approx([1 / 3] * 3)
 
 
+def test_a_module_may_keep_its_activations(tmp_path: Path) -> None:
+    class Keeps(Classifier):
+        def forward(self, inputs: Tensor) -> Tensor:
+            self.net[0].features = self.net[0](inputs)
+            self.activations = {"logits": [self.net(inputs)]}
+            return self.activations["logits"][0]
+
+    module = Keeps()
+    torch.save(module.state_dict(), tmp_path / "a.pt")
+    inputs = torch.ones(1, 2)
+    expected = module(inputs)
+    assert module.activations["logits"][0].requires_grad
+    found = ensemble_from_checkpoints([tmp_path / "a.pt"] * 2, module, points(100, 2), weighting="uniform")
+    assert torch.allclose(found.ensemble(inputs).softmax(1), expected.softmax(1))
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     torch.save(nn.Linear(1, 1).state_dict(), tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"other.pt does not fit Classifier: Error.s. in loading state_dict"):
