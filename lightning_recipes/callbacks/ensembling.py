@@ -1,12 +1,16 @@
 """Judge trained networks of one architecture on held-out data, and let those that help predict together."""
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -79,6 +83,57 @@ def pair(batch: Any) -> tuple[Any, Tensor]:
         f"a batch must be a pair of inputs and targets, got {type(batch).__name__}: give split_batch, a function that"
         " makes a pair of one"
     )
+
+
+def held_out(trainer: pl.Trainer, pl_module: pl.LightningModule, split: Split, probabilities: bool) -> HeldOut | None:
+    """The validation data of a fit as its networks see them in a validation; None if there are none.
+
+    Args:
+        trainer: Of the fit.
+        pl_module: What it trains.
+        split: Makes inputs and targets of a batch.
+        probabilities: Whether the networks give probabilities, not logits.
+    """
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    if trainer.enable_validation:
+        with _validating(trainer):
+            loop.setup_data()
+    combined = loop._combined_loader
+    if combined is None or not sum(loop.max_batches):
+        return None
+    loaders = list(zip(combined.flattened, loop.max_batches, strict=True))
+
+    def batches() -> Iterator[Any]:
+        for index, (loader, most) in enumerate(loaders):
+            for batch in islice(loader, None if most == math.inf else int(most)):
+                with _validating(trainer):
+                    batch = trainer.precision_plugin.convert_input(batch)
+                    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=index)
+                    batch = trainer.strategy.batch_to_device(batch, dataloader_idx=index)
+                yield batch
+
+    def gather(evidence: Evidence) -> list[Evidence]:
+        every: list[Any] = [None] * trainer.world_size
+        torch.distributed.all_gather_object(every, evidence)
+        return every
+
+    return HeldOut(
+        batches,
+        split,
+        gather if trainer.world_size > 1 else HeldOut.gather,
+        probabilities,
+        trainer.precision_plugin.val_step_context,
+    )
+
+
+@contextmanager
+def _validating(trainer: pl.Trainer) -> Iterator[None]:
+    """What a module or a data module asks before it augments a batch."""
+    stage, trainer.state.stage = trainer.state.stage, RunningStage.VALIDATING
+    try:
+        yield
+    finally:
+        trainer.state.stage = stage
 
 
 def with_state(module: nn.Module, state: State) -> nn.Module:

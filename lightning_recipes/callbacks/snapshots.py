@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +22,7 @@ from lightning_recipes.callbacks.ensembling import (
     HeldOut,
     Split,
     can_average,
+    held_out,
     judge,
     pair,
     rounding,
@@ -38,7 +38,6 @@ from lightning_recipes.callbacks.tracking import share_
 from lightning_recipes.callbacks.unused import pass_over, pass_over_unused
 from lightning_recipes.core.arguments import check_choice, check_count, check_flag, check_name
 from lightning_recipes.core.ensembles import Ensemble
-from lightning_recipes.core.evidence import Evidence
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.learning_rates import LearningRates
 from lightning_recipes.core.per_optimizer import PerOptimizer
@@ -419,33 +418,7 @@ class SnapshotEnsemble(pl.Callback):
 
     def _held_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> HeldOut | None:
         """The validation data of the run, if it has any."""
-        loop = trainer.fit_loop.epoch_loop.val_loop
-        if trainer.enable_validation:
-            loop.setup_data()
-        combined = loop._combined_loader
-        if combined is None or not sum(loop.max_batches):
-            return None
-        loaders = list(zip(combined.flattened, loop.max_batches, strict=True))
-
-        def batches() -> Iterator[Any]:
-            for index, (loader, most) in enumerate(loaders):
-                for batch in islice(loader, None if most == math.inf else int(most)):
-                    batch = trainer.precision_plugin.convert_input(batch)
-                    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=index)
-                    yield trainer.strategy.batch_to_device(batch, dataloader_idx=index)
-
-        def gather(evidence: Evidence) -> list[Evidence]:
-            every: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(every, evidence)
-            return every
-
-        return HeldOut(
-            batches,
-            self.split_batch or pair,
-            gather if trainer.world_size > 1 else HeldOut.gather,
-            probabilities=self.combine == "mean",
-            context=trainer.precision_plugin.val_step_context,
-        )
+        return held_out(trainer, pl_module, self.split_batch or pair, self.combine == "mean")
 
     # ---------------------------------------------------------------------------------- evaluation with the ensemble
 

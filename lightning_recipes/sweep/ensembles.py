@@ -17,18 +17,19 @@ from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from lightning_recipes.callbacks.ensembling import HeldOut, Split, judge, pair, with_state
-from lightning_recipes.callbacks.trials import ModuleTrials, of_its_own, same_loaders, seed_all
+from lightning_recipes.callbacks.ensembling import HeldOut, Split, held_out, judge, pair, with_state
+from lightning_recipes.callbacks.trials import ModuleTrials, fit_quietly, nothing, of_its_own, same_loaders, seed_all
 from lightning_recipes.core.arguments import check_count
 from lightning_recipes.core.ensembles import Combination, Ensemble
 from lightning_recipes.core.files import replaced
 from lightning_recipes.core.selection import Report
 from lightning_recipes.core.soups import Soup, greedy_soup
-from lightning_recipes.core.trials import Outcome, Trial
+from lightning_recipes.core.trials import Outcome, Trial, load_outcomes, save_outcomes
 from lightning_recipes.sweep.running import Runner, in_this_process
 
 LAST = 50  # losses whose mean is the training loss in the end
 FILE = "ensemble.json"
+NOT_WEIGHING = ("validation_step", "configure_optimizers", "configure_callbacks", "on_fit_start", "on_fit_end")
 
 
 @dataclass(frozen=True)
@@ -82,13 +83,6 @@ def ensemble_from_checkpoints(
     """
     if not paths:
         raise ValueError("an ensemble needs at least one checkpoint, got none")
-    states = [_state(path) for path in paths]
-    members = []
-    for path, state in zip(paths, states, strict=True):
-        try:
-            members.append(with_state(module, state))
-        except RuntimeError as error:
-            raise ValueError(f"{path} does not fit {type(module).__name__}: {error}") from None
     device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
 
     def batches() -> Iterator[Any]:
@@ -96,6 +90,24 @@ def ensemble_from_checkpoints(
             yield move_data_to_device(batch, device)
 
     data = HeldOut(batches, split_batch or pair, probabilities=combine == "mean")
+    return _weigh(paths, module, data, weighting, combine, soup)
+
+
+def _weigh(
+    paths: Sequence[str | Path],
+    module: nn.Module,
+    data: HeldOut,
+    weighting: str,
+    combine: str | Combination,
+    soup: bool = False,
+) -> JudgedEnsemble:
+    states = [_state(path) for path in paths]
+    members = []
+    for path, state in zip(paths, states, strict=True):
+        try:
+            members.append(with_state(module, state))
+        except RuntimeError as error:
+            raise ValueError(f"{path} does not fit {type(module).__name__}: {error}") from None
 
     def losses_of(state: Mapping[str, Tensor]) -> Tensor:
         network = with_state(module, state)
@@ -123,14 +135,15 @@ def train_ensemble(
     """Train a network for each seed, from its own start and in its own order of the data, and weigh them.
 
     What was trained is in the folder, ``seed_0.pt`` and so on: when the call is repeated, it goes on with what is
-    missing.
+    missing. The networks are weighed on the CPU in single precision, on all validation data, as a Trainer would give
+    them: with the batch hooks of the data module or the module.
 
     Args:
         make: Makes the module for a seed.
         folder: For the weights and the logs of each run; where several processes or machines train, one that all see.
         seeds: How many networks, at least 1.
         train_dataloaders: As for ``Trainer.fit``.
-        val_dataloaders: Likewise, on which the networks are weighed: a loader that does not shuffle.
+        val_dataloaders: Likewise, on which the networks are weighed: one loader or several that do not shuffle.
         datamodule: In the place of both.
         weighting: As for :func:`ensemble_from_checkpoints`.
         combine: Likewise.
@@ -142,24 +155,25 @@ def train_ensemble(
     Raises:
         TypeError: If a batch is no pair and nothing was given that makes one.
         ValueError: If ``seeds`` is out of its range, or there is no validation data.
+        FileNotFoundError: If weights are gone that the runner knows to be trained.
     """
     check_count("seeds", seeds, 1)
     if val_dataloaders is None and datamodule is None:
         raise ValueError("networks are weighed on validation data: give val_dataloaders or a datamodule")
     folder = Path(folder)
     train = _WholeRuns(make, folder, train_dataloaders, val_dataloaders, datamodule, trainer_settings)
+    train.forget_lost()
     search = _Seeds(seeds, train.learning_rate)
     with tqdm(total=seeds, desc="ensemble", unit="run", disable=None if show_progress else True, leave=False) as bar:
         runner(search, train, folder / FILE, lambda *_: bar.update() and None)
-    if val_dataloaders is None:
-        assert datamodule is not None  # refused above
-        datamodule.prepare_data()
-        datamodule.setup("fit")
-        val_dataloaders = datamodule.val_dataloader()
     paths = [train.path(seed) for seed in range(seeds)]
+    lost = [str(path) for path in paths if not path.exists()]
+    if lost:
+        raise FileNotFoundError(
+            f"{', '.join(lost)}: trained, but gone; put them back, or give the runner another study"
+        )
     with isolate_rng():
-        module = make(0)
-    return ensemble_from_checkpoints(paths, module, val_dataloaders, weighting, combine, split_batch)
+        return train.weigh(lambda module, data: _weigh(paths, module, data, weighting, combine), split_batch, combine)
 
 
 @dataclass(frozen=True)
@@ -195,6 +209,37 @@ class _WholeRuns:
         """Where the weights of a run are."""
         return self.folder / f"seed_{seed}.pt"
 
+    def forget_lost(self) -> None:
+        """Have those runs trained again whose weights are gone."""
+        outcomes = load_outcomes(self.folder / FILE)
+        there = {trial: outcome for trial, outcome in outcomes.items() if self.path(trial.seed).exists()}
+        if len(there) < len(outcomes):
+            save_outcomes(self.folder / FILE, there)
+
+    def weigh(
+        self,
+        judge: Callable[[pl.LightningModule, HeldOut], JudgedEnsemble],
+        split_batch: Split | None,
+        combine: str | Combination,
+    ) -> JudgedEnsemble:
+        """Judge on the validation data that a Trainer gives."""
+        module = self.make(0)
+        host: Any = copy.deepcopy(module)
+        for hook in NOT_WEIGHING:
+            setattr(host, hook, nothing)
+        judging = _Judging(lambda data: judge(module, data), split_batch or pair, combine == "mean")
+        settings = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "limit_train_batches": 0,
+            "limit_val_batches": 1.0,
+            "callbacks": [judging],
+        }
+        train, val = tree_map(of_its_own, self.loaders)
+        with same_loaders(0, self.loaders, self.datamodule):
+            fit_quietly(host, settings, train, val, self.datamodule)
+        return judging.judged
+
     def __call__(self, trial: Trial) -> Outcome:
         losses = _Losses()
         with isolate_rng(), same_loaders(trial.seed, self.loaders, self.datamodule):
@@ -221,6 +266,22 @@ class _WholeRuns:
         state = module.state_dict()
         with replaced(path) as file:
             torch.save({name: each.cpu() if isinstance(each, Tensor) else each for name, each in state.items()}, file)
+
+
+class _Judging(pl.Callback):
+    """Judges before anything is trained."""
+
+    judged: JudgedEnsemble
+
+    def __init__(self, judge: Callable[[HeldOut], JudgedEnsemble], split: Split, probabilities: bool) -> None:
+        self.judge, self.split, self.probabilities = judge, split, probabilities
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        data = held_out(trainer, pl_module, self.split, self.probabilities)
+        if data is None:
+            raise ValueError("networks are weighed on validation data: the datamodule has none")
+        self.judged = self.judge(data)
 
 
 class _Losses(pl.Callback):

@@ -122,6 +122,9 @@ def test_it_is_shared_among_processes(tmp_path: Path) -> None:
     alone = ensemble(tmp_path / "alone", seeds=2, max_epochs=2)
     shared = ensemble(tmp_path / "shared", seeds=2, max_epochs=2, runner=OptunaRunner(tmp_path / "sweep.log"))
     assert str(shared.report) == str(alone.report)
+    (tmp_path / "shared" / "seed_1.pt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"seed_1.pt: trained, but gone; put them back, or give the runner"):
+        ensemble(tmp_path / "shared", seeds=2, max_epochs=2, runner=OptunaRunner(tmp_path / "sweep.log"))
 
 
 class Data(pl.LightningDataModule):
@@ -137,6 +140,62 @@ def test_a_datamodule_will_do(tmp_path: Path) -> None:
     assert found.report.samples == 100
     with pytest.raises(ValueError, match="give val_dataloaders or a datamodule"):
         train_ensemble(make, tmp_path, 2, points(160, 1), max_epochs=2, **QUIET)
+
+
+class Normalized(Classifier):
+    """Gets its inputs a hundred times too large in a validation."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return [batch[0] / (1 if self.trainer.training else 100), batch[1]]
+
+
+class Large(Data):
+    def val_dataloader(self) -> Any:
+        inputs, targets = points(100, 2).dataset[:]
+        return {"val": DataLoader(TensorDataset(100 * inputs, targets), 16 // self.trainer.world_size)}
+
+
+class LargeData(Large):
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return Normalized.on_after_batch_transfer(self, batch, dataloader_idx)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:You have overridden `on_after_batch_transfer` in `LightningModule`")
+@pytest.mark.parametrize(("network", "data"), [(Normalized, Large), (Classifier, LargeData)])
+def test_networks_are_weighed_on_batches_as_the_trainer_gives_them(network: Any, data: Any, tmp_path: Path) -> None:
+    expected = train_ensemble(make, tmp_path / "plain", 2, datamodule=Data(), max_epochs=2, **QUIET)
+    found = train_ensemble(lambda _: network(), tmp_path, 2, datamodule=data(), max_epochs=2, **QUIET)
+    for one, other in zip(found.report.members, expected.report.members, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+    assert found.report.samples == 100
+    assert found.ensemble(torch.ones(1, 2)).shape == (1, 3)
+
+
+class OnlyTrains(Classifier):
+    """Has nothing for a validation, and hooks that need a training."""
+
+    validation_step = pl.LightningModule.validation_step
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.3)
+        return [optimizer], [torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.3, self.trainer.max_epochs * 10)]
+
+    def on_fit_start(self) -> None:
+        assert self.optimizers()
+
+
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader` but have no `validation_step`")
+def test_several_loaders_will_do(tmp_path: Path) -> None:
+    loaders = [points(100, 2), points(50, 3)]
+    found = train_ensemble(lambda _: OnlyTrains(), tmp_path, 1, points(160, 1), loaders, max_epochs=1, **QUIET)
+    assert found.report.samples == 150
+
+
+def test_a_network_that_is_gone_is_trained_again(tmp_path: Path) -> None:
+    first = ensemble(tmp_path, seeds=2, max_epochs=1)
+    (tmp_path / "seed_1.pt").unlink()
+    again = ensemble(tmp_path, seeds=2, max_epochs=1)
+    assert same(weights_of(first.ensemble), weights_of(again.ensemble))
 
 
 def test_checkpoints_of_one_training_can_be_averaged(tmp_path: Path) -> None:
