@@ -11,7 +11,7 @@ import tempfile
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from lightning_recipes.callbacks.measuring import (
     scaler_of,
 )
 from lightning_recipes.callbacks.tracking import parameters_of
-from lightning_recipes.callbacks.unused import Unprofiled, pass_over_hooks_of, pass_over_unused
+from lightning_recipes.callbacks.unused import OF_EVERY_BATCH, Unprofiled, pass_over_hooks_of, pass_over_unused
 from lightning_recipes.core.clipping import total_norm
 from lightning_recipes.core.trials import Outcome, Readings, Search, Trial, TrialRule, load_outcomes, save_outcomes
 
@@ -394,6 +394,8 @@ def fit_quietly(
 ) -> None:
     """Train by a Trainer of its own that shows, logs and keeps nothing; the environment is left as it is.
 
+    What the module writes into the folder of its logger, or of its checkpoints, is gone with it.
+
     Args:
         module: A copy: it is trained.
         settings: Of the Trainer; of a function what it returns.
@@ -405,22 +407,53 @@ def fit_quietly(
     package = importlib.import_module(core.removesuffix(".core.module"))  # or pytorch_lightning, another class tree
     pass_over_hooks_of(module, package.LightningModule)
     with quiet(), same_environment(), unmade_folder() as folder:
-        trainer = package.Trainer(
-            **{
-                "max_epochs": -1,
-                "limit_val_batches": 0,
-                "num_sanity_val_steps": 0,
-                "logger": DummyLogger(),
-                "log_every_n_steps": 0,
-                "enable_checkpointing": False,
-                "enable_progress_bar": False,
-                "enable_model_summary": False,
-                "default_root_dir": folder,
-                "profiler": Unprofiled(),
-                **{name: value() if callable(value) else value for name, value in settings.items()},
-            }
-        )
+        asked = {
+            "max_epochs": -1,
+            "limit_val_batches": 0,
+            "num_sanity_val_steps": 0,
+            "logger": FolderLogger(folder),
+            "log_every_n_steps": 0,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": folder,
+            "profiler": Unprofiled(),
+            **{name: value() if callable(value) else value for name, value in settings.items()},
+        }
+        if asked.setdefault("enable_checkpointing", True):
+            checkpoints = package.callbacks.ModelCheckpoint(folder, save_top_k=0)
+            vars(checkpoints).update(dict.fromkeys(OF_EVERY_BATCH))  # hooks that are not called
+            asked["callbacks"] = [*asked.get("callbacks", []), checkpoints]
+        trainer = package.Trainer(**asked)
         trainer.fit(module, train_dataloaders, val_dataloaders, datamodule=copy.copy(datamodule))
+
+
+class FolderLogger(DummyLogger):
+    """Logs nothing, but has a folder, made when somebody asks for it.
+
+    Args:
+        folder: Its path.
+    """
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self._folder = folder
+
+    @property
+    @override
+    def save_dir(self) -> str:
+        with suppress(OSError):
+            os.makedirs(self._folder, exist_ok=True)
+        return self._folder
+
+    @property
+    @override
+    def log_dir(self) -> str:
+        return self.save_dir
+
+    @property
+    @override
+    def root_dir(self) -> str:
+        return self.save_dir
 
 
 @contextmanager

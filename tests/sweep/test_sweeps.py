@@ -212,6 +212,25 @@ def test_every_trial_has_one_start_and_one_order(tmp_path: Path) -> None:
     assert starts[0] == starts[1] == starts[2] != starts[3] == starts[4] == starts[5]
 
 
+def test_a_module_may_write_into_the_folder_of_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Writes(Regression):
+        folders: ClassVar[list[Path]] = []
+
+        def on_train_start(self) -> None:
+            logger: Any = self.logger
+            checkpoints: Any = self.trainer.checkpoint_callback
+            names = [self.trainer.log_dir, logger.log_dir, logger.save_dir, logger.root_dir, checkpoints.dirpath]
+            for name in names:
+                Path(name, "figure.txt").write_text("1")
+                self.folders.append(Path(name))
+
+    monkeypatch.chdir(tmp_path)
+    learning_rate_sweep(Writes(), [0.01, 0.1], 20, 1, 20, train_dataloaders=regression_data(4), **QUIET)
+    assert len(Writes.folders) == 2 * 5
+    assert not any(folder.exists() for folder in Writes.folders)
+    assert not list(tmp_path.iterdir())
+
+
 def test_groups_keep_their_ratio() -> None:
     seen: list[tuple[float, float]] = []
 
