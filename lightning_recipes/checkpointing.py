@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,11 +26,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     A Trainer writes to the folder for temporary files and moves the file from there: where that is another file system,
     a kill or a full disk in the middle leaves a torn file under the final name, in place of the good one that had it.
     This writes ``.<name>.part`` beside the target, syncs it to the disk, and puts it in place with one atomic rename:
-    at any moment the name has the old file or the new one, whole.
+    at any moment the name has the old file or the new one, whole. A folder of that name makes room when the new file
+    is written.
 
     A flipped bit loads without a word otherwise. Here the checksums of all records are compared first; a file that is
     damaged is passed over with a warning, and the newest good ``*.ckpt`` of its folder that is not newer takes its
-    place. Costs one more reading of the file, and one sync for each save.
+    place: of those that a training can go on from, or else of those with weights alone. Costs one more reading of the
+    file, and one sync for each save.
 
     Remote paths (``s3://``...) and checkpoints in shards, which are folders, are left to Lightning. One training at a
     time may write to a name. What torch saved elsewhere under ``set_crc32_options(False)`` counts as damaged.
@@ -55,6 +58,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         with replaced(target, sync=True) as file, _checksums():
             torch.save(checkpoint, file)
+            if target.is_dir() and not target.is_symlink():
+                shutil.rmtree(target)
         _sync_folder(target.parent)
 
     @override
@@ -98,10 +103,17 @@ def _last_good(target: Path, damage: str) -> Path:
     written = target.stat().st_mtime_ns
     others = [each for each in target.parent.glob("*.ckpt") if each.is_file() and not each.samefile(target)]
     others = [each for each in others if each.stat().st_mtime_ns <= written]
-    for other in sorted(others, key=lambda each: each.stat().st_mtime_ns, reverse=True):
+    for other in sorted(others, key=lambda each: (_resumes(each), each.stat().st_mtime_ns), reverse=True):
         if damage_of(other) is None:
             return other
     raise OSError(f"{target} {damage}, and there is no good checkpoint in its folder that is not newer")
+
+
+def _resumes(path: Path) -> bool:
+    """Whether a training can go on from it: without ``save_weights_only``, as far as its names say."""
+    with contextlib.suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(path) as archive:
+        return any(b"optimizer_states" in archive.read(name) for name in archive.namelist() if "data.pkl" in name)
+    return False
 
 
 def _local(path: str | Path) -> Path | None:

@@ -88,6 +88,29 @@ def test_a_damaged_file_with_no_good_one_before_it_is_an_error(tmp_path: Path) -
         AtomicCheckpointIO().load_checkpoint(paths[0])
 
 
+def test_one_that_a_training_can_go_on_from_comes_before_one_with_weights_alone(tmp_path: Path) -> None:
+    paths = saved(tmp_path, 1, 2, 3)
+    AtomicCheckpointIO().save_checkpoint({**checkpoint(1), "optimizer_states": []}, paths[0])
+    os.utime(paths[0], (1000, 1000))
+    flip(paths[2])
+    with pytest.warns(UserWarning, match=r"step=1\.ckpt is loaded in its place"):
+        assert AtomicCheckpointIO().load_checkpoint(paths[2])["step"] == 1
+    flip(paths[0])
+    with pytest.warns(UserWarning, match=r"step=2\.ckpt is loaded in its place"):
+        assert AtomicCheckpointIO().load_checkpoint(paths[2])["step"] == 2
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "x" * 250 + ".ckpt"])
+def test_it_saves_where_lightnings_own_does(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.mkdir()
+    (path / "shard").touch()
+    for step in (1, 2):
+        AtomicCheckpointIO().save_checkpoint(checkpoint(step), path)
+        assert AtomicCheckpointIO().load_checkpoint(path)["step"] == step
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_lightnings_own_loads_a_flipped_bit(tmp_path: Path) -> None:
     (path,) = saved(tmp_path, 7)
     flip(path)

@@ -1,10 +1,13 @@
 """Files that are whole or not there, on a disk that may be full."""
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+
+LONGEST_NAME = 255  # bytes
 
 
 @contextlib.contextmanager
@@ -32,6 +35,8 @@ def replaced(path: str | Path, by: str = "part", sync: bool = False) -> Iterator
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{by}")
+    if len(os.fsencode(beside.name)) > LONGEST_NAME:
+        beside = path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()}.{by}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with beside.open("wb") as file:
