@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_recipes.callbacks.instability import InstabilityDetector
 from lightning_recipes.callbacks.learning_rates import scale_learning_rates
-from lightning_recipes.callbacks.trials import quiet, unmade_folder
+from lightning_recipes.callbacks.trials import given_callbacks, quiet, unmade_folder
 from lightning_recipes.core.arguments import check_count, check_real
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.instability import Instability
@@ -64,6 +64,7 @@ def early_instability_probe(
             2, and 5 or 10 for a second look.
         steps: Updates, at least 1; the playbook says about 500.
         trainer_settings: More arguments of the Trainer: ``accelerator``, ``precision``, ``accumulate_grad_batches``...
+            Of ``callbacks`` the training has copies: give those that the gradients go through.
 
     Raises:
         TypeError: If an argument is not of its kind.
@@ -94,7 +95,7 @@ def early_instability_probe(
                 "enable_model_summary": False,
                 "default_root_dir": folder,
                 **trainer_settings,
-                "callbacks": [watch, _Judge(watch)],
+                "callbacks": [watch, *given_callbacks(trainer_settings), _Judge(watch)],
             }
         )
         trainer.fit(copy.deepcopy(module), train_dataloaders, datamodule=copy.copy(datamodule))

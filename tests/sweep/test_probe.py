@@ -2,6 +2,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from models import Regression, regression_data, same, weights_of
@@ -41,6 +42,24 @@ def test_everything_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not list(tmp_path.rglob("*"))
     assert all(parameter.grad is None for parameter in module.parameters())
     copy.deepcopy(module)
+
+
+def test_what_the_gradients_go_through_is_in_it(tmp_path: Path) -> None:
+    class Holds(pl.Callback):
+        calls = 0
+
+        def on_before_optimizer_step(
+            self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+        ) -> None:
+            self.calls += 1
+            for parameter in pl_module.parameters():
+                parameter.grad = None
+
+    holds = Holds()
+    for callbacks in (holds, [holds]):
+        probe = early_instability_probe(Deep(0.5), regression_data(1), steps=20, accelerator="cpu", callbacks=callbacks)
+        assert len(set(probe.losses)) == 1
+    assert holds.calls == 0
 
 
 @pytest.mark.parametrize(
