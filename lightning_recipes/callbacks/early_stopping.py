@@ -64,7 +64,7 @@ class EarlyStopping(LightningEarlyStopping):
         patience: Checks without an improvement after which to stop, at least 0.
         verbose: Log each improvement and the reason for the stop.
         mode: ``"min"`` if lower is better, ``"max"`` if higher is.
-        strict: Raise an error if there is no such metric.
+        strict: Raise an error if there is no such metric, or no ``train_monitor``.
         check_finite: Stop when the metric is NaN or infinite.
         stopping_threshold: Stop when the metric is better than this.
         divergence_threshold: Stop when the metric is worse than this.
@@ -172,7 +172,7 @@ class EarlyStopping(LightningEarlyStopping):
         self._seen: Any = None  # the metric's tensor at the last check: Lightning never lets go of an old one
         self._loss_sum: Tensor | float = 0.0  # of the training steps since the last check
         self._losses = 0
-        self._validated = False
+        self._validated = self._trained = False  # an epoch in this fit, at whose end its metrics are there
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -218,6 +218,7 @@ class EarlyStopping(LightningEarlyStopping):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._trained = True
         super().on_train_epoch_end(trainer, pl_module)
         self._pass_on(trainer)
 
@@ -259,6 +260,10 @@ class EarlyStopping(LightningEarlyStopping):
     def _measure(self, trainer: pl.Trainer, metrics: Mapping[str, Tensor]) -> None:
         """Note where the training is, for the check that follows."""
         if self.train_monitor is not None:
+            if self.strict and self._trained and self.train_monitor not in metrics:
+                raise RuntimeError(
+                    f"train_monitor={self.train_monitor!r} is no metric that is logged; there are: {', '.join(metrics)}"
+                )
             train = float(mean_over_ranks(trainer, torch.as_tensor(metrics.get(self.train_monitor, math.nan))))
         else:
             [total] = means_over_ranks(trainer, [self._loss_sum])

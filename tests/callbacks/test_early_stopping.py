@@ -223,6 +223,13 @@ def test_a_criterion_of_several_decides_in_the_place_of_patience(tmp_path: Path)
     assert "val_loss is 50 % worse than its best" in str(stopping.stopping_reason_message)
 
 
+class LogsEachEpoch(Scripted):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.log("epoch_loss", loss, on_step=False, on_epoch=True)
+        return loss
+
+
 def test_the_training_loss_is_that_of_the_steps_or_of_the_metric_that_is_named(tmp_path: Path) -> None:
     module, stopping = Regression(), EarlyStopping("val_loss", criterion=ProgressQuotient(1000.0, 2))
     losses: list[float] = []
@@ -237,6 +244,16 @@ def test_the_training_loss_is_that_of_the_steps_or_of_the_metric_that_is_named(t
     named = EarlyStopping("val_loss", train_monitor="val_loss")
     fit(tmp_path, Scripted([3.0, 2.0]), named, epochs=2)
     assert named.rule.curve.train == pytest.approx([3.0, 2.0])
+    with pytest.raises(RuntimeError, match="train_monitor='loss' is no metric that is logged; there are: val_loss"):
+        fit(tmp_path, Scripted([3.0, 2.0]), EarlyStopping("val_loss", train_monitor="loss"))
+    with pytest.raises(RuntimeError, match="train_monitor='loss' is no metric"):
+        fit(tmp_path, Scripted([3.0]), EarlyStopping("val_loss", train_monitor="loss"), val_check_interval=2)
+    late = EarlyStopping("val_loss", train_monitor="epoch_loss")
+    fit(tmp_path, LogsEachEpoch([3.0, 2.0, 1.0]), late, epochs=2, val_check_interval=2)
+    assert [math.isnan(loss) for loss in late.rule.curve.train] == [True, True, False, False]
+    lenient = EarlyStopping("val_loss", train_monitor="loss", strict=False)
+    fit(tmp_path, Scripted([3.0, 2.0]), lenient, epochs=1)
+    assert math.isnan(lenient.rule.curve.train[0])
 
 
 # ------------------------------------------------------------------------------------------------- the best weights
