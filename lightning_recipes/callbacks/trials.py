@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -130,6 +130,22 @@ def peak_rate(group: Mapping[str, Any]) -> float:
     return float(group.get("max_lr", group.get("initial_lr", group["lr"])))
 
 
+def own_rate(optimizer: Optimizer) -> float:
+    """The learning rate that is not 0 of the first parameter group with one."""
+    return _first(map(peak_rate, optimizer.param_groups))
+
+
+def _first(rates: Iterable[float]) -> float:
+    return next(filter(None, rates), 0.0)
+
+
+def _scale(trial: Trial, own: float) -> float:
+    """What a trial multiplies all learning rates by."""
+    if not own:
+        raise ValueError("all learning rates of the optimizer are 0: give it one, to which the others keep their ratio")
+    return trial.learning_rate / own
+
+
 class LoopTrials:
     """Trials of a training in plain torch.
 
@@ -142,7 +158,7 @@ class LoopTrials:
         self.make = make
         with isolate_rng():
             optimizer, *_ = self._start(0)
-        self.learning_rate = peak_rate(optimizer.param_groups[0])
+        self.learning_rate = own_rate(optimizer)
 
     def _start(self, seed: int) -> tuple[Any, ...]:
         seed_all(seed)
@@ -164,7 +180,7 @@ class LoopTrials:
         return readings.rule.outcome(val_loss)
 
     def _train(self, trial: Trial, optimizer: Optimizer, next_loss: Callable[[], Tensor], readings: Readings) -> None:
-        scale = trial.learning_rate / self.learning_rate
+        scale = _scale(trial, self.learning_rate)
         rates = [peak_rate(group) * scale for group in optimizer.param_groups]
         parameters = parameters_of(optimizer)
         for step in range(trial.steps):
@@ -174,7 +190,7 @@ class LoopTrials:
             loss = next_loss()
             torch.autograd.backward(loss)
             norm = total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-            if readings.add(loss.detach(), norm, rates[0] * factor) and readings.read():
+            if readings.add(loss.detach(), norm, _first(rates) * factor) and readings.read():
                 return
             optimizer.step()
 
@@ -192,7 +208,7 @@ class ModuleTrials:
         train_dataloaders: As for ``Trainer.fit``.
         datamodule: Likewise.
         settings: Of the Trainers; of a function what it returns.
-        learning_rate: Of the first parameter group; None to find out.
+        learning_rate: Of the first parameter group that has one; None to find out.
         val_dataloaders: As for ``Trainer.fit``.
         monitor: The validation loss, as it is logged; None for no validation.
         run: The trainer of the run whose length the module makes its schedules for; None for that of a trial.
@@ -217,7 +233,7 @@ class ModuleTrials:
 
     @property
     def learning_rate(self) -> float:
-        """Of the first parameter group, by itself."""
+        """Of the first parameter group that has one, by itself."""
         if self._own is None:
             self._fit(_Run(Trial(1.0, 0), self))
         assert self._own is not None  # known since fit has started
@@ -290,12 +306,12 @@ class _Run(pl.Callback):
         trainer.fit_loop.max_epochs = -1  # what the settings say is what schedules are made for
         trainer.fit_loop.epoch_loop.max_steps = self.trial.steps * len(trainer.optimizers)
         if self.trials._own is None:
-            self.trials._own = peak_rate(trainer.optimizers[0].param_groups[0])
+            self.trials._own = own_rate(trainer.optimizers[0])
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._alone = trainer.world_size == 1
-        scale = self.trial.learning_rate / self.trials.learning_rate
+        scale = _scale(self.trial, self.trials.learning_rate)
         for optimizer in trainer.optimizers:
             self.readings.append(Readings(TrialRule(self.trial.steps)))
             self._rates.append([peak_rate(group) * scale for group in optimizer.param_groups])
@@ -319,7 +335,7 @@ class _Run(pl.Callback):
         if norm is None or not losses or trainer.should_stop:
             return
         readings, scaled = self.readings[index], scaler_of(trainer) is not None
-        if readings.add(loss_of_update(trainer, losses), norm, rates[0] * factor, scaled):
+        if readings.add(loss_of_update(trainer, losses), norm, _first(rates) * factor, scaled):
             self._read(trainer, readings)
 
     def _read(self, trainer: pl.Trainer, *readings: Readings) -> None:

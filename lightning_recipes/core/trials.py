@@ -37,7 +37,7 @@ class Trial:
     """A short training to do.
 
     Args:
-        learning_rate: Of the first parameter group, behind the warmup; the others keep their ratio to it.
+        learning_rate: Of the first parameter group that has one, behind the warmup; the others keep their ratio to it.
         steps: Optimizer updates, the warmup included.
         warmup_steps: Updates in which the learning rate rises to it.
         seed: Of everything random; every trial with the same one starts alike and sees the same data.
@@ -306,11 +306,21 @@ def save_outcomes(path: str | Path, outcomes: Mapping[Trial, Outcome]) -> None:
 
 
 def load_outcomes(path: str | Path) -> dict[Trial, Outcome]:
-    """Read what :func:`save_outcomes` has written; nothing if there is no such file."""
+    """Read what :func:`save_outcomes` has written; nothing if there is no such file.
+
+    Raises:
+        ValueError: If it was written by somebody else, or is damaged.
+    """
     if not Path(path).exists():
         return {}
-    saved = json.loads(Path(path).read_text(encoding="utf-8"))
-    return {Trial(**each["trial"]): outcome_from_data(each["outcome"]) for each in saved["trials"]}
+    try:
+        saved = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {Trial(**each["trial"]): outcome_from_data(each["outcome"]) for each in saved["trials"]}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{path} has no outcomes of a sweep ({type(error).__name__}: {error}): give another path, or delete it to"
+            " start anew"
+        ) from error
 
 
 def outcome_as_data(outcome: Outcome) -> dict[str, Any]:

@@ -31,10 +31,10 @@ def learning_rate_sweep(
 
     Trains for some steps at each learning rate of a grid, from one start and in one order of the data; then with the
     best one and those around it, at least three and at most eight, for ``max_steps``. ``result.best`` is the one to
-    train at, by the validation loss in the end if there are validation data, and else by the training loss; besides it
-    says from where on the training is unstable, and whether the best lies at that edge. ``result.summary`` has
-    Wortsman's learning-rate sensitivity (of the short trials); ``result.plot()`` draws the loss over the learning rate,
-    ``result.plot_curves()`` the training curves of the best one and those above it.
+    train at, by the validation loss in the end if there is one (of a function, or the ``monitor``), and else by the
+    training loss; besides it says from where on the training is unstable, and whether the best lies at that edge.
+    ``result.summary`` has Wortsman's learning-rate sensitivity (of the short trials); ``result.plot()`` draws the loss
+    over the learning rate, ``result.plot_curves()`` the training curves of the best one and those above it.
 
     By default this takes 5,600 steps at most, typically 3,500, which are announced. What it says is true of constant
     learning rates and runs of ``max_steps``: for one four times as long it is off by a step or two of the grid as often
@@ -44,13 +44,14 @@ def learning_rate_sweep(
     Args:
         make: What to train, as for :func:`~lightning_recipes.sweep.warmup_sweep`. A function may return one more
             function, which computes the loss on the validation data.
-        learning_rates: Rising, at least two, above 0: of the first parameter group; the others keep their ratio to it.
+        learning_rates: Rising, at least two, above 0: of the first parameter group that has one; the others keep their
+            ratio to it.
         steps: Updates of each, at least 20.
         seeds: How many long trials for each, at least 1.
         max_steps: Updates of the long ones, at least 20: the length of the run, if that can be afforded.
         monitor: For a LightningModule: a validation loss that it logs, ``"val_loss"``; None for the training loss.
         train_dataloaders: For a LightningModule, as for ``Trainer.fit``.
-        val_dataloaders: Likewise.
+        val_dataloaders: Likewise, with a ``monitor``.
         datamodule: Likewise.
         path: A JSON file that has all outcomes after each trial: a sweep that was cut goes on with those.
         runner: Who runs the trials: see :mod:`lightning_recipes.sweep.running`.
@@ -61,7 +62,8 @@ def learning_rate_sweep(
 
     Raises:
         TypeError: If an argument is not of its kind.
-        ValueError: If it is out of its range.
+        ValueError: If it is out of its range; if there are ``val_dataloaders`` and no ``monitor``; if all learning
+            rates of the optimizer are 0; if the file is none of a sweep.
 
     Example:
         >>> import torch

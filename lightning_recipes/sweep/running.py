@@ -66,6 +66,8 @@ def trials_of(
     monitor: str | None = None,
 ) -> Any:
     """What runs the trials of what a person wants trained."""
+    if val_dataloaders is not None and monitor is None:
+        raise ValueError("val_dataloaders need a monitor, the name of the validation loss: give monitor='val_loss'")
     data = train_dataloaders, datamodule, settings, None, val_dataloaders, monitor
     if isinstance(make, pl.LightningModule):
         return ModuleTrials(lambda _: make, *data)

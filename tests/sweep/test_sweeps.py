@@ -268,6 +268,41 @@ def test_a_module_is_left_alone_and_gives_what_a_plain_loop_gives(caplog: pytest
     assert result.summary["initial_loss"] == pytest.approx(alone.summary["initial_loss"])
 
 
+def test_the_first_group_may_have_no_rate() -> None:
+    def make(seed: int, rate: float = 0.1) -> Any:
+        frozen, weight = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1))
+        groups = [{"params": [frozen], "lr": 0.0}, {"params": [weight], "lr": rate}]
+        return torch.optim.SGD(groups, lr=0.1), lambda: (weight**2 + 0 * frozen).sum()
+
+    def alone(seed: int) -> Any:
+        weight = torch.nn.Parameter(torch.ones(1))
+        return torch.optim.SGD([weight], lr=0.1), lambda: (weight**2).sum()
+
+    sweep: dict[str, Any] = {"learning_rates": [0.001, 0.01, 0.1], "max_steps": 100}
+    assert learning_rate_sweep(make, **sweep).outcomes == learning_rate_sweep(alone, **sweep).outcomes
+    with pytest.raises(ValueError, match="all learning rates of the optimizer are 0: give it one"):
+        learning_rate_sweep(lambda seed: make(seed, 0.0), **sweep)
+
+    def two_groups(parameters: Any) -> torch.optim.Optimizer:
+        first, *others = parameters
+        return torch.optim.SGD([{"params": [first], "lr": 0.0}, {"params": others}], lr=0.1)
+
+    module = Regression(make_optimizer=two_groups)
+    found = learning_rate_sweep(module, [0.01, 0.1], 20, 1, 20, train_dataloaders=regression_data(4), **QUIET)
+    assert all(outcome.stable for outcome in found.outcomes.values())
+    module.make_optimizer = lambda parameters: torch.optim.SGD(parameters, lr=0.0)
+    with pytest.raises(ValueError, match="all learning rates of the optimizer are 0"):
+        learning_rate_sweep(module, [0.01, 0.1], 20, 1, 20, train_dataloaders=regression_data(4), **QUIET)
+
+
+def test_a_file_that_is_none_of_a_sweep_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.json"
+    for text in ("", "[]", "{}", '{"trials": [{"trial": {}}]}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"sweep.json has no outcomes of a sweep .* or delete it to start anew"):
+            learning_rate_sweep(quadratic, [0.01, 0.1], path=path)
+
+
 def test_a_sweep_that_was_cut_goes_on_from_its_file(tmp_path: Path) -> None:
     path, made = tmp_path / "sweep.json", []
 
@@ -301,6 +336,8 @@ def test_what_cannot_be_trained_is_refused() -> None:
         learning_rate_sweep(lambda seed: seed)  # type: ignore[arg-type, return-value]
     with pytest.raises(TypeError, match="are for a LightningModule"):
         learning_rate_sweep(quadratic, accelerator="cpu")
+    with pytest.raises(ValueError, match="val_dataloaders need a monitor.*: give monitor='val_loss'"):
+        learning_rate_sweep(Fragile(), val_dataloaders=regression_data())
     for data in (regression_data(), pl.LightningDataModule()):
         with pytest.raises(TypeError, match=f"learning_rates comes here, got {type(data).__name__}: give data by name"):
             learning_rate_sweep(Fragile(), data)  # type: ignore[arg-type]
