@@ -2,10 +2,12 @@
 
 import copy
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -74,7 +76,8 @@ def ensemble_from_checkpoints(
 
     Raises:
         TypeError: If a batch is no pair and nothing was given that makes one.
-        ValueError: If there is no path, or a state does not fit the module.
+        ValueError: If there is no path, or a state does not fit the module, or a file holds objects of classes that
+            torch does not load before they are allowed.
 
     References:
         Lakshminarayanan et al., Simple and Scalable Predictive Uncertainty Estimation using Deep Ensembles, 2017:
@@ -114,7 +117,7 @@ def _weigh(
         return data.evidence(lambda inputs: network(inputs)[None]).losses()[0]
 
     with isolate_rng():
-        ensemble, report = judge(members, data, weighting, combine, [Path(path).stem for path in paths])
+        ensemble, report = judge(members, data, weighting, combine, _names(paths))
         return JudgedEnsemble(ensemble, report, greedy_soup(losses_of, states) if soup else None)
 
 
@@ -302,7 +305,24 @@ class _Losses(pl.Callback):
         return float(torch.stack([*self.last]).mean()) if self.last else math.nan
 
 
+def _names(paths: Sequence[str | Path]) -> list[str]:
+    """Of the files; where two have the same, with as much of their folders as differs."""
+    names = [Path(path).stem for path in paths]
+    if len(set(names)) == len(names):
+        return names
+    whole = [Path(path).absolute() for path in paths]
+    common = os.path.commonpath([path.parent for path in whole])
+    return [path.relative_to(common).as_posix() for path in whole]
+
+
 def _state(path: str | Path) -> Mapping[str, Tensor]:
     """The state dict in a file."""
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        classes = ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        raise ValueError(
+            f"{path} has more in it than tensors and plain values ({classes}), of hyper-parameters perhaps: if you"
+            f" trust it, call this within `with torch.serialization.safe_globals([{classes}]):`"
+        ) from error
     return cast("Mapping[str, Tensor]", saved.get("state_dict", saved))

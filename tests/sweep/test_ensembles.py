@@ -234,10 +234,27 @@ def test_a_module_may_keep_its_activations(tmp_path: Path) -> None:
     assert torch.allclose(found.ensemble(inputs).softmax(1), expected.softmax(1))
 
 
+def test_members_of_the_same_file_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    paths = [tmp_path / folder / "checkpoints" / "last.ckpt" for folder in ("first", "second")]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        torch.save(Classifier().state_dict(), path)
+    found = ensemble_from_checkpoints(paths, Classifier(), points(100, 2))
+    assert [member.name for member in found.report.members] == [
+        "first/checkpoints/last.ckpt",
+        "second/checkpoints/last.ckpt",
+    ]
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     torch.save(nn.Linear(1, 1).state_dict(), tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"other.pt does not fit Classifier: Error.s. in loading state_dict"):
         ensemble_from_checkpoints([tmp_path / "other.pt"], Classifier(), points(10, 1))
+    torch.save({"state_dict": Classifier().state_dict(), "hyper_parameters": {"root": tmp_path}}, tmp_path / "path.pt")
+    with pytest.raises(ValueError, match=r"path.pt has more in it .*pathlib.PosixPath.*safe_globals..pathlib"):
+        ensemble_from_checkpoints([tmp_path / "path.pt"], Classifier(), points(10, 1))
+    with torch.serialization.safe_globals([type(tmp_path)]):
+        assert ensemble_from_checkpoints([tmp_path / "path.pt"], Classifier(), points(10, 1)).report.samples == 10
     with pytest.raises(ValueError, match="at least one checkpoint"):
         ensemble_from_checkpoints([], Classifier(), points(10, 1))
     torch.save(Classifier().state_dict(), tmp_path / "fits.pt")
