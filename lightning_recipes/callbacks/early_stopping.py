@@ -22,6 +22,7 @@ from lightning_recipes.callbacks.telling import tell
 from lightning_recipes.callbacks.unused import pass_over_unused
 from lightning_recipes.core.arguments import check_choice, check_count, check_flag, check_name, check_real
 from lightning_recipes.core.early_stopping import Criterion, EarlyStoppingRule, Patience, reading
+from lightning_recipes.core.findings import Finding
 
 BEST = "best_weights"  # beside state_dict in a checkpoint
 
@@ -76,8 +77,8 @@ class EarlyStopping(LightningEarlyStopping):
         train_monitor: Name of a metric with the training loss, lower is better; None for the mean of what
             ``training_step`` returned since the check before.
         start_epoch: No check before this epoch counts, at least 0.
-        restore_best_weights: Whether to leave with the best weights. Not possible under FSDP, ModelParallel and
-            DeepSpeed.
+        restore_best_weights: Whether to leave with the best weights. Of several callbacks the first in the list
+            decides, which is told if their metrics differ. Not possible under FSDP, ModelParallel and DeepSpeed.
 
     Raises:
         TypeError: If an argument is not of its kind.
@@ -184,6 +185,10 @@ class EarlyStopping(LightningEarlyStopping):
                 f" ({type(trainer.strategy).__name__}): set restore_best_weights=False and take them from a"
                 f" ModelCheckpoint(monitor={self.monitor!r}, mode={self.mode!r})"
             )
+        every = [each for each in trainer.early_stopping_callbacks if isinstance(each, EarlyStopping)]
+        restoring = [each for each in every if each.restore_best_weights]
+        if restoring[:1] == [self] and len({each.state_key for each in restoring}) > 1:
+            tell(trainer, _several([each.monitor for each in restoring], trainer.global_step))
         self._finish()
         teardown = trainer.strategy.teardown  # comes last, after an exception too
 
@@ -351,6 +356,17 @@ class EarlyStopping(LightningEarlyStopping):
     ) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
             self._best_weights = checkpoint.get(BEST, {}).get(self.state_key)
+
+
+def _several(monitors: list[str], step: int) -> Finding:
+    return Finding(
+        rule="best weights of several metrics",
+        severity="warning",
+        message=f"EarlyStopping watches {', '.join(monitors)}: the model will leave with the weights that are best by"
+        f" {monitors[0]}, the first in the list.",
+        advice="Put the callback first whose weights you want, or set restore_best_weights=False for the others.",
+        step=step,
+    )
 
 
 def _on_cpu(value: Any) -> Any:

@@ -276,6 +276,26 @@ def test_the_model_leaves_with_the_weights_that_were_validated_best(
         assert same(weights_of(module), remember.validated[1])
 
 
+class Opposed(Scripted):
+    def _report(self) -> None:
+        self.log("val_acc", self.losses[min(self.checks, len(self.losses) - 1)])
+        super()._report()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_of_several_metrics_the_first_decides_which_is_told_once(first: bool, tmp_path: Path) -> None:
+    callbacks = [EarlyStopping("val_loss", patience=20), EarlyStopping("val_acc", patience=20, mode="max")]
+    remember = Remember()
+    module = Opposed([3.0, 2.0, 4.0])
+    best = "val_loss" if first else "val_acc"
+    with pytest.warns(UserWarning, match=f"weights that are best by {best}, the first in the list") as told:
+        fit(tmp_path, module, *callbacks[:: 1 if first else -1], remember, epochs=3)
+    assert sum("best weights of several metrics" in str(each.message) for each in told) == 1
+    assert same(weights_of(module), remember.validated[1 if first else 2])
+    callbacks[1].restore_best_weights = False
+    fit(tmp_path, Opposed([3.0, 2.0, 4.0]), *callbacks, epochs=3)
+
+
 class Fails(pl.Callback):
     def __init__(self, error: BaseException, hook: str) -> None:
         self.error = error
