@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 
@@ -76,6 +77,29 @@ class Regression(pl.LightningModule):
             return optimizer
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step / 10))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class WithoutRate(Regression):
+    """Its optimizer has no learning rate, or none that is a number; a layer of it is not used."""
+
+    def __init__(self, defaults: dict[str, Any]) -> None:
+        super().__init__()
+        self.defaults, self.unused = defaults, nn.Linear(2, 2)
+
+    def configure_optimizers(self) -> Any:
+        return _Descent(self.parameters(), self.defaults)
+
+
+class _Descent(Optimizer):
+    @torch.no_grad()
+    def step(self, closure: Any) -> Any:
+        with torch.enable_grad():
+            loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.sub_(0.01 * parameter.grad)
+        return loss
 
 
 class Adversaries(pl.LightningModule):

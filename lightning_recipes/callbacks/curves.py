@@ -116,7 +116,7 @@ class LearningCurves(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         if index_of(trainer, optimizer) == 0:
-            rate = optimizer.param_groups[0]["lr"]  # on the device if it is a tensor
+            rate = optimizer.param_groups[0].get("lr")  # on the device if it is a tensor
             self._rate = rate if isinstance(rate, float) else math.nan
 
     @override
@@ -184,10 +184,11 @@ class LearningCurves(pl.Callback):
             return
         self._read(trainer)
         metrics = trainer.callback_metrics
-        name = self.monitor or _name_of(metrics, "loss")
-        if name is None or name not in metrics:
-            if self.monitor is not None:
-                tell(trainer, _not_logged(self.monitor, sorted(metrics), trainer.global_step))
+        name = self.monitor or _name_of(metrics, "loss") or ""
+        is_there = name in metrics
+        if not trainer.strategy.reduce_boolean_decision(is_there, all=True):
+            if self.monitor is not None or is_there:
+                tell(trainer, _not_logged(name, sorted(metrics), trainer.global_step))
             return
         self._name = name
         accuracy = metrics.get(_name_of(metrics, "acc") or "", torch.tensor(math.nan))
@@ -272,12 +273,15 @@ def _training_mode(layers: Sequence[str], step: int) -> Finding:
 
 
 def _not_logged(monitor: str, metrics: Sequence[str], step: int) -> Finding:
-    there = f"but {', '.join(metrics)}" if metrics else "and nothing else"
+    message = f"The validation logs no {monitor!r}, " + (f"but {', '.join(metrics)}" if metrics else "and nothing else")
+    advice = "Set monitor to a metric that validation_step logs."
+    if monitor in metrics:
+        message, advice = f"Not every rank logs {monitor!r}", "Log it on all ranks, with sync_dist=True."
     return Finding(
         "no such metric",
         "warning",
-        f"The validation logs no {monitor!r}, {there}: the curves are those of the training alone.",
-        "Set monitor to a metric that validation_step logs.",
+        f"{message}: the curves are those of the training alone.",
+        advice,
         step,
         {"monitor": monitor},
     )

@@ -321,11 +321,11 @@ class UpdateRatioMonitor(pl.Callback):
         found = set(rule.unmoved())
         if not found or layout is None:
             return []
-        rates = {id(each): float(group.get("lr", 1.0)) for group in optimizer.param_groups for each in group["params"]}
+        rates = {id(each): group.get("lr") for group in optimizer.param_groups for each in group["params"]}
         reasons: dict[str, list[str]] = {}
         for number, name in enumerate(layout.names):
             own = [each for each, layer in zip(layout.parameters, layout.layers, strict=True) if layer == number]
-            if name in found and any(rates[id(each)] for each in own):
+            if name in found and any(rates[id(each)] != 0 for each in own):
                 reasons.setdefault("" if sharded else _reason(own), []).append(name)
         return [_never_changes(names, reason, rule) for reason, names in reasons.items()]
 

@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from models import Adversaries, Regression, Resumable, SeedEachStep, fp16, quiet_trainer, regression_data
+from models import Adversaries, Regression, Resumable, SeedEachStep, WithoutRate, fp16, quiet_trainer, regression_data
 from ranks import run_on_ranks
 from torch import Tensor
 
@@ -255,6 +256,38 @@ def test_ranks_have_the_curve_of_the_whole_batch(tmp_path: Path) -> None:
     trainer.fit(Regression(), regression_data(6), regression_data(2))
     means = [each[3] for each in first["bins"][0]]
     assert means == pytest.approx([each.mean for each in alone.rule.train.bins], rel=1e-4)
+
+
+class OnRankZero(Regression):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if self.trainer.is_global_zero:
+            self.log("val_loss", self.loss(batch), rank_zero_only=True)
+
+
+def logs_on_rank_zero(folder: Path) -> Any:
+    from lightning.pytorch.strategies import DDPStrategy
+
+    curves = LearningCurves()
+    strategy = DDPStrategy(process_group_backend="gloo")
+    trainer = quiet_trainer(folder, max_epochs=2, callbacks=[curves], strategy=strategy, devices=2)
+    with warnings.catch_warnings(record=True) as warned:
+        trainer.fit(OnRankZero(), regression_data(2), regression_data(2))
+    return curves.rule.train.count, curves.rule.checks.values, [str(each.message) for each in warned]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_validation_that_only_one_rank_logs_is_told(tmp_path: Path) -> None:
+    (*first, warned), (*second, _) = run_on_ranks(logs_on_rank_zero, tmp_path)
+    assert first == second == [2, []]
+    assert sum("Not every rank logs 'val_loss': the curves are those of the training" in each for each in warned) == 1
+
+
+@pytest.mark.parametrize("defaults", [{}, {"lr": None}])
+def test_an_optimizer_without_a_learning_rate_is_drawn_without_one(defaults: dict[str, None], tmp_path: Path) -> None:
+    curves = LearningCurves()
+    fit(tmp_path, WithoutRate(defaults), curves)
+    assert curves.rule.train.count == 40
+    assert not any(each.count for each in curves.rule.rates.bins)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from models import Adversaries, Regression, fp16, quiet_trainer, regression_data, same, weights_of
+from models import Adversaries, Regression, WithoutRate, fp16, quiet_trainer, regression_data, same, weights_of
 from torch import Tensor, nn
 
 from lightning_recipes import EMAWeights, PercentileGradientClipping, UpdateRatioMonitor
@@ -365,6 +365,14 @@ def test_a_layer_that_never_changes_and_why(
         assert text in finding.message
         assert "None of 25 measured updates changed extra" in finding.message
         assert finding.severity == "warning"
+
+
+@pytest.mark.parametrize("defaults", [{}, {"lr": None}])
+def test_a_layer_that_never_changes_without_a_learning_rate(
+    defaults: dict[str, None], tmp_path: Path, told: list[Any]
+) -> None:
+    fit(tmp_path, WithoutRate(defaults), watch(), batches=30)
+    assert [finding.evidence["layers"] for finding in told if finding.rule == "layer never changes"] == ["unused"]
 
 
 def test_parameters_that_no_optimizer_has(tmp_path: Path, told: list[Any]) -> None:
