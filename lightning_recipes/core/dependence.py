@@ -222,10 +222,21 @@ def _sequences(probe: _Probe, leaves: list[Tensor], found: Dependence) -> None:
             continue  # it cannot be told, or these are the labels themselves
         early = change[:, : half + 1][valid[:, : half + 1]]
         sees = bool(early.numel()) and float(early.max()) > SAME * float(change.max())
-        found.next_token, found.copied = ahead > same, same > ahead and not sees
+        found.next_token = ahead > same
+        found.copied = same > ahead and not sees and _sees_own(probe, place, leaf, half, valid)
         found.future = found.next_token and sees
         if found.next_token and not sees and examples * length <= MOST_ROWS:
             found.least_loss = _ambiguity(tokens, wanted, valid)
+
+
+def _sees_own(probe: _Probe, place: int, leaf: Tensor, column: int, valid: Tensor) -> bool:
+    """Whether the outputs of a position depend on its own token: where a step shifts them inside they do not."""
+    tokens = leaf.clone()
+    tokens[:, column] = leaf[:, column].roll(1)
+    after = probe({place: tokens})
+    change = probe.change(after) if after is not None else torch.zeros(len(leaf), 0)
+    own = change[:, column][valid[:, column]] if change.numel() else change
+    return bool(own.numel()) and float(own.max()) > SAME * float(change.max())
 
 
 def _agree(wanted: Tensor, tokens: Tensor, valid: Tensor) -> float:

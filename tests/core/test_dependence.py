@@ -148,6 +148,13 @@ def test_targets_that_are_the_input(both_ways: bool) -> None:
     assert not found.future
 
 
+def test_targets_that_are_shifted_in_the_step_are_not_the_input() -> None:
+    net = Tokens(False)
+    step = run(lambda b: flat(net(functional.pad(b[0][:, :-1], (1, 0), value=19)), b[1]))
+    assert not look(step, (IDS, IDS)).copied
+    assert not look(step, (IDS, IDS.clone())).copied
+
+
 def test_tags_of_tokens_may_depend_on_what_comes_later() -> None:
     make, _ = STEPS["pairs"]
     found = look(run(make(Tokens(True))), (IDS, (IDS * 7 + 3) % 20))
