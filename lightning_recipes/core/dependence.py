@@ -31,6 +31,7 @@ class Dependence:
         fed: Whether outputs depend on the tensor that the targets come from.
         alike: Whether all inputs of all examples are the same.
         mixed: Whether outputs of several examples depend on another one.
+        in_turn: Whether they do on examples before them alone, of several targets each: these may be steps in time.
         next_token: Whether the targets are the inputs, one position later.
         future: Whether outputs depend on inputs that they are to predict.
         copied: Whether the targets are the inputs of the same positions.
@@ -45,6 +46,7 @@ class Dependence:
     fed: bool = False
     alike: bool = False
     mixed: bool = False
+    in_turn: bool = False
     next_token: bool = False
     future: bool = False
     copied: bool = False
@@ -53,7 +55,7 @@ class Dependence:
 
     def or_(self, later: "Dependence") -> "Dependence":
         """What was found earlier, or later when the weights are others."""
-        for name in ("used", "fed", "mixed", "future"):
+        for name in ("used", "fed", "mixed", "in_turn", "future"):
             setattr(self, name, getattr(self, name) or getattr(later, name))
         return self
 
@@ -114,7 +116,8 @@ def look(run: Run, batch: Any) -> Dependence:
     """Find out what depends on what.
 
     Args:
-        run: Gives the criteria of the step for a batch; the same ones for the same batch.
+        run: Gives the criteria of the step for a batch. Of a step that gives other outputs for the same batch, as it
+            has random numbers of its own, nothing is found out that is told by its outputs; used they are taken to be.
         batch: All of its tensors with the examples in their first dimension; of any other nothing is found out.
     """
     found = Dependence(examples_of(batch))
@@ -123,6 +126,9 @@ def look(run: Run, batch: Any) -> Dependence:
     if before is None or found.examples < 2 or len(leaves) > MOST_LEAVES:
         return found
     probe = _Probe(run, leaves, structure, before, found.examples)
+    control = probe({})
+    if control is None or not _same_targets(before, control):
+        return found
     inputs, used = [], []
     for place, leaf in enumerate(leaves):
         after = probe({place: leaf.roll(1, 0)})
@@ -135,17 +141,27 @@ def look(run: Run, batch: Any) -> Dependence:
         change = probe.change(after)
         if change.numel() and float(change.max()) > 0:
             used.append(place)
-    found.inputs, found.used, found.fed = len(inputs), bool(used), bool(set(used) - set(inputs))
+    found.inputs, found.used = len(inputs), bool(used)
     found.alike = bool(inputs) and all(torch.equal(leaves[place], leaves[place].roll(1, 0)) for place in inputs)
-    if found.targets_given:
-        found.mixed = _mixed(probe, leaves)
+    again = probe.change(control)
+    if not again.numel() or float(again.max()) <= SAME * float(before.rows.abs().max()):
+        _outputs(probe, inputs, used, found)
+    return found
+
+
+def _outputs(probe: "_Probe", inputs: Sequence[int], used: Sequence[int], found: Dependence) -> None:
+    """What is told by outputs that are the same for the same batch."""
+    before, leaves = probe.before, probe.leaves
+    found.fed = bool(set(used) - set(inputs))
+    if found.targets_given and _mixed(probe, leaves):
+        found.in_turn = before.positions > found.examples and _in_turn(probe, leaves)
+        found.mixed = not found.in_turn
     _sequences(probe, leaves, found)
     single = len(before.rows) == found.examples
     if set(used) & set(inputs) or (single and found.fed and before.kind == "classes"):
         zeroed = probe({place: torch.zeros_like(leaves[place]) for place in inputs})
         if zeroed is not None and _same_targets(before, zeroed) and (single or not found.fed):
             found.zeroed = [zeroed]
-    return found
 
 
 @dataclass
@@ -192,6 +208,15 @@ def _mixed(probe: _Probe, leaves: list[Tensor]) -> bool:
         return False
     either = (change, change.view(-1, probe.examples).T)  # examples first, or positions first
     return min(int((each[1:].amax(1) > SAME * each.max()).sum()) for each in either) > 1
+
+
+def _in_turn(probe: _Probe, leaves: list[Tensor]) -> bool:
+    """Have the first half of the examples in place of the second one, too: the first one must not notice."""
+    half = probe.examples // 2
+    after = probe({place: torch.cat([leaf[:half], leaf[: len(leaf) - half]]) for place, leaf in enumerate(leaves)})
+    change = probe.change(after) if after is not None else torch.zeros(probe.examples, 0)
+    most = float(change.max()) if change.numel() else 0.0
+    return most > 0 and float(change[:half].max()) <= SAME * most
 
 
 def _sequences(probe: _Probe, leaves: list[Tensor], found: Dependence) -> None:

@@ -185,28 +185,7 @@ class _Judge:
                 "Call zero_grad before each backward pass, or once an update.",
             )
         self._set_up()
-        if found.mixed:
-            self.say(
-                "examples mixed",
-                "warning",
-                f"Changing one of {found.examples} examples changes the outputs for others"
-                + (", in evaluation mode, in which BatchNorm does not mix them." if seen.batch_norm else "."),
-                "Look for a view, reshape or transpose of the batch dimension, or a softmax over it.",
-            )
-        if found.future:
-            self.say(
-                "the future is seen",
-                "error",
-                "The outputs for a token depend on the tokens that they are to predict.",
-                "Give the attention a causal mask; make a recurrent network run in one direction.",
-            )
-        if found.copied:
-            self.say(
-                "target is the input",
-                "warning",
-                "The targets are the tokens of the same positions, which a causal network can see.",
-                "Shift the targets by one position.",
-            )
+        self._outputs()
         if seen.column >= 0:
             self.say(
                 "target among the inputs",
@@ -223,6 +202,40 @@ class _Judge:
                 "Find the way on which the target, or the number of the example, gets to the outputs.",
             )
         self._parameters()
+
+    def _outputs(self) -> None:
+        """What is wrong with what outputs depend on."""
+        found = self.seen.dependence
+        if found.mixed:
+            self.say(
+                "examples mixed",
+                "warning",
+                f"Changing one of {found.examples} examples changes the outputs for others"
+                + (", in evaluation mode, in which BatchNorm does not mix them." if self.seen.batch_norm else "."),
+                "Look for a view, reshape or transpose of the batch dimension, or a softmax over it.",
+            )
+        elif found.in_turn:
+            self.say(
+                "examples mixed",
+                "info",
+                f"The outputs for each of the {found.examples} rows of the batch depend on the rows before it: its"
+                " first dimension is time, or the network takes it for that.",
+                "Good if the batch has time first; if it has the examples first, set batch_first=True.",
+            )
+        if found.future:
+            self.say(
+                "the future is seen",
+                "error",
+                "The outputs for a token depend on the tokens that they are to predict.",
+                "Give the attention a causal mask; make a recurrent network run in one direction.",
+            )
+        if found.copied:
+            self.say(
+                "target is the input",
+                "warning",
+                "The targets are the tokens of the same positions, which a causal network can see.",
+                "Shift the targets by one position.",
+            )
 
     def _set_up(self) -> None:
         """What is wrong with how data and modes are set up."""

@@ -56,6 +56,47 @@ def test_what_a_mixup_mixes_is_not_a_defect() -> None:
     assert not look(classify(lambda x: 0.5 * x + 0.5 * x.roll(1, 0)), BATCH).mixed
 
 
+STEPS_IN_TIME = (torch.randn(8, 5, 6, generator=torch.Generator().manual_seed(0)), torch.arange(40).view(8, 5) % 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "mixed", "in_turn"),
+    [
+        (lambda x: x.cumsum(0), False, True),
+        (lambda x: x.cumsum(0) + 2 * x.flip(0).cumsum(0).flip(0), True, False),
+        (lambda x: x - x.mean(0), True, False),
+        (lambda x: x.cumsum(1), False, False),
+    ],
+)
+def test_examples_that_depend_on_those_before_them_may_be_steps_in_time(
+    change: Any, mixed: bool, in_turn: bool
+) -> None:
+    step = run(lambda b: functional.cross_entropy(NET(change(b[0])).flatten(0, 1), b[1].flatten()))
+    found = look(step, STEPS_IN_TIME)
+    assert (found.mixed, found.in_turn) == (mixed, in_turn)
+
+
+def test_one_target_an_example_is_none_of_steps_in_time() -> None:
+    found = look(classify(lambda x: x.cumsum(0)), BATCH)
+    assert (found.mixed, found.in_turn) == (True, False)
+
+
+def mixup(chance: torch.Generator, batch: Any) -> Tensor:
+    share = torch.rand((), generator=chance)
+    logits = NET(share * batch[0] + (1 - share) * batch[0].flip(0))
+    return share * functional.cross_entropy(logits, batch[1]) + functional.cross_entropy(logits, batch[1].flip(0))
+
+
+def test_of_outputs_by_random_numbers_of_their_own_nothing_is_told() -> None:
+    chance = torch.Generator().manual_seed(0)
+    found = look(run(lambda b: mixup(chance, b)), BATCH)
+    assert (found.targets_given, found.inputs, found.used) == (True, 1, True)
+    assert [found.mixed, found.in_turn, found.fed, found.future] == [False] * 4
+    assert not found.zeroed
+    targets = run(lambda b: functional.mse_loss(NET(b[0]), torch.randn(8, 3, generator=chance)))
+    assert not look(targets, BATCH).targets_given
+
+
 def test_an_input_that_is_not_used_and_one_that_is_alike() -> None:
     assert not look(classify(torch.zeros_like), BATCH).used
     same = look(classify(), (BATCH[0][:1].expand(8, 6), BATCH[1]))

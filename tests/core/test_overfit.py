@@ -84,6 +84,8 @@ TEN = replace(LEARNT, factor=10.0)
         ([LEARNT], {"repeats": Repeats(0, 90, 0, 30)}, ("overfits a small sample", "info")),
         ([LEARNT], {"shared": ["a"]}, ("parameters in several optimizers", "info")),
         ([LEARNT], {"mixed": True}, ("examples mixed", "warning")),
+        ([LEARNT], {"mixed": True, "in_turn": True}, ("examples mixed", "warning")),
+        ([LEARNT], {"in_turn": True}, ("examples mixed", "info")),
         ([LEARNT], {"future": True}, ("the future is seen", "error")),
         ([LEARNT], {"copied": True}, ("target is the input", "warning")),
         ([LEARNT], {"column": 2}, ("target among the inputs", "warning")),
