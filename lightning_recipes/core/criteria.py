@@ -22,6 +22,7 @@ KINDS: dict[Callable[..., Any], str] = {
     functional.l1_loss: "absolute",
 }
 ACTIVATIONS = {"softmax", "log_softmax", "sigmoid", "relu", "relu_", "tanh", "hardtanh", "relu6"}
+FACTORIES = {"zeros", "ones", "full", "arange"}  # and their variants, new_zeros and zeros_like
 FARTHEST = 2000  # nodes of the graph of a loss that are looked at; a criterion is among the first
 
 
@@ -36,6 +37,7 @@ class Criterion:
         targets: The second.
         value: What it returned, with its graph until :meth:`detach_`.
         activation: Name of the function whose result, or a view of it, the outputs are; empty for any other.
+        made_up: Whether the targets are numbers that the step makes up, whatever its batch is.
 
     Example:
         >>> with Watch() as watch:
@@ -51,6 +53,7 @@ class Criterion:
     targets: Tensor
     value: Tensor
     activation: str = ""
+    made_up: bool = False
 
     @property
     def name(self) -> str:
@@ -142,15 +145,25 @@ class Watch(TorchFunctionMode):
 
     def __post_init__(self) -> None:
         super().__init__()
-        self._activated: dict[int, tuple[str, Tensor]] = {}  # tensors are kept, or their memory would be used again
+        # Tensors are kept, or their memory would be used again.
+        self._activated: dict[int, tuple[str, Tensor]] = {}
+        self._made_up: dict[int, Tensor] = {}
 
     @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in KINDS:
             self._note(func, result, args, kwargs or {})
-        elif getattr(func, "__name__", "") in ACTIVATIONS and isinstance(result, Tensor):
-            self._activated[result.untyped_storage().data_ptr()] = (func.__name__.rstrip("_"), result)
+            return result
+        name = getattr(func, "__name__", "")
+        if name in ACTIVATIONS and isinstance(result, Tensor):
+            self._activated[result.untyped_storage().data_ptr()] = (name.rstrip("_"), result)
+        given = [each for each in args if isinstance(each, Tensor)]
+        factory = name.removeprefix("new_").removesuffix("_like") in FACTORIES
+        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+            self._made_up.pop(id(next(iter(given), None)), None)  # written to, with who knows what
+        elif isinstance(result, Tensor) and (factory or (given and all(id(each) in self._made_up for each in given))):
+            self._made_up[id(result)] = result
         return result
 
     def _note(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
@@ -161,12 +174,15 @@ class Watch(TorchFunctionMode):
         if outputs.numel():
             name, tensor = self._activated.get(outputs.untyped_storage().data_ptr(), ("", outputs))
             same = tensor.numel() == outputs.numel()
-            self.seen.append(Criterion(func, given, outputs, targets, result, name if same else ""))
+            self.seen.append(
+                Criterion(func, given, outputs, targets, result, name if same else "", id(targets) in self._made_up)
+            )
 
     @override
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]  # has no types in torch
         self._activated.clear()
+        self._made_up.clear()
 
     def part_of(self, loss: Tensor | None) -> list[Criterion]:
         """Those that a loss depends on; without one (in manual optimization) those that could be learnt from; all if

@@ -67,7 +67,7 @@ class FitRule:
     The excess of a criterion is its value above the least possible one (label smoothing, soft targets, equal inputs
     with different targets), over that of the best constant output: 1 is what can be had without looking at the input, 0
     is learnt by heart. Of several criteria the greatest counts. Of a loss that nobody knows it is the loss over the
-    first one.
+    first one; so it is where all targets are one number that the training step makes up, which outputs are compared by.
 
     Args:
         least_loss: Of criteria for classes, because of inputs that are the same.
@@ -96,7 +96,7 @@ class FitRule:
         """
         calls: dict[str, list[Criterion]] = {}
         for call in criteria:
-            if call.positions:
+            if call.positions and not (call.made_up and bool((call.targets == call.targets.flatten()[0]).all())):
                 calls.setdefault(f"{call.name} {tuple(call.outputs.shape[1:])}", []).append(call)
         if not self._groups and not self.losses:
             self._groups = {key: _Group(same, self._least) for key, same in calls.items()}

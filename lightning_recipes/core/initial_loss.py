@@ -106,7 +106,7 @@ class _Group:
         self.activations |= {call.activation or _by_its_values(call) for call in calls}
         rows = torch.cat([call.rows for call in calls])
         ordered = rows.std(1, correction=0).mean() if self.kind == "classes" else rows.std(correction=0)
-        change = rows.std(0, correction=0).mean() if len(rows) > 1 else rows.new_tensor(math.inf)
+        change = rows.std(0, correction=0).nanmean() if len(rows) > 1 else rows.new_tensor(math.inf)
         scale = 1.0 if self.kind in ("classes", "binary") else float(calls[0].targets.float().std(correction=0))
         self.spreads.append(float(ordered))
         self.changes.append(float(change) / (scale or 1.0))
@@ -506,7 +506,7 @@ class _Say:
 
     def sorted(self, group: _Group) -> bool:
         batches = [each for each in group.targets if len(each) >= 8]
-        if len(batches) < 5:
+        if len(batches) < 5 or all(call.made_up for calls in group.calls for call in calls):
             return False
         advice, count = "Shuffle the training data; look at the labels.", len(batches)
         if group.kind not in ("classes", "binary"):
@@ -523,7 +523,7 @@ class _Say:
             f" ({len(torch.unique(every))} classes in {len(every):,} labels)."
         )
         # Of two classes the other one may be rare, and not sorted behind.
-        may_be_rare = group.kind == "binary" and len(torch.unique(every)) == 1
+        may_be_rare = group.classes == 2 and len(torch.unique(every)) == 1
         return self("labels all alike", "info" if may_be_rare else "warning", message, advice)
 
     def several(self, group: _Group) -> bool:
@@ -570,7 +570,7 @@ class _Say:
         return self("initial loss as expected", "info", message, "Go on.", result)
 
     def dead(self, group: _Group, result: InitialLoss) -> bool:
-        if max(group.changes) > DEAD:
+        if not max(group.changes) <= DEAD:  # NaN if logits of minus infinity are in all columns
             return False
         message = f"The outputs hardly differ between examples (standard deviation {max(group.changes):.1g})."
         advice = (

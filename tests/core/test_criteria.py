@@ -116,9 +116,36 @@ def test_a_batch_of_nothing_is_not_noted() -> None:
 def test_tensors_are_let_go_of() -> None:
     with Watch() as watch:
         activated = weakref.ref(torch.relu(outputs(5, 3)))
+        made_up = weakref.ref(torch.zeros(3))
         assert activated() is not None  # or its memory would be that of another
-    assert activated() is None
+        assert made_up() is not None
+    assert activated() is made_up() is None
     assert not watch.seen
+
+
+def written(targets: Tensor) -> Tensor:
+    made = torch.zeros_like(targets)
+    made[:] = targets
+    return made
+
+
+@pytest.mark.parametrize(
+    ("make", "made_up"),
+    [
+        (lambda y: torch.zeros(len(y), dtype=torch.long), True),
+        (lambda y: torch.zeros_like(y).to(torch.int32).long(), True),
+        (lambda y: y.new_full(y.shape, 2).view(y.shape), True),
+        (lambda y: torch.arange(len(y)).clamp(max=2), True),
+        (lambda y: y, False),
+        (lambda y: y * torch.ones_like(y), False),
+        (written, False),
+        (lambda y: torch.zeros_like(y).copy_(y), False),
+    ],
+)
+def test_targets_that_the_step_makes_up_are_known(make: Any, made_up: bool) -> None:
+    with Watch() as watch:
+        functional.cross_entropy(outputs(5, 3), make(CLASSES))
+    assert watch.seen[0].made_up == made_up
 
 
 def test_uniform_log_probabilities_and_probabilities_give_ln_c() -> None:

@@ -49,6 +49,18 @@ def test_a_regression_is_measured_by_the_variance_of_the_targets() -> None:
     assert rule.far
 
 
+def test_targets_that_the_step_makes_up_all_alike_set_no_scale() -> None:
+    made_up = replace(criterion(torch.zeros(4, 3), torch.zeros(4, dtype=torch.long)), made_up=True)
+    for calls, known, one_label in (
+        ([made_up], False, False),
+        ([replace(made_up, made_up=False)], True, True),
+        ([replace(criterion(torch.zeros(4, 3)), made_up=True)], True, False),
+    ):
+        rule = FitRule()
+        assert not rule.update(2.0, calls) or one_label
+        assert (rule.known, rule.one_label) == (known, one_label)
+
+
 def test_a_training_is_over_when_it_is_learnt_hopeless_or_not_finite() -> None:
     known = [criterion(torch.zeros(4, 3))]
     rule = FitRule()

@@ -224,6 +224,28 @@ def test_one_large_column_of_a_table_is_enough() -> None:
     assert ("inputs not normalised", "info") in rules(rule)
 
 
+@pytest.mark.parametrize(
+    ("targets", "outputs", "told"),
+    [
+        (lambda labels: torch.zeros_like(labels), 10, None),  # of a contrastive loss
+        (lambda labels: labels * 0, 10, "warning"),
+        (lambda labels: labels * 0, 2, "info"),  # the other class may be rare
+    ],
+)
+def test_the_same_target_in_all_batches(targets: Any, outputs: int, told: str | None) -> None:
+    rule = judge(lambda o, t: CROSS(o, targets(t)), classes(2), outputs=outputs)
+    assert dict(rules(rule)).get("labels all alike") == told
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_logits_of_minus_infinity_are_no_outputs_that_hardly_differ(scale: float) -> None:
+    ruled_out = torch.tensor([-math.inf] + [0.0] * 9)
+    rule = judge(CROSS, lambda: classes(9)() + 1, scale=scale, shift=ruled_out)
+    assert ("outputs hardly depend on the input" in dict(rules(rule))) == (scale == 0)
+    everywhere = judge(lambda o, t: CROSS(torch.where(o < t.view(-1, 1), -math.inf, 0.0) + o, t * 0), classes())
+    assert "outputs hardly depend on the input" not in dict(rules(everywhere))
+
+
 def sequences(lengths: tuple[int, int], padding: int) -> Callable[[], Tensor]:
     """Rows of 12 labels, filled up."""
 
