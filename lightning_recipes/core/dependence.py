@@ -4,7 +4,7 @@ Found by changing one thing at a time, so that it works for tokens, masks and an
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_recipes.core.criteria import Criterion
+from lightning_recipes.core.targets import constant_of
 
 Run = Callable[[Any], Sequence[Criterion]]
 SAME = 1e-4  # of the change where a change is due: rounding
+TELLS = 0.9  # of the loss of a constant output, that is left at most where inputs say something of their targets
 MOST_LEAVES = 12
 MOST_ROWS = 20_000
 
@@ -35,7 +37,7 @@ class Dependence:
         next_token: Whether the targets are the inputs, one position later.
         future: Whether outputs depend on inputs that they are to predict.
         copied: Whether the targets are the inputs of the same positions.
-        least_loss: That the best network would have, as equal inputs have different targets (classes only).
+        least_loss: That the best network would have, as equal inputs have different targets.
         zeroed: The criterion with all inputs set to zero, where that leaves the targets alone.
     """
 
@@ -122,7 +124,8 @@ def look(run: Run, batch: Any) -> Dependence:
     """
     found = Dependence(examples_of(batch))
     leaves, structure = tree_flatten(batch)
-    before = _main(run(batch))
+    criteria = run(batch)
+    before = _main(criteria)
     if before is None or found.examples < 2 or len(leaves) > MOST_LEAVES:
         return found
     probe = _Probe(run, leaves, structure, before, found.examples)
@@ -143,6 +146,8 @@ def look(run: Run, batch: Any) -> Dependence:
             used.append(place)
     found.inputs, found.used = len(inputs), bool(used)
     found.alike = bool(inputs) and all(torch.equal(leaves[place], leaves[place].roll(1, 0)) for place in inputs)
+    if found.targets_given and len(criteria) == 1 and _is_one_each(before, found.examples) and not found.alike:
+        found.least_loss = _least(before, [leaves[place] for place in inputs if place in used])
     again = probe.change(control)
     if not again.numel() or float(again.max()) <= SAME * float(before.rows.abs().max()):
         _outputs(probe, inputs, used, found)
@@ -270,6 +275,26 @@ def _agree(wanted: Tensor, tokens: Tensor, valid: Tensor) -> float:
     if picked.numel() < 8 or bool((picked == picked[0]).all()):
         return 0.0
     return float((wanted[valid] == picked).float().mean())
+
+
+def _is_one_each(call: Criterion, examples: int) -> bool:
+    """Whether each example has one target."""
+    return call.outputs.shape[:1] == call.targets.shape[:1] == (examples,) and call.positions == examples
+
+
+def _least(call: Criterion, inputs: Sequence[Tensor]) -> float:
+    """The criterion with the best constant output for the examples of each input; 0 if these tell hardly anything."""
+    if call.arguments.get("weight") is not None or not inputs:
+        return 0.0
+    same: dict[bytes, list[int]] = {}
+    rows = torch.cat([leaf.detach().flatten(1).cpu().double() for leaf in inputs], 1).numpy()
+    for place, row in enumerate(rows):
+        same.setdefault(row.tobytes(), []).append(place)
+    if len(same) == len(rows):
+        return 0.0
+    parts = [replace(call, outputs=call.outputs[each], targets=call.targets[each]) for each in same.values()]
+    least = sum(len(part.targets) * float(part.at(constant_of([part]))) for part in parts) / len(rows)
+    return least if least < TELLS * float(call.at(constant_of([call]))) else 0.0
 
 
 def _ambiguity(tokens: Tensor, wanted: Tensor, valid: Tensor) -> float:

@@ -26,7 +26,7 @@ class _Group:
         prior = constant_of(calls)
         constant = sum(float(call.at(prior)) for call in calls) / len(calls)
         self.least = sum(_floor(call) for call in calls) / len(calls)
-        if calls[0].kind == "classes" and calls[0].reduction != "sum":
+        if calls[0].reduction != "sum":
             self.least = max(self.least, least)
         regression = calls[0].kind in ("squares", "absolute")
         self.one_label = constant - self.least <= (1e-9 if regression else 1e-3) * max(abs(self.start), abs(constant))
@@ -70,7 +70,7 @@ class FitRule:
     first one; so it is where all targets are one number that the training step makes up, which outputs are compared by.
 
     Args:
-        least_loss: Of criteria for classes, because of inputs that are the same.
+        least_loss: Because of inputs that are the same: of criteria for classes, or of the only one.
 
     Example:
         >>> rule = FitRule()
@@ -99,7 +99,10 @@ class FitRule:
             if call.positions and not (call.made_up and bool((call.targets == call.targets.flatten()[0]).all())):
                 calls.setdefault(f"{call.name} {tuple(call.outputs.shape[1:])}", []).append(call)
         if not self._groups and not self.losses:
-            self._groups = {key: _Group(same, self._least) for key, same in calls.items()}
+            self._groups = {
+                key: _Group(same, self._least if same[0].kind == "classes" or len(calls) == 1 else 0.0)
+                for key, same in calls.items()
+            }
             self.one_label = bool(self._groups) and all(group.one_label for group in self._groups.values())
             self.far = any(group.far for group in self._groups.values())
             self.known = bool(self._groups)

@@ -363,7 +363,7 @@ class _Judge:
                 f"rises to {first.excess:.3g} times what a constant gives.",
                 "Minimise the criterion, not its negative.",
             )
-        elif seen.known and first.excess < -LEARNT:
+        elif seen.known and first.excess < -LEARNT and (not found.least_loss or first.last_loss < 0):
             self.say(
                 "no log-probabilities",
                 "warning",

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -179,6 +180,40 @@ def test_the_least_loss_is_the_entropy_of_what_follows() -> None:
     make, _ = STEPS["ids alone"]
     found = look(run(make(Tokens(False))), {"ids": ids})
     assert found.least_loss == pytest.approx(2 * torch.log(torch.tensor(2.0)).item() / 10)
+
+
+CATEGORIES = torch.eye(6)[[0, 0, 0, 0, 1, 1, 2, 2]]
+LABELS = torch.tensor([0, 1, 1, 1, 2, 2, 0, 1])
+NUMBERS = torch.tensor([1.0, 3.0, 1.0, 3.0, 7.0, 7.0, -5.0, -5.0])
+# Of four examples one label in four, of two all, of two each another; of four a variance of 1.
+ENTROPY = (4 * (0.25 * math.log(4) + 0.75 * math.log(4 / 3)) + 2 * math.log(2)) / 8
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets", "least"),
+    [
+        (functional.cross_entropy, LABELS, ENTROPY),
+        (lambda o, y: functional.nll_loss(o.log_softmax(1), y), LABELS, ENTROPY),
+        (lambda o, y: functional.binary_cross_entropy_with_logits(o[:, 0], y), (LABELS == 0).float(), ENTROPY),
+        (lambda o, y: functional.mse_loss(o[:, 0], y), NUMBERS, 0.5),
+        (lambda o, y: functional.l1_loss(o[:, :1], y[:, None]), NUMBERS, 0.5),
+        (lambda o, y: functional.cross_entropy(o, y, weight=torch.arange(1.0, 4)), LABELS, 0.0),  # cannot be told
+        (lambda o, y: functional.cross_entropy(o, y) + functional.mse_loss(o, o * 0), LABELS, 0.0),
+    ],
+)
+def test_the_least_loss_of_equal_inputs_with_other_targets(loss: Any, targets: Tensor, least: float) -> None:
+    step = run(lambda b: loss(NET(b["x"]), b["y"]))
+    assert look(step, {"x": CATEGORIES, "y": targets}).least_loss == pytest.approx(least, abs=1e-6)
+    numbered = {"number": torch.arange(8), "x": CATEGORIES, "y": targets}  # which no output depends on
+    assert look(step, numbered).least_loss == pytest.approx(least, abs=1e-6)
+    assert look(step, {"x": torch.arange(48.0).view(8, 6), "y": targets}).least_loss == 0
+
+
+def test_inputs_that_tell_hardly_anything_set_no_least_loss() -> None:
+    assert (
+        look(classify(), (torch.eye(6)[[0, 0, 0, 0, 1, 1, 1, 1]], torch.tensor([0, 1, 2, 0, 0, 1, 2, 0]))).least_loss
+        == 0
+    )
 
 
 @pytest.mark.parametrize("both_ways", [False, True])

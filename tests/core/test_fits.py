@@ -49,6 +49,18 @@ def test_a_regression_is_measured_by_the_variance_of_the_targets() -> None:
     assert rule.far
 
 
+def test_equal_inputs_with_other_targets_leave_a_loss() -> None:
+    targets = torch.tensor([1.0, 3.0, 6.0, 6.0])
+    halfway = criterion(torch.tensor([2.0, 2.0, 6.0, 6.0]), targets, functional.mse_loss)
+    start, beside = criterion(torch.zeros(4), targets, functional.mse_loss), criterion(torch.zeros(4, 3))
+    rule = FitRule(least_loss=0.5)
+    rule.update(1.0, [start])
+    assert rule.measure(1.0, [halfway]) == pytest.approx(0.0)
+    rule = FitRule(least_loss=0.5)
+    rule.update(1.0, [start, beside])  # of which of both it is the least is not known
+    assert rule.measure(1.0, [halfway]) == pytest.approx(0.5 / 4.5)
+
+
 def test_targets_that_the_step_makes_up_all_alike_set_no_scale() -> None:
     made_up = replace(criterion(torch.zeros(4, 3), torch.zeros(4, dtype=torch.long)), made_up=True)
     for calls, known, one_label in (

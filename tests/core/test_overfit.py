@@ -74,6 +74,8 @@ TEN = replace(LEARNT, factor=10.0)
         ),
         ([replace(FAILED, first_excess=math.nan)], {}, ("loss not finite", "error")),
         ([replace(LEARNT, excess=-1.0, last_loss=-0.9)], {}, ("no log-probabilities", "warning")),
+        ([replace(LEARNT, excess=-1.0, last_loss=-0.9)], {"least_loss": 0.4}, ("no log-probabilities", "warning")),
+        ([replace(LEARNT, excess=-1.0, last_loss=0.1)], {"least_loss": 0.4}, ("overfits a small sample", "info")),
         ([FAILED], {"without_gradient": ["a", "b", "c", "d"]}, ("no gradient", "warning")),
         ([LEARNT], {"without_gradient": ["a"]}, ("no gradient", "info")),
         ([LEARNT], {"unmoved": ["a"]}, ("updates lost", "info")),
