@@ -444,15 +444,8 @@ class _Judge:
         not_learnt = f"{sample} were not learnt in {first.steps} updates ({self._left})"
         name, width = self.seen.narrowest or ("", 0)
         other_cause = self.seen.carried or any(self.seen.unowned.values())
-        narrow = 0 < width < NARROW * self.seen.outputs and not any(fit.learnt for fit in self.fits)
-        if narrow and severity == "warning" and not other_cause:
-            self.say(
-                "model bias",
-                "warning",
-                f"{not_learnt}; {name} has a width of {width}, and {self.seen.outputs} outputs are made of it.",
-                "Make that layer wider; if it was meant to be narrow, see what the network can learn.",
-            )
-        elif better:
+        narrow = 0 < width < NARROW * self.seen.outputs
+        if better:
             best = min(better, key=lambda fit: (not fit.learnt, abs(math.log10(fit.factor)), fit.excess))
             kind, times = (
                 ("low", f"{best.factor:g} times") if best.factor > 1 else ("high", f"1/{1 / best.factor:g} of")
@@ -471,6 +464,13 @@ class _Judge:
                 severity,
                 f"{not_learnt}; with {times} the learning rate they {how}.",
                 f"Use {times} the learning rate, and sweep around it.",
+            )
+        elif narrow and severity == "warning" and not other_cause:
+            self.say(
+                "model bias",
+                "warning",
+                f"{not_learnt}; {name} has a width of {width}, and {self.seen.outputs} outputs are made of it.",
+                "Make that layer wider; if it was meant to be narrow, see what the network can learn.",
             )
         elif other_cause:
             self.say("small sample not learnt", "info", f"{not_learnt}.", "See the other findings.")
@@ -511,18 +511,27 @@ def shrinks(optimizer: Optimizer, group: Mapping[str, Any], learning_rate: float
 
 
 def narrowest(module: nn.Module) -> tuple[str, int] | None:
-    """The layer that passes on the fewest numbers for a position, and how many; None if no layer has a matrix.
+    """The layer that passes on the fewest numbers for a position, and how many; None if there is none.
+
+    Looked at are linear, convolutional and recurrent layers but for the last one, which makes the outputs.
 
     Example:
         >>> narrowest(nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 2), nn.Linear(2, 64)))
         ('2', 2)
     """
-    widths = [
-        (min(len(parameter), parameter[0].numel()), name.rpartition(".")[0] or "the module")
-        for name, parameter in module.named_parameters()
-        if parameter.dim() > 1 and parameter.numel()
-    ]
-    return min(widths, key=lambda each: each[0])[::-1] if widths else None
+    widths = [(name, width) for name, each in module.named_modules() if (width := _width(each))]
+    return min(widths[:-1], key=lambda each: each[1], default=None)
+
+
+def _width(layer: nn.Module) -> int:
+    """How many numbers a layer passes on; 0 of one that is not looked at."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        return layer.out_channels
+    if isinstance(layer, nn.RNNBase):
+        return (layer.proj_size or layer.hidden_size) * (1 + layer.bidirectional)
+    return layer.hidden_size if isinstance(layer, nn.RNNCellBase) else 0
 
 
 def activation_of(criteria: Sequence[Criterion]) -> str:

@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 from lightning_recipes.core.criteria import Criterion, Watch
 from lightning_recipes.core.dependence import Dependence
 from lightning_recipes.core.fits import Fit
-from lightning_recipes.core.overfit import Symptoms, activation_of, judge, nothing_to_train, shrinks
+from lightning_recipes.core.overfit import Symptoms, activation_of, judge, narrowest, nothing_to_train, shrinks
 from lightning_recipes.core.repeats import Repeats
 
 TARGETS = torch.tensor([0, 1, 2, 2])
@@ -111,7 +112,7 @@ TEN = replace(LEARNT, factor=10.0)
         (
             [FAILED, replace(TEN, excess=0.3, learnt=False)],
             {"narrowest": ("a", 2), "outputs": 10},
-            ("model bias", "warning"),
+            ("learning rate too low", "warning"),
         ),
         ([SLOW], {"narrowest": ("a", 2), "outputs": 10}, ("slow on a small sample", "info")),
         ([FAILED], {"narrowest": ("a", 2), "outputs": 10, "frozen": 1000}, ("frozen parameters", "info")),
@@ -128,6 +129,23 @@ TEN = replace(LEARNT, factor=10.0)
 )
 def test_each_outcome_is_named(fits: list[Fit], symptoms: dict[str, Any], first: tuple[str, str]) -> None:
     assert found(fits, **symptoms)[0] == first
+
+
+@pytest.mark.parametrize(
+    ("layers", "narrow"),
+    [
+        ([nn.LSTM(1, 24, batch_first=True), nn.Linear(24, 8)], ("0", 24)),
+        ([nn.GRU(8, 3, bidirectional=True), nn.Linear(6, 8)], ("0", 6)),
+        ([nn.LSTM(8, 6, proj_size=2), nn.Linear(2, 8)], ("0", 2)),
+        ([nn.GRUCell(8, 2), nn.Linear(2, 8)], ("0", 2)),
+        ([nn.Conv2d(1, 12, 3), nn.ReLU(), nn.Conv2d(12, 4, 1), nn.Flatten(), nn.Linear(64, 10)], ("2", 4)),
+        ([nn.Sequential(nn.Linear(8, 3)), nn.Linear(3, 8)], ("0.0", 3)),
+        ([nn.Linear(1, 8), nn.Linear(8, 1)], ("0", 8)),  # one output at each position
+        ([nn.ParameterList([torch.zeros(1, 1, 8)]), nn.LayerNorm(8), nn.Linear(8, 10)], None),
+    ],
+)
+def test_the_narrowest_layer(layers: list[nn.Module], narrow: tuple[str, int] | None) -> None:
+    assert narrowest(nn.Sequential(*layers)) == narrow
 
 
 def test_a_narrow_layer_is_not_blamed_where_there_is_another_cause() -> None:
