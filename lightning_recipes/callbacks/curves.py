@@ -49,7 +49,8 @@ class LearningCurves(pl.Callback):
     early, or a rate that rises to the end; overfitting and since when; a best check in the first tenth or the last
     quarter, or a run of few checks that still falls; a validation that never improves, or jumps from check to check; a
     training loss far above it; a pattern that all epochs share (data that are not shuffled); and underfitting, as a
-    warning if ``target_loss`` says what would be good.
+    warning if ``target_loss`` says what would be good. With several optimizers, which may work against each other, it
+    is information that the training loss does not fall.
     At the first validation it tells of layers that are left in training mode. Where the noise does not allow it nothing
     is said, and nothing of a run of fewer than 100 batches; what an :class:`~lightning_recipes.EarlyStopping` beside it
     tells is left to that one. :meth:`findings` has the same at any moment.
@@ -110,6 +111,7 @@ class LearningCurves(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._drawn = _doublings(self._batches)
+        self.rule.competes = len(trainer.optimizers) > 1
 
     @override
     def on_before_optimizer_step(

@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -40,6 +41,7 @@ ALIKE = 2.0  # is exceeded by the ratio of variances: batches that follow each o
 MATERIAL = 0.03  # of the fall, that a loss has to lose or promise to be worth a warning
 CLOSE = 0.1  # of what the training loss is above its target, or above 0: a gap that is hardly one
 LOW = 0.1  # of the loss at the start: below it a loss is low enough, if nobody knows a target
+OF_ONE_OBJECTIVE = ("training loss does not fall", "falls too slowly", "decayed too early")  # not of two that compete
 STOPPED = 0.05  # of the fall: what the last quarter of a run brings at most, of which that is told
 
 
@@ -55,6 +57,8 @@ class CurvesRule:
         checks: The validations, with the mean training loss between them.
         accuracies: Of the validations, NaN where there was none.
         profile: Of the step losses within an epoch.
+        competes: Whether several optimizers may work against each other, so that a training loss that goes up or stays
+            is in order, and information.
 
     Args:
         target_loss: A training loss that would be good enough, any number; None if nobody knows: then underfitting is
@@ -81,6 +85,7 @@ class CurvesRule:
         self.checks = Curve()
         self.accuracies: list[float] = []
         self.profile = EpochProfile()
+        self.competes = False
         self._sum, self._losses = 0.0, 0  # since the last check
 
     def update(self, loss: float, rate: float = math.nan, step: int = 0, place: float = math.nan) -> None:
@@ -197,6 +202,7 @@ class Reading:
     def found(
         self, rule: str, severity: Any, message: str, advice: str, source: str = CS231N, **evidence: Any
     ) -> Finding:
+        severity = "info" if self.rule.competes and rule in OF_ONE_OBJECTIVE else severity
         return Finding(rule, severity, message, advice, self.step, evidence, source)
 
     # ------------------------------------------------------------------------------------ of the training loss
@@ -222,7 +228,7 @@ class Reading:
             return None
         return self.found(
             "diverged",
-            "error",
+            "info" if rule.competes else "error",
             f"The training loss began at {self.start:.3g}, went up to {peak:.3g} and is {self.end:.3g} now.",
             advice,
             PLAYBOOK,
@@ -426,6 +432,7 @@ class Reading:
             lowest = sum(each.last < float(finding.evidence["lowest_step"]) for each in self.bins[:-1])
             if self.rates[-1] > 1.3 * self.rates[lowest]:
                 return None  # a restart of the learning rate
+            return replace(finding, severity="info") if self.rule.competes else finding
         return finding
 
     def never_improves(self) -> Finding | None:

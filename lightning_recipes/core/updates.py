@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_recipes.core.early_stopping import noise_of
 from lightning_recipes.core.findings import Finding, listing
 
 Verdict = Literal["too low", "too high", "too high for the start", "died"]
@@ -28,6 +29,7 @@ KICK = 0.3  # of its weights an update changes at once: too high for the start
 LEAP = 1.0  # likewise, and worth a warning, in however short a run
 HEALTHY = (5e-4, 2e-2)  # what figures show as the usual range
 PEAK = 0.9  # quantile of the ratios of a run that counts as their highest
+BEYOND = 2.0  # times its noise a loss is not 0
 DEAD = 0.1  # of the first loss, which a run has to gain that has not died
 GIVEN_BACK = 0.3  # of the gain: so much lost again and the run has diverged
 STEADY = 0.6, 0.1  # share of the gain made by a quarter of the summed rate at most, and after the half at least
@@ -161,7 +163,8 @@ class UpdateRatioRule:
     ====================== =============================================================================================
 
     A run has died if its loss has not gained a tenth of the first, gave back a third of its gain or is not finite:
-    that is never called too low. Nor is one whose learning rate still rises.
+    that is never called too low. Nor is one whose learning rate still rises. One that begins within its spread about 0,
+    as the loss of a policy gradient does, has died only if it is not finite.
 
     Memory is 512 points and two numbers a layer.
 
@@ -360,10 +363,22 @@ class UpdateRatioRule:
         first, last = of_both(self.first_loss, self._early_loss()), self._loss(0.75, 1)
         if not any(math.isfinite(point[4]) for point in self.points):
             return False  # the loss is not known
-        if not (math.isfinite(first) and math.isfinite(last)) or first - last < DEAD * abs(first):
+        if not (math.isfinite(first) and math.isfinite(last)):
+            return True
+        if self._is_about_zero(first):
+            return False  # nothing can be said in shares of it
+        if first - last < DEAD * abs(first):
             return True
         best = self._lowest()
         return last - best > GIVEN_BACK * (first - best)
+
+    def _is_about_zero(self, first: float) -> bool:
+        """Whether the first loss is 0 but for the noise of the early ones, as that of a policy gradient.
+
+        Losses that are never below 0 are noisy in a run that explodes.
+        """
+        early = [point[4] for point in self._part(0, 0.25) if math.isfinite(point[4])]
+        return min(early, default=0.0) < 0 and abs(first) <= BEYOND * noise_of(early)
 
     def _lowest(self) -> float:
         """The lowest loss of a quarter of the run."""

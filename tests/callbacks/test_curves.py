@@ -113,10 +113,12 @@ def test_without_validation_and_under_manual_optimization(tmp_path: Path) -> Non
     curves = LearningCurves()
     fit(tmp_path, Regression(), curves, limit_val_batches=0)
     assert (curves.rule.train.count, curves.rule.checks.values) == (40, [])
+    assert not curves.rule.competes
     curves = LearningCurves()
     fit(tmp_path, Adversaries(), curves)  # its steps return nothing
     assert (curves.rule.train.count, len(curves.rule.checks.values)) == (0, 4)
     assert curves.findings() == []
+    assert curves.rule.competes
 
 
 # --------------------------------------------------------------------------------------------- what it tells

@@ -364,6 +364,29 @@ def test_underfitting_of_a_loss_that_stands_and_a_validation_that_does(
     assert ("underfitting" in rules_of(rule)) is told
 
 
+@pytest.mark.parametrize(
+    ("level", "told"),
+    [
+        (lambda share: 2.303, "training loss does not fall"),
+        (lambda share: 2.3 - share, "falls too slowly"),
+        (lambda share: abs(share - 0.3) + 0.5, "training loss rises"),
+        (lambda share: 1.0 + 9.0 * share, "diverged"),
+    ],
+)
+def test_of_optimizers_that_compete_the_training_loss_is_information(
+    level: Callable[[float], float], told: str
+) -> None:
+    rule = trained(level, 0.01)
+    alone = {finding.rule: finding.severity for finding in rule.findings()}
+    rule.competes = True
+    assert [finding.rule for finding in rule.findings()] == list(alone)
+    assert alone[told] != "info"
+    assert {finding.severity for finding in rule.findings()} == {"info"}
+    for step in range(3001, 3011):
+        rule.update(math.nan, 0.1, step)
+    assert [finding.severity for finding in rule.findings()] == ["error"]
+
+
 def in_the_same_order(pattern: Callable[[int], float]) -> list[Any]:
     """What is said of an order that is the same in each epoch: a factor of each batch beside the level."""
     rule, chance = CurvesRule(), random.Random(0)

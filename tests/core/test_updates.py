@@ -307,6 +307,20 @@ def test_a_run_has_died_that_gains_less_than_a_tenth_or_gives_a_third_back() -> 
         assert (rule.verdict() == "died") == died
 
 
+def test_a_loss_that_begins_about_0_has_not_died() -> None:
+    def fit(level: float, last: float = 0.0) -> UpdateRatioRule:
+        rule = UpdateRatioRule()
+        for number in range(60):
+            loss = level + (0.05 if number % 2 else -0.05) - (0.1 if 10 <= number < 30 else 0.0)
+            rule.update(10 * number, {"layer": 3e-2 if number < 20 else 1e-3}, last if number > 40 and last else loss)
+        return rule
+
+    assert fit(0.01).verdict() is None  # as that of a policy gradient, whose reward may rise
+    assert fit(0.01, math.nan).verdict() == "died"
+    assert fit(0.2).verdict() == fit(-0.2).verdict() == "died"
+    assert ran(lambda share: 3e-2 if share < 0.3 else 1e-3, lambda share: 0.01 + 9 * share).verdict() == "died"
+
+
 def test_a_run_that_stays_where_it_began_has_learned_nothing_rather_than_died() -> None:
     for loss, idle in (
         (lambda share: 2.3, True),
