@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 from torch import Tensor
@@ -118,14 +119,16 @@ def measured(name: str, loss: "float | Sequence[float] | Tensor | Measured") -> 
     """
     if isinstance(loss, Measured):
         return loss
-    given: Any = loss.detach().flatten().tolist() if isinstance(loss, Tensor) else loss
-    values = [given] if isinstance(given, int | float) and not isinstance(given, bool) else given
-    if isinstance(values, bool | str) or not all(isinstance(each, int | float) for each in values):
+    given: Any = loss.flatten() if isinstance(loss, Tensor) else loss
+    given = given.tolist() if hasattr(given, "tolist") else given
+    values: Any = [given] if isinstance(given, Real) else given
+    if isinstance(given, bool | str) or not all(isinstance(each, Real) for each in values):
         raise TypeError(f"{name} must be a number or a sequence of numbers, got {loss!r}")
+    values = [float(each) for each in values]
     if not values or not all(map(math.isfinite, values)):
         raise ValueError(f"{name} must be finite and at least one number, got {loss!r}")
     if len(values) == 1:
-        return Measured(float(values[0]))
+        return Measured(values[0])
     error = statistics.stdev(values) / math.sqrt(len(values))
     return Measured(statistics.fmean(values), quantile(len(values), SURE) * error)
 

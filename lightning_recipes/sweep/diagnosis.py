@@ -26,6 +26,7 @@ from lightning_recipes.core.trends import BLOCKS, trend
 
 Loss = float | Sequence[float] | Tensor | Measured
 
+NOT_CHECKED = "not checked"  # says nothing of the training
 FOLDS = 5
 MOST = 2000  # examples of each set that are looked at
 FEWEST = 20  # examples of each set
@@ -115,6 +116,7 @@ def diagnose(
     if (train_inputs is None) != (val_inputs is None):
         raise TypeError("the inputs of both sets are needed to compare them, or of none")
     findings = told(trainer) if trainer is not None else []
+    findings = [each for each in findings if each.rule != NOT_CHECKED]
     warned = [each for severity in ("error", "warning") for each in findings if each.severity == severity]
     of_curves = rule.findings() if rule is not None else []
     defects = tuple(each for each in warned if not each.step and each.rule not in OF_OPTIMIZATION)

@@ -1,6 +1,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -111,6 +112,11 @@ def test_a_sample_is_as_sure_as_it_is() -> None:
     assert loss.value == pytest.approx(float(values.mean()), abs=1e-6)
     assert loss.error == pytest.approx(1.984 * float(values.std()) / 10, rel=1e-3)
     assert measured("loss", 3).error == 0
+    numbers = [0.5, 0.25, 0.75]
+    for given in (np.array(numbers, np.float32), [*np.array(numbers, np.float32)], torch.tensor([numbers])):
+        assert measured("loss", given) == measured("loss", numbers)
+    for number in (np.float32(0.5), np.float64(0.5), np.array(0.5), torch.tensor(0.5, requires_grad=True)):
+        assert measured("loss", number) == Measured(0.5)
     for bad in ([], [1.0, math.nan], math.inf):
         with pytest.raises(ValueError, match="loss must be finite and at least one number"):
             measured("loss", bad)

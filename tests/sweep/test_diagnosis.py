@@ -233,6 +233,12 @@ def test_the_severest_of_what_was_told_before_the_training_comes_first(tmp_path:
 
 
 @pytest.mark.filterwarnings("ignore")  # which is what is told
+def test_a_check_that_failed_is_no_defect_of_the_training(tmp_path: Path) -> None:
+    trainer = fitted(tmp_path, Digits(0.02, nn.Identity()), Says(not_checked="warning"))
+    assert diagnose(0.01, 0.02, target_loss=0.1, trainer=trainer).leaf == "done"
+
+
+@pytest.mark.filterwarnings("ignore")  # which is what is told
 def test_a_learning_rate_told_of_before_the_training_explains_its_loss(tmp_path: Path) -> None:
     trainer = fitted(tmp_path, Digits(0.02, nn.Identity()), Says(learning_rate_too_low="warning"))
     high = diagnose(1.0, target_loss=0.1, trainer=trainer)
