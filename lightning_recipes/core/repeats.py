@@ -1,6 +1,6 @@
 """Whether validation examples are among the training examples, and targets among the inputs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,8 @@ class Repeats:
 def repeats(train: Iterable[Any], val: Iterable[Any]) -> Repeats:
     """Compare the inputs of training and validation batches, byte by byte.
 
-    The inputs are the first tensor of a batch with two dimensions or more.
+    The inputs are the tensor of a batch with two dimensions or more, of which most examples of training differ (a mask
+    of padding has many the same); of several such the first.
 
     Args:
         train: Batches.
@@ -58,8 +59,9 @@ def repeats(train: Iterable[Any], val: Iterable[Any]) -> Repeats:
         >>> repeats([(images, images[:, 0])], [(images[:3], images[:3, 0]), (images[:2] + 1, images[:2, 0])]).found
         3
     """
-    rows = [row for batch in train for row in _rows(batch)]
-    held_out = [row for batch in val for row in _rows(batch)]
+    columns, val_columns = _columns(train), _columns(val)
+    place = max(range(len(columns)), key=lambda place: len(set(columns[place])), default=0)
+    rows, held_out = (each[place] if place < len(each) else [] for each in (columns, val_columns))
     once = set(rows)
     return Repeats(len(once & {*held_out}), len(rows), len(rows) - len(once), len(held_out))
 
@@ -111,9 +113,16 @@ def target_column(batches: Iterable[Any]) -> int:
     return int(found[0]) if found else -1
 
 
-def _rows(batch: Any) -> Sequence[bytes]:
-    inputs = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() > 1), None)
-    if inputs is None or not inputs.numel() or inputs.layout != torch.strided:
+def _columns(batches: Iterable[Any]) -> list[list[bytes]]:
+    """The examples of all batches in each of their tensors with two dimensions or more."""
+    tables = zip(*filter(None, map(_tables, batches)), strict=False)
+    return [[row for rows in table for row in rows] for table in tables]
+
+
+def _tables(batch: Any) -> list[list[bytes]]:
+    """The examples of a batch in each such tensor; none if there is one that has no rows."""
+    leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() > 1]
+    if not all(leaf.numel() and leaf.layout == torch.strided for leaf in leaves):
         return []
-    flat = inputs.detach().cpu().flatten(1).contiguous().view(torch.uint8)
-    return [row.numpy().tobytes() for row in flat]
+    flat = [leaf.detach().cpu().flatten(1).contiguous().view(torch.uint8) for leaf in leaves]
+    return [[row.numpy().tobytes() for row in table] for table in flat]

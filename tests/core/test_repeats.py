@@ -28,6 +28,18 @@ def test_what_repeats_by_itself_is_no_leak() -> None:
     assert not Repeats(5, 320, 0).is_leak  # below two per cent
 
 
+def test_a_mask_of_padding_is_no_example() -> None:
+    def batches(seed: int) -> list[dict[str, torch.Tensor]]:
+        chance = torch.Generator().manual_seed(seed)
+        ids = torch.randint(1, 99, (40, 12), generator=chance)
+        ids[torch.arange(12) >= torch.randint(4, 12, (40, 1), generator=chance)] = 0
+        return [{"attention_mask": ids.sign(), "input_ids": ids}]
+
+    assert repeats(batches(0), batches(1)) == Repeats(0, 40, 0, 40)
+    assert repeats(batches(0), [*batches(1), *batches(0)]).found == 40
+    assert repeats(batches(0), [batches(0)[0]["attention_mask"]]).validation == 0  # has no such tensor
+
+
 def test_batches_without_inputs_have_no_repeats() -> None:
     assert repeats([torch.ones(3)], [torch.ones(3)]) == Repeats()
     assert repeats([], [torch.ones(3, 3)]) == Repeats(validation=3)
