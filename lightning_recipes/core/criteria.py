@@ -121,7 +121,10 @@ class Criterion:
             constant = constant.view(-1, *[1] * max(0, self.outputs.dim() - 2))
         elif self.name == "binary_cross_entropy":
             constant = constant.sigmoid()
-        return self.value_at(constant.to(self.outputs.device, torch.float32).expand(self.outputs.shape).contiguous())
+        everywhere = torch.zeros(self.outputs.shape, device=self.outputs.device)
+        return self.value_at(
+            everywhere + constant.to(everywhere)
+        )  # wider, where targets have more columns than outputs
 
     def value_at(self, outputs: Tensor) -> Tensor:
         """What the mean would have been for other outputs."""

@@ -63,9 +63,12 @@ class Dependence:
 
 
 def examples_of(batch: Any) -> int:
-    """Number of examples in a batch whose tensors all have them in their first dimension; 0 of any other."""
+    """Number of examples in a batch whose tensors all have them in their first dimension; 0 of any other.
+
+    Of a batch with a sparse tensor, which may be a graph of them, it is 0, too.
+    """
     leaves, _ = tree_flatten(batch)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.layout == torch.strided]
     sizes = {leaf.shape[0] for leaf in tensors if leaf.dim()}
     return sizes.pop() if len(sizes) == 1 and len(tensors) == len(leaves) and all(leaf.dim() for leaf in tensors) else 0
 
@@ -84,11 +87,17 @@ def labels_alike(batch: Any) -> bool:
 def varied_examples(batches: Sequence[Any], count: int) -> Any:
     """Examples of several batches whose labels are not all the same, as many of each as there are.
 
+    Where the batches have examples of other shapes they are those of one batch.
+
     Example:
         >>> batches = [(torch.zeros(4, 2), torch.tensor([1, 1, 1, 1])), (torch.ones(4, 2), torch.tensor([1, 1, 2, 1]))]
         >>> varied_examples(batches, 3)[1]
         tensor([1, 2, 1])
     """
+    shapes = {tuple(leaf.shape[1:] for leaf in tree_flatten(batch)[0]) for batch in batches}
+    if len(shapes) > 1:  # each is padded by itself
+        varied = (batch for batch in batches if examples_of(batch) and not labels_alike(batch))
+        batches = [next(varied, batches[0])]
     _, structure = tree_flatten(batches[0])
     columns = zip(*(tree_flatten(batch)[0] for batch in batches), strict=True)
     whole = tree_unflatten([torch.cat(column) for column in columns], structure)

@@ -242,6 +242,9 @@ def test_taking_examples_of_a_batch() -> None:
     assert examples_of([torch.ones(5, 2), torch.ones(4)]) == 0
     assert examples_of([torch.ones(5, 2), "name"]) == 0
     assert examples_of([torch.ones(5, 2), torch.ones(())]) == 0
+    graph = torch.eye(5).to_sparse(), torch.ones(5, 2)
+    assert examples_of(graph) == 0
+    assert first_examples(graph, 3) is graph
     assert first_examples((torch.arange(5),), 3)[0].tolist() == [0, 1, 2]
     ragged = [torch.ones(5), torch.ones(4)]
     assert first_examples(ragged, 3) is ragged
@@ -254,3 +257,16 @@ def test_labels_that_are_alike_are_made_up_for() -> None:
     assert not labels_alike((torch.zeros(4, 2), torch.ones(4, 3)))
     assert not labels_alike((torch.ones(4, 2).long(), torch.ones(4)))  # neither is a label
     assert sorted(varied_examples(batches, 4)[1].tolist()) == [0, 1, 1, 2]
+
+
+def test_labels_that_are_alike_are_made_up_for_from_one_batch_where_each_is_padded_by_itself() -> None:
+    alike, other = torch.tensor([1, 1, 1, 1]), torch.tensor([1, 1, 1, 0])
+    batches = [
+        {"x": torch.zeros(4, 7), "y": alike},
+        {"x": torch.ones(4, 2), "y": alike},
+        {"x": torch.ones(4, 3), "y": other},
+    ]
+    sample = varied_examples(batches, 3)
+    assert sample["x"].shape == (3, 3)
+    assert sorted(sample["y"].tolist()) == [0, 1, 1]
+    assert varied_examples(batches[:2], 3)["x"].shape == (3, 7)

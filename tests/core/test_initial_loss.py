@@ -180,6 +180,10 @@ def test_targets_of_another_shape_are_broadcast() -> None:
             warnings.simplefilter("ignore")  # torch warns, too
             found = rules(judge(loss, lambda: normal()[:, 0], outputs=1))
         assert found[0] == ("targets broadcast", "error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wider = rules(judge(functional.mse_loss, lambda: normal()[:, :3], outputs=1))
+    assert wider[0] == ("targets broadcast", "error")
     assert rules(judge(lambda o, t: functional.mse_loss(o[:, 0], t), lambda: normal()[:, 0], outputs=1))[0][1] == "info"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
