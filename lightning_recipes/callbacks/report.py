@@ -55,7 +55,7 @@ class TrainingReport(pl.Callback):
     unless the module reduces them.
 
     Cost: some 10 microseconds a step; what is logged is read back 1,000 values together, before a page and a save.
-    Each series is kept in 256 bins at most, 16 kB of every checkpoint. Writing the page takes some tenths of a second.
+    Each series is kept in 256 bins at most, 20 kB of every checkpoint. Writing the page takes some tenths of a second.
 
     Logs nothing.
 

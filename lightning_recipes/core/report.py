@@ -37,7 +37,11 @@ class Record:
     def state_dict(self) -> dict[str, Any]:
         return {
             "series": {
-                name: {"width": series.width, "bins": torch.tensor(series.as_rows(), dtype=torch.float64)}
+                name: {
+                    "width": series.width,
+                    "newest": series.newest,
+                    "bins": torch.tensor(series.as_rows(), dtype=torch.float64),
+                }
                 for name, series in self.series.items()
             },
             "left_out": self.left_out,
@@ -45,6 +49,7 @@ class Record:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.series = {
-            name: Series.of_rows(state["bins"].tolist(), state["width"]) for name, state in state_dict["series"].items()
+            name: Series.of_rows(state["bins"].tolist(), state["width"], newest=state["newest"])
+            for name, state in state_dict["series"].items()
         }
         self.left_out = state_dict["left_out"]

@@ -19,6 +19,8 @@ class Bin:
         low: The lowest.
         high: The highest.
         bad: Points that are not finite.
+        low_at: Step of the lowest.
+        high_at: Step of the highest.
     """
 
     first: int
@@ -29,6 +31,8 @@ class Bin:
     low: float = 0.0
     high: float = 0.0
     bad: int = 0
+    low_at: int = 0
+    high_at: int = 0
 
     @property
     def step(self) -> float:
@@ -50,10 +54,11 @@ class Bin:
         self.last, self.bad = other.last, self.bad + other.bad
         if not other.count:
             return
-        if not self.count:
-            self.low, self.high = other.low, other.high
+        if not self.count or other.low < self.low:
+            self.low, self.low_at = other.low, other.low_at
+        if not self.count or other.high > self.high:
+            self.high, self.high_at = other.high, other.high_at
         count, shift = self.count + other.count, other.mean - self.mean
-        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
         self.squares += other.squares + shift**2 * self.count * other.count / count
         self.mean += shift * other.count / count
         self.count = count
@@ -68,6 +73,7 @@ class Series:
     Attributes:
         bins: In order; all have ``width`` points, the last one may have fewer.
         width: Points of a bin.
+        newest: The last value; None if it was not finite, or there is none.
 
     Args:
         most: Bins at most, an even number.
@@ -84,19 +90,22 @@ class Series:
         self.most = most
         self.bins: list[Bin] = []
         self.width = 1
+        self.newest: float | None = None
 
     def update(self, step: int, value: float) -> bool:
         """Remember a point; return whether the training has gone back."""
+        point = bin_of(step, value)
+        self.newest = value if point.count else None
         back = bool(self.bins) and step < self.bins[-1].last
         while self.bins and back and self.bins[-1].last >= step:
             self.bins.pop()
         if self.bins and self.bins[-1].points < self.width:
-            self.bins[-1].merge(bin_of(step, value))
+            self.bins[-1].merge(point)
             return back
         if len(self.bins) == self.most:
             self.bins = _pairs(self.bins)
             self.width *= 2
-        self.bins.append(bin_of(step, value))
+        self.bins.append(point)
         return back
 
     def coarse(self, most: int) -> list[Bin]:
@@ -126,18 +135,21 @@ class Series:
         return [list(astuple(each)) for each in self.bins]
 
     @classmethod
-    def of_rows(cls, rows: list[list[float]], width: int, most: int = BINS) -> "Series":
+    def of_rows(cls, rows: list[list[float]], width: int, most: int = BINS, newest: float | None = None) -> "Series":
         """What :meth:`as_rows` gave."""
         series = cls(most)
-        series.width = width
-        for first, last, count, mean, squares, low, high, bad in rows:
-            series.bins.append(Bin(int(first), int(last), int(count), mean, squares, low, high, int(bad)))
+        series.width, series.newest = width, newest
+        for first, last, count, mean, squares, low, high, *counted in rows:
+            bad, low_at, high_at = (int(each) for each in counted)
+            series.bins.append(Bin(int(first), int(last), int(count), mean, squares, low, high, bad, low_at, high_at))
         return series
 
 
 def bin_of(step: int, value: float) -> Bin:
     """One point; it counts as finite if its square is, too."""
-    return Bin(step, step, 1, value, 0.0, value, value) if abs(value) < 1e150 else Bin(step, step, bad=1)
+    if abs(value) < 1e150:
+        return Bin(step, step, 1, value, 0.0, value, value, low_at=step, high_at=step)
+    return Bin(step, step, bad=1)
 
 
 def _pairs(bins: list[Bin]) -> list[Bin]:

@@ -86,6 +86,7 @@ def _content(run: Run) -> dict[str, object]:
     left_out = [name for panel in rest[SHOWN:] for name in panel.names]
     return {
         "verdict": story.verdict(run),
+        "severity": story.severity(run),
         "groups": story.group(run.findings),
         "key": story.key_of(happened),
         "curves": [each for each in curves if each],

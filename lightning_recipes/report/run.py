@@ -60,7 +60,10 @@ class Run:
         """As plain values without NaN."""
         return {
             **{name: getattr(self, name) for name in PLAIN},
-            "series": {name: {"width": each.width, "bins": each.as_rows()} for name, each in self.series.items()},
+            "series": {
+                name: {"width": each.width, "newest": each.newest, "bins": each.as_rows()}
+                for name, each in self.series.items()
+            },
             "findings": [finding.as_dict() for finding in self.findings],
         }
 
@@ -69,7 +72,7 @@ class Run:
         """What :meth:`as_dict` gave."""
         run = cls(**{name: values[name] for name in PLAIN if name in values})
         for name, each in values.get("series", {}).items():
-            run.series[name] = Series.of_rows(each["bins"], each["width"])
+            run.series[name] = Series.of_rows(each["bins"], each["width"], newest=each["newest"])
         run.findings = [finding_of(each) for each in values.get("findings", ())]
         return run
 

@@ -82,15 +82,15 @@ class Best:
     Args:
         name: Of the series.
         value: The best.
-        step: Where; the middle of a bin.
-        last: The last value.
+        step: Where.
+        last: The last value; None if it was not finite.
         lower: Whether lower is better.
     """
 
     name: str
     value: float
-    step: float
-    last: float
+    step: int
+    last: float | None
     lower: bool
 
 
@@ -105,14 +105,29 @@ def group(findings: Iterable[Finding]) -> list[Group]:
     return sorted(groups, key=lambda each: (_rank(each.latest.severity), each.latest.step > 0, -each.latest.step))
 
 
+def severity(run: Run) -> str:
+    """How bad it is: that of the worst finding; ``"error"`` of a training that failed or whose loss was lost."""
+    if _failed(run) or _lost(run):
+        return "error"
+    return next((each.latest.severity for each in group(run.findings)), "info")
+
+
 def verdict(run: Run) -> tuple[str, str, str]:
     """How it went, the most important finding, and what to do next."""
-    groups = group(run.findings)
+    groups, lost = group(run.findings), _lost(run)
     pressing = [each.latest for each in groups if each.latest.severity != "info"]
     if pressing:
         first = pressing[0]
         more = f" ({len(pressing) - 1} more below.)" if len(pressing) > 1 else ""
         return _how(run), f"{first.severity.capitalize()}, {first.rule}: {first.message}{more}", first.advice
+    if _failed(run):
+        return _how(run), "Error: the training failed. No warning came before it.", "Mend what raised the error."
+    if lost:
+        return (
+            _how(run),
+            f"Error: {', '.join(lost[:3])} {'was' if len(lost) == 1 else 'were'} not finite at the end.",
+            "Lower the learning rate or warm up longer; lightning_recipes.InstabilityDetector() says where it began.",
+        )
     if groups:
         first = groups[0].latest
         return _how(run), f"No warning. {first.rule}: {first.message}", first.advice
@@ -171,7 +186,8 @@ def best(run: Run) -> Best | None:
             bins = [each for each in run.series[name].bins if each.count]
             if bins and good & set(_tokens(name)):
                 where = pick(bins, key=lambda each: each.low if pick is min else each.high)
-                return Best(name, where.low if pick is min else where.high, where.step, bins[-1].mean, pick is min)
+                value, step = (where.low, where.low_at) if pick is min else (where.high, where.high_at)
+                return Best(name, value, step, run.series[name].newest, pick is min)
     return None
 
 
@@ -180,7 +196,7 @@ def events(run: Run, rates: Mapping[str, Series]) -> list[Event]:
     found = [Event(step, "P", f"resumed at {step:,}") for step in run.resumed]
     top = best(run)
     if top is not None:
-        found.append(Event(top.step, "B", f"best {top.name}, {shown(top.value)}, at {shown(round(top.step))}"))
+        found.append(Event(top.step, "B", f"best {top.name}, {shown(top.value)}, at {top.step:,}"))
     for finding in run.findings:
         letter = _letter(finding)
         if letter and (letter != "W" or 0 < finding.step < run.updates):  # neither before the training nor in its end
@@ -235,11 +251,11 @@ def describe(name: str, series: Series) -> str:
     if not bins:
         return f"{name}: {series.bad:,} values, none of them finite."
     if len(bins) == 1 and bins[0].count == 1:
-        return f"{name}: {shown(bins[0].mean)} at {shown(round(bins[0].step))}{bad}."
+        return f"{name}: {shown(bins[0].mean)} at {bins[0].low_at:,}{bad}."
     low, high = min(bins, key=lambda each: each.low), max(bins, key=lambda each: each.high)
     return (
-        f"{name}: {shown(bins[0].mean)} → {shown(bins[-1].mean)}, lowest {shown(low.low)} at {shown(round(low.step))},"
-        f" highest {shown(high.high)} at {shown(round(high.step))}{bad}."
+        f"{name}: {shown(bins[0].mean)} → {shown(bins[-1].mean)}, lowest {shown(low.low)} at {low.low_at:,},"
+        f" highest {shown(high.high)} at {high.high_at:,}{bad}."
     )
 
 
@@ -248,16 +264,31 @@ def _how(run: Run) -> str:
     after = f" after {run.updates:,} updates" if run.series else ""
     time = next((run.costs[name] for name in ("wall time", "time from first to last entry") if name in run.costs), "")
     sentence = f"{ended[0].upper()}{ended[1:]}{after}{f' in {time}' if time else ''}."
-    broken = [name for name, series in run.series.items() if series.bins and not series.bins[-1].count]
+    broken = _broken(run)
     if broken:
         sentence += f" At the end {', '.join(broken[:3])} {'was' if len(broken) == 1 else 'were'} not finite."
     top = best(run)
     if top is not None:
-        place = "the last one" if top.value == top.last else f"the last one was {shown(top.last)}"
-        sentence += f" Best {top.name} {shown(top.value)} at step {shown(round(top.step))}; {place}."
+        last = "not finite" if top.last is None else shown(top.last)
+        place = "the last one" if top.value == top.last else f"the last one was {last}"
+        sentence += f" Best {top.name} {shown(top.value)} at step {top.step:,}; {place}."
     elif STEP_LOSS in run.series:
         sentence += f" {describe('Training loss', run.series[STEP_LOSS])}"
     return sentence
+
+
+def _failed(run: Run) -> bool:
+    return run.ended.startswith("failed")
+
+
+def _broken(run: Run) -> list[str]:
+    """What was not finite at the end."""
+    return [name for name, series in run.series.items() if series.bins and series.newest is None]
+
+
+def _lost(run: Run) -> list[str]:
+    """The losses among it."""
+    return [name for name in _broken(run) if "loss" in _tokens(name)]
 
 
 def _rank(severity: str) -> int:

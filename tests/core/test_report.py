@@ -17,6 +17,7 @@ def test_a_record_is_restored_whole_and_safely(tmp_path: object) -> None:
     assert {name: each.as_rows() for name, each in again.series.items()} == {
         name: each.as_rows() for name, each in record.series.items()
     }
+    assert [each.newest for each in again.series.values()] == [1 / 300, None]
 
 
 def test_the_number_of_names_is_bounded() -> None:

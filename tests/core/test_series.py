@@ -32,8 +32,10 @@ def test_bins_have_the_statistics_of_their_points(points: int, most: int) -> Non
         assert each.deviation == pytest.approx(statistics.stdev(own) if len(own) > 1 else 0.0, rel=1e-6)
         assert each.step == statistics.fmean(range(start, start + len(own)))
         assert (each.low, each.high) == (min(own), max(own))
+        assert (values[each.low_at], values[each.high_at]) == (each.low, each.high)
         start += each.count
     assert start == points
+    assert series.newest == values[-1]
 
 
 def test_values_that_are_not_finite_are_counted_and_nothing_else() -> None:
@@ -41,6 +43,14 @@ def test_values_that_are_not_finite_are_counted_and_nothing_else() -> None:
     assert (series.points, series.bad, series.count) == (1000, 600, 400)
     assert all(math.isfinite(number) for row in series.as_rows() for number in row)
     assert (min(each.low for each in series.bins), max(each.high for each in series.bins)) == (1.0, 3.0)
+
+
+def test_the_newest_value_is_known_to_be_finite_or_not() -> None:
+    series = filled([1.0] * 1000)
+    series.update(1000, math.nan)
+    assert series.newest is None
+    series.update(900, 2.0)
+    assert series.newest == 2.0
 
 
 def test_going_back_forgets_what_is_trained_again() -> None:

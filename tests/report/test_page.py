@@ -156,6 +156,32 @@ def test_the_verdict_has_how_it_went_what_matters_and_what_to_do() -> None:
     assert "not finite" in verdict(Run(series={"train_loss": series([1.0, math.nan])}))[0]
 
 
+@pytest.mark.parametrize(
+    ("ended", "loss", "told", "said"),
+    [
+        ("failed by RuntimeError: boom", [1.0], [], "Error: the training failed."),
+        ("failed by RuntimeError: boom", [1.0], [finding("a", "info")], "Error: the training failed."),
+        ("finished", [1.0] * 998 + [math.nan] * 2, [], "Error: train_loss was not finite at the end."),
+        ("failed by RuntimeError: boom", [1.0], [finding("b", "warning")], "Warning, b: b was seen."),
+    ],
+)
+def test_a_training_that_went_wrong_is_never_sound(
+    ended: str, loss: list[float], told: list[Finding], said: str
+) -> None:
+    run = Run(ended=ended, series={"train_loss": series(loss)}, findings=told, callbacks={"A": "b"})
+    assert verdict(run)[1].startswith(said)
+    assert page(run).all("section")[0]["class"] == "verdict error"
+
+
+def test_best_and_last_are_those_of_single_validations_however_many() -> None:
+    losses = [0.1 + (number * 7919 % 13) / 100 for number in range(1000)]
+    losses[437] = 0.01
+    run = Run(series={"val_loss": series(losses)})
+    assert f"Best val_loss 0.01 at step 4,370; the last one was {shown(losses[-1])}." in verdict(run)[0]
+    run.series["val_loss"].update(10_000, math.nan)
+    assert "the last one was not finite" in verdict(run)[0]
+
+
 def test_metrics_of_different_data_share_their_axes() -> None:
     made = {panel.title: panel.names for panel in panels(["train_loss", "val/loss", "trainAcc", "val_acc_epoch", "x"])}
     assert made == {"loss": ["train_loss", "val/loss"], "acc": ["trainAcc", "val_acc_epoch"], "x": ["x"]}
