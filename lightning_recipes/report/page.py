@@ -26,6 +26,7 @@ PAGE, TEXT = "report.html", "report.md"
 HEALTHY = (1e-3, "about 0.001 is healthy")
 COARSE = 80  # bins of the loss of every step, for mean and spread
 SHOWN = 36  # small pictures at most
+DRAWN = 4 * STYLES  # lines of a kind at most
 SPARKS = "▁▂▃▄▅▆▇█"
 UNSEEN = ("epoch", "step", "hp_metric")
 
@@ -84,6 +85,8 @@ def _content(run: Run) -> dict[str, object]:
     curves = [draw(main.title, {name: others[name] for name in main.names}, happened, wide=True)] if main else []
     small = [draw(panel.title, {name: others[name] for name in panel.names}, happened) for panel in rest[:SHOWN]]
     left_out = [name for panel in rest[SHOWN:] for name in panel.names]
+    norms = [name for name in gradients if name.startswith("grad_norm")]
+    left_out += [name for names in (norms, [*updates], [*rates]) for name in names[DRAWN:]]
     return {
         "verdict": story.verdict(run),
         "severity": story.severity(run),
@@ -166,7 +169,7 @@ def _gradients(draw: _Drawer, run: Run, series: Mapping[str, Series], events: Se
     shares = {name: each for name, each in series.items() if name.startswith("clipped_fraction")}
     parts = _in_parts(draw, "Gradient norm", norms, (), [event for event in events if event.letter != "B"])
     figures = [
-        *(replace(each, sentences=[*each.sentences, *_clips(norms)]) for each in parts),
+        *(replace(each, sentences=[*each.sentences, *_clips(norms, shares)]) for each in parts),
         draw("Share of the updates that were clipped", shares),
     ]
     bins = run.bins or _bins([each for name, each in norms.items() if "threshold" not in name])
@@ -180,15 +183,20 @@ def _gradients(draw: _Drawer, run: Run, series: Mapping[str, Series], events: Se
     return [each for each in figures if each]
 
 
-def _clips(norms: Mapping[str, Series]) -> Iterable[str]:
-    """How often a norm was above its threshold, where both were logged."""
+def _clips(norms: Mapping[str, Series], shares: Mapping[str, Series]) -> Iterable[str]:
+    """How often a norm was above its threshold: of all points while each is remembered, then of the last updates."""
     for name, series in norms.items():
         threshold = norms.get(name.replace("grad_norm", "grad_norm_threshold", 1))
-        if threshold is not None:
+        share = shares.get(name.replace("grad_norm", "clipped_fraction", 1))
+        if threshold is None:
+            continue
+        if series.width == threshold.width == 1:
             limits = {each.last: each.mean for each in threshold.bins if each.count}
             pairs = [(each.mean, limits[each.last]) for each in series.bins if each.count and each.last in limits]
             above = sum(norm > limit for norm, limit in pairs)
             yield f"{name} was above its threshold, and clipped, at {above:,} of {len(pairs):,} points."
+        elif share is not None and share.newest is not None:
+            yield f"{name} was above its threshold, and clipped, in {share.newest:.0%} of the last updates."
 
 
 def _in_parts(
@@ -200,7 +208,7 @@ def _in_parts(
 ) -> Iterable[Figure]:
     """As many figures as the lines need to be told apart."""
     names = list(series)
-    for start in range(0, min(len(names), 4 * STYLES), STYLES):
+    for start in range(0, min(len(names), DRAWN), STYLES):
         figure = draw(title, {name: series[name] for name in names[start : start + STYLES]}, events, guides)
         if figure:
             yield figure
@@ -220,17 +228,23 @@ def _line(name: str, series: Series) -> Line:
 
 
 def _bins(series: Sequence[Series]) -> list[tuple[float, float, float]]:
-    """A histogram on a logarithmic scale, of values that are mostly known one by one."""
-    values = [(math.log(each.mean), each.count) for one in series for each in one.bins if each.count and each.mean > 0]
-    if len(values) < 20:
+    """A histogram on a logarithmic scale; values that are not known one by one are spread from lowest to highest."""
+    known = [each for one in series for each in one.bins if each.count and each.mean > 0]
+    if len(known) < 20:
         return []
-    low, high = min(value for value, _ in values), max(value for value, _ in values)
+    spans = [(math.log(each.low if each.low > 0 else each.mean), math.log(each.high), each.count) for each in known]
+    low, high = min(span[0] for span in spans), max(span[1] for span in spans)
     if high - low < 1e-6:
         return []
     number = 24
+    scale = number / (high - low)
     counts = [0.0] * number
-    for value, count in values:
-        counts[min(number - 1, int((value - low) / (high - low) * number))] += count
+    for lower, upper, count in spans:
+        start, end = (lower - low) * scale, (upper - low) * scale
+        first, last = (min(number - 1, int(place)) for place in (start, end))
+        for at in range(first, last + 1):
+            share = (min(end, at + 1) - max(start, at)) / (end - start) if first < last else 1.0
+            counts[at] += count * share
     edges = [math.exp(low + (high - low) * at / number) for at in range(number + 1)]
     return list(zip(edges, edges[1:], counts, strict=False))
 

@@ -8,7 +8,7 @@ from pages import Page
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.series import Series
 from lightning_recipes.report.numbers import shown
-from lightning_recipes.report.page import render
+from lightning_recipes.report.page import _bins, render
 from lightning_recipes.report.run import STEP_LOSS, Run
 from lightning_recipes.report.story import best, events, group, panels, verdict
 from lightning_recipes.report.svg import Axis, Line, Point, chart
@@ -230,10 +230,12 @@ def test_a_decaying_learning_rate_is_no_cut() -> None:
 def test_many_series_are_split_into_pictures_or_left_out_by_name() -> None:
     ratios = {f"update_ratio/layer{number}": falling() for number in range(9)}
     many = {f"metric {number}": falling(3) for number in range(50)}
-    read = page(Run(series={"loss": falling(), **ratios, **many}))
+    rates = {f"lr-SGD/pg{number}": falling() for number in range(30)}
+    read = page(Run(series={"loss": falling(), **ratios, **rates, **many}))
     assert "about 0.001 is healthy" in read.text
     assert "Not drawn:" in read.text
     assert "metric 49" in read.text
+    assert all(f"lr-SGD/pg{number}" in read.text for number in range(30))
 
 
 def test_gradients_have_their_threshold_and_a_histogram() -> None:
@@ -244,6 +246,19 @@ def test_gradients_have_their_threshold_and_a_histogram() -> None:
     read = page(run)
     assert "Gradient norms: most often between 0.1 and 1" in read.text
     assert len(read.all("rect")) == 2
+
+
+def test_of_thousands_of_gradients_none_is_averaged_away() -> None:
+    norms = [10.0 if index % 10 == 0 else 1.0 for index in range(2000)]
+    made = {"grad_norm": norms, "grad_norm_threshold": [2.0] * 2000, "clipped_fraction": [0.1] * 2000}
+    run = Run(series={name: series(values) for name, values in made.items()})
+    text = page(run).text
+    assert "clipped, in 10% of the last updates" in text
+    assert "of 250 points" not in text
+    assert "all between 1 and 10" in text
+    counts = [count for *_, count in _bins([run.series["grad_norm"]])]
+    assert sum(counts) == pytest.approx(2000)
+    assert min(counts) > 0
 
 
 def test_the_members_of_an_ensemble_are_a_table() -> None:
