@@ -15,6 +15,7 @@ from markupsafe import Markup
 from lightning_recipes.core.files import put
 from lightning_recipes.core.series import Series
 from lightning_recipes.report import story
+from lightning_recipes.report.names import split
 from lightning_recipes.report.numbers import shown
 from lightning_recipes.report.run import STEP_LOSS, Run
 from lightning_recipes.report.svg import STYLES, Event, Line, Point, chart, histogram
@@ -142,12 +143,12 @@ def _main(series: Mapping[str, Series]) -> tuple[story.Panel | None, list[story.
     panels = story.panels(series)
     own = [STEP_LOSS] if STEP_LOSS in series else []
     panels = [panel for panel in panels if STEP_LOSS not in panel.names]
-    both = [panel for panel in panels if {"train", "val"} <= {story.split(name) for name in panel.names}]
+    both = [panel for panel in panels if {"train", "val"} <= {split(name) for name in panel.names}]
     losses = [panel for panel in panels if panel.title == "loss"]
     losses += [panel for panel in panels if panel.title.endswith(" loss")]
     chosen = [*losses[:1], *([] if own else [*both, *panels])][:1]
     names = list(chosen[0].names) if chosen else []
-    same = [name for name in names if own and story.split(name) in ("train", "")]  # the loss of every step says more
+    same = [name for name in names if own and split(name) in ("train", "")]  # the loss of every step says more
     names = [*own, *(name for name in names if name not in same)][:STYLES]
     if not names:
         return None, []

@@ -1,21 +1,19 @@
 """What there is to say of a training: how it went, what was found, what happened when."""
 
 import math
-import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from lightning_recipes.core.early_stopping import Curve, reading
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.series import Bin, Series
+from lightning_recipes.report.names import base, split, tokens
 from lightning_recipes.report.numbers import shown
 from lightning_recipes.report.run import STEP_LOSS, Run
 from lightning_recipes.report.svg import Event
 
 SEVERITIES = ("error", "warning", "info")
-SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 LOWER = {"loss", "error", "err", "mse", "mae", "rmse", "nll", "perplexity", "ppl", "wer", "cer", "fid"}
 HIGHER = {"acc", "accuracy", "f1", "auc", "auroc", "precision", "recall", "iou", "miou", "dice", "bleu", "map", "psnr"}
 KINDS = {
@@ -154,37 +152,13 @@ def panels(names: Iterable[str]) -> list[Panel]:
     return [Panel(title, each) for title, each in by_base.items()]
 
 
-def split(name: str) -> Literal["train", "val", "test", ""]:
-    """Which data a name speaks of.
-
-    Example:
-        >>> split("val/acc_epoch"), split("train_loss_step"), split("loss")
-        ('val', 'train', '')
-    """
-    found = [SPLITS[token] for token in _tokens(name) if token in SPLITS]
-    return found[0] if found else ""  # type: ignore[return-value] # the values of SPLITS
-
-
-def base(name: str) -> str:
-    """What a name measures, on whatever data.
-
-    Example:
-        >>> base("val/acc_epoch"), base("train_loss_step"), base("loss"), base("val_loss_raw")
-        ('acc', 'loss', 'loss', 'loss')
-    """
-    tokens = [token for token in _tokens(name) if token not in SPLITS]
-    while len(tokens) > 1 and tokens[-1] in ("step", "epoch", "raw"):
-        tokens.pop()
-    return " ".join(tokens) or name
-
-
 def best(run: Run) -> Best | None:
     """The best validation of the run: of its loss, or else of a metric whose better direction is known by its name."""
-    candidates = [name for name in run.series if split(name) == "val" and "raw" not in _tokens(name)]
+    candidates = [name for name in run.series if split(name) == "val" and "raw" not in tokens(name)]
     for good, pick in ((LOWER, min), (HIGHER, max)):
         for name in sorted(candidates, key=lambda name: (base(name) != "loss", len(name))):
             bins = [each for each in run.series[name].bins if each.count]
-            if bins and good & set(_tokens(name)):
+            if bins and good & set(tokens(name)):
                 where = pick(bins, key=lambda each: each.low if pick is min else each.high)
                 value, step = (where.low, where.low_at) if pick is min else (where.high, where.high_at)
                 return Best(name, value, step, run.series[name].newest, pick is min)
@@ -288,15 +262,11 @@ def _broken(run: Run) -> list[str]:
 
 def _lost(run: Run) -> list[str]:
     """The losses among it."""
-    return [name for name in _broken(run) if "loss" in _tokens(name)]
+    return [name for name in _broken(run) if "loss" in tokens(name)]
 
 
 def _rank(severity: str) -> int:
     return SEVERITIES.index(severity) if severity in SEVERITIES else len(SEVERITIES)
-
-
-def _tokens(name: str) -> list[str]:
-    return [token for token in re.split(r"[^a-z0-9]+", re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()) if token]
 
 
 def _letter(finding: Finding) -> str:

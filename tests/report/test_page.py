@@ -187,6 +187,15 @@ def test_metrics_of_different_data_share_their_axes() -> None:
     assert made == {"loss": ["train_loss", "val/loss"], "acc": ["trainAcc", "val_acc_epoch"], "x": ["x"]}
 
 
+def test_names_in_any_script_are_told_apart() -> None:
+    made = {panel.title: panel.names for panel in panels(["损失_a", "精度_a", "précision", "val_损失_a"])}
+    assert made == {
+        "损失 a": ["损失_a", "val_损失_a"],
+        "精度 a": ["精度_a"],
+        "précision": ["précision"],
+    }
+
+
 def test_the_best_validation_has_the_direction_of_its_metric() -> None:
     for name, value in (("val_loss", 1.0), ("val_acc", 3.0), ("val/f1", 3.0)):
         found = best(Run(series={name: series([2.0, 1.0, 3.0, 2.0])}))

@@ -1,0 +1,40 @@
+"""What the name of a metric says: of which data it is, and what it measures."""
+
+import re
+from typing import Literal
+
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+
+def tokens(name: str) -> list[str]:
+    """The words of a name, in any script.
+
+    Example:
+        >>> tokens("val/topAcc_1"), tokens("精度_损失")
+        (['val', 'top', 'acc', '1'], ['精度', '损失'])
+    """
+    return [token for token in re.split(r"[\W_]+", re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()) if token]
+
+
+def split(name: str) -> Literal["train", "val", "test", ""]:
+    """Which data a name speaks of.
+
+    Example:
+        >>> split("val/acc_epoch"), split("train_loss_step"), split("loss")
+        ('val', 'train', '')
+    """
+    found = [SPLITS[token] for token in tokens(name) if token in SPLITS]
+    return found[0] if found else ""  # type: ignore[return-value] # the values of SPLITS
+
+
+def base(name: str) -> str:
+    """What a name measures, on whatever data.
+
+    Example:
+        >>> base("val/acc_epoch"), base("train_loss_step"), base("loss"), base("val_loss_raw")
+        ('acc', 'loss', 'loss', 'loss')
+    """
+    words = [token for token in tokens(name) if token not in SPLITS]
+    while len(words) > 1 and words[-1] in ("step", "epoch", "raw"):
+        words.pop()
+    return " ".join(words) or name
