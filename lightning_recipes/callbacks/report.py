@@ -29,7 +29,7 @@ from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.report import Record
 from lightning_recipes.report.numbers import duration, shown, size
 from lightning_recipes.report.page import PAGE, TEXT, render
-from lightning_recipes.report.reading import FINDINGS, STATE, cut, plain, read_extras, read_findings
+from lightning_recipes.report.reading import FINDINGS, STATE, cut, note_left_out, plain, read_extras, read_findings
 from lightning_recipes.report.run import STEP_LOSS, Run, finding_of
 
 UNREAD = 1000  # values that wait on their device until they are read together
@@ -282,8 +282,7 @@ class TrainingReport(pl.Callback):
             setup=_setup(trainer),
             costs=self._costs(trainer),
         )
-        if self.rule.left_out:
-            run.notes.append(f"More names were logged than are kept: {self.rule.left_out:,} values are left out.")
+        note_left_out(self.rule, run.notes)
         read_extras(self._folder, run)
         return run
 

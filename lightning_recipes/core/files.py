@@ -59,7 +59,7 @@ def replaced(path: str | Path, by: str = "part", sync: bool = False) -> Iterator
 def put(path: Path, text: str) -> None:
     """Give a text file new contents, all at once."""
     with replaced(path, by=str(os.getpid())) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="replace"))
 
 
 def append_line(path: Path, line: str) -> None:

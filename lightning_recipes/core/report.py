@@ -7,11 +7,13 @@ import torch
 
 from lightning_recipes.core.series import Series
 
+FIRST = ("loss", "val", "epoch", "lr", "learning_rate")  # in the names that matter most
 NAMES = 256  # series at most
 
 
 class Record:
-    """The series of a training by their names, 256 of them at most.
+    """The series of a training by their names, 256 of them at most: losses, validations, epochs and learning rates take
+    the place of others where there are more.
 
     Example:
         >>> record = Record()
@@ -22,7 +24,7 @@ class Record:
 
     def __init__(self) -> None:
         self.series: dict[str, Series] = {}
-        self.left_out = 0  # points of further names
+        self.left_out = 0  # points of other names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.series)
@@ -30,8 +32,11 @@ class Record:
     def update(self, name: str, step: int, value: float) -> None:
         """Remember a value."""
         if name not in self.series and len(self.series) >= NAMES:
-            self.left_out += 1
-            return
+            spare = [each for each in self.series if not _matters(each)] if _matters(name) else []
+            if not spare:
+                self.left_out += 1
+                return
+            self.left_out += self.series.pop(spare[-1]).points
         self.series.setdefault(name, Series()).update(step, value)
 
     def state_dict(self) -> dict[str, Any]:
@@ -53,3 +58,7 @@ class Record:
             for name, state in state_dict["series"].items()
         }
         self.left_out = state_dict["left_out"]
+
+
+def _matters(name: str) -> bool:
+    return any(word in name.lower() for word in FIRST)

@@ -97,8 +97,8 @@ class Series:
         point = bin_of(step, value)
         self.newest = value if point.count else None
         back = bool(self.bins) and step < self.bins[-1].last
-        while self.bins and back and self.bins[-1].last >= step:
-            self.bins.pop()
+        if back:
+            self.forget(step)
         if self.bins and self.bins[-1].points < self.width:
             self.bins[-1].merge(point)
             return back
@@ -107,6 +107,11 @@ class Series:
             self.width *= 2
         self.bins.append(point)
         return back
+
+    def forget(self, step: int) -> None:
+        """Forget what was remembered from a step on, by whole bins."""
+        while self.bins and self.bins[-1].last >= step:
+            self.bins.pop()
 
     def coarse(self, most: int) -> list[Bin]:
         """The course in at most so many bins."""
@@ -139,9 +144,10 @@ class Series:
         """What :meth:`as_rows` gave."""
         series = cls(most)
         series.width, series.newest = width, newest
-        for first, last, count, mean, squares, low, high, *counted in rows:
-            bad, low_at, high_at = (int(each) for each in counted)
-            series.bins.append(Bin(int(first), int(last), int(count), mean, squares, low, high, bad, low_at, high_at))
+        for row in rows:
+            first, last, count, bad, low_at, high_at = (int(each) for each in (*row[:3], *row[7:]))
+            mean, squares, low, high = (float(each) for each in row[3:7])
+            series.bins.append(Bin(first, last, count, mean, squares, low, high, bad, low_at, high_at))
         return series
 
 

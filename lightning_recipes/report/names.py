@@ -16,6 +16,11 @@ def tokens(name: str) -> list[str]:
     return [token for token in re.split(r"[\W_]+", re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()) if token]
 
 
+def trains(name: str) -> bool:
+    """Whether a metric is of the training, and not of a test after it, nor of its clock."""
+    return name not in ("epoch", "step", "hp_metric") and split(name) != "test"
+
+
 def split(name: str) -> Literal["train", "val", "test", ""]:
     """Which data a name speaks of.
 

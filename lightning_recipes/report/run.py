@@ -1,13 +1,16 @@
 """What is known of one training."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.series import Series
+from lightning_recipes.report.names import trains
 
 STEP_LOSS = "loss of training_step"  # the series of every step, which no logger has
+
+LARGEST_STEP = 2**63  # of an int64
 
 PLAIN = ("name", "ended", "resumed", "steps", "hyperparameters", "callbacks", "setup", "costs")
 
@@ -53,7 +56,7 @@ class Run:
     @property
     def updates(self) -> int:
         """How many are known to have been made."""
-        logged = [series.bins[-1].last + 1 for series in self.series.values() if series.bins]
+        logged = [series.bins[-1].last + 1 for name, series in self.series.items() if series.bins and trains(name)]
         return self.steps or max(logged, default=0)
 
     def as_dict(self) -> dict[str, Any]:
@@ -69,11 +72,21 @@ class Run:
 
     @classmethod
     def of_dict(cls, values: Mapping[str, Any]) -> "Run":
-        """What :meth:`as_dict` gave."""
-        run = cls(**{name: values[name] for name in PLAIN if name in values})
-        for name, each in values.get("series", {}).items():
+        """What :meth:`as_dict` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: If it is something else.
+        """
+        run, empty = cls(**{name: values[name] for name in PLAIN}), cls()
+        for name in PLAIN:
+            if type(getattr(run, name)) is not type(getattr(empty, name)):
+                raise TypeError(f"{name} is not that of a run")
+        texts = [text for name in PLAIN[4:] for text in getattr(run, name).values()]
+        if not all(isinstance(step, int) for step in run.resumed) or not all(isinstance(text, str) for text in texts):
+            raise TypeError("not of a run")
+        for name, each in values["series"].items():
             run.series[name] = Series.of_rows(each["bins"], each["width"], newest=each["newest"])
-        run.findings = [finding_of(each) for each in values.get("findings", ())]
+        run.findings = [finding_of(each) for each in values["findings"]]
         return run
 
 
@@ -88,8 +101,13 @@ def finding_of(values: Mapping[str, Any]) -> Finding:
         finding = Finding(**{name: value for name, value in values.items() if name in names})
     except (TypeError, AttributeError) as error:
         raise ValueError(f"not a finding: {error}") from None
-    if not isinstance(finding.step, int) or not all(
-        isinstance(each, str) for each in list(asdict(finding).values())[:4]
+    texts = (finding.rule, finding.severity, finding.message, finding.advice, finding.source)
+    if (
+        not all(isinstance(text, str) for text in texts)
+        or not isinstance(finding.step, int)
+        or abs(finding.step) > LARGEST_STEP
+        or not isinstance(finding.evidence, dict)
+        or not all(isinstance(value, str | int | float) for value in finding.evidence.values())
     ):
         raise ValueError("not a finding")
     return finding

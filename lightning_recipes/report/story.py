@@ -235,7 +235,7 @@ def describe(name: str, series: Series) -> str:
 
 def _how(run: Run) -> str:
     ended = run.ended or "Read from its files"
-    after = f" after {run.updates:,} updates" if run.series else ""
+    after = f" after {run.updates:,} updates" if run.updates else ""
     time = next((run.costs[name] for name in ("wall time", "time from first to last entry") if name in run.costs), "")
     sentence = f"{ended[0].upper()}{ended[1:]}{after}{f' in {time}' if time else ''}."
     broken = _broken(run)

@@ -211,7 +211,8 @@ def chart(
     labels = [shown(tick) for tick in y.ticks(max(2, int(abs(y.end - y.start) / 36)))]
     left = 10 + CHARACTER * max((len(label) for label in labels), default=1)
     steps = [point.x for point in points]
-    x = Axis(min(steps), max(steps) if max(steps) > min(steps) else min(steps) + 1, left, width - 10, log_x)
+    least = max(1.0, abs(min(steps)) * 1e-9)  # that a float can tell from the first step
+    x = Axis(min(steps), max(*steps, min(steps) + least), left, width - 10, log_x)
     picture.axes(x, y, x_label, least=1)
     for value, _ in guides:
         picture.line("guide", x.start, y(value), x.end, y(value))
