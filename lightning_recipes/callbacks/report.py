@@ -49,10 +49,10 @@ class TrainingReport(pl.Callback):
     of the learning rate, the best validation); the gradient norm with its threshold and histogram, update ratios, the
     members of an ensemble; hyper-parameters, callbacks, versions, devices and costs.
 
-    It is written by rank zero when a validation ends, not more often than ``every_n_seconds``, and when the training
-    ends, by an exception or Ctrl-C, too; with ``fast_dev_run`` not at all. The training is the same bit for bit. The
-    page of a resumed run shows the parts before, which are in the checkpoint. Losses and metrics are those of rank zero
-    unless the module reduces them.
+    It is written by rank zero when the training begins, when a validation ends, not more often than
+    ``every_n_seconds``, and when the training ends, by an exception or Ctrl-C, too; with ``fast_dev_run``, or where
+    nothing is left to train, not at all. The training is the same bit for bit. The page of a resumed run shows the
+    parts before, which are in the checkpoint. Losses and metrics are those of rank zero unless the module reduces them.
 
     Cost: some 10 microseconds a step; what is logged is read back 1,000 values together, before a page and a save.
     Each series is kept in 256 bins at most, 20 kB of every checkpoint. Writing the page takes some tenths of a second.
@@ -137,10 +137,11 @@ class TrainingReport(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = self._written = time.monotonic()
-        self._began_at, self._before = logger_step(trainer), self._seconds
+        self._began_at, self._before = _updates(trainer), self._seconds
         self._seen = dict(trainer.callback_metrics) if self._folder is not None else {}
         if self._began_at and self._folder is not None:
             self._resumed.append(self._began_at)
+        self._write(trainer, pl_module)  # or a killed run would have the page of the one before it
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -153,7 +154,7 @@ class TrainingReport(pl.Callback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if trainer.state.fn == TrainerFn.FITTING and self._ended == "running":
-            said = str(exception).strip().split("\n")[0]
+            said = cut(str(exception).strip().split("\n")[0])
             how = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
             self._ended = f"{how} by {type(exception).__name__}" + (f": {said}" if said else "")
             self._write(trainer, pl_module)
@@ -161,7 +162,8 @@ class TrainingReport(pl.Callback):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and self._folder is not None:
+        trained = self._ended != "running"  # else nothing was left to do
+        if trainer.state.fn == TrainerFn.FITTING and self._folder is not None and trained:
             self._write(trainer, pl_module)
             if self.path is not None:
                 rank_zero_info(f"Training report: {self.path}")
@@ -189,7 +191,8 @@ class TrainingReport(pl.Callback):
         name = _optimizer_name(trainer, optimizer)
         for index, group in enumerate(optimizer.param_groups):
             rate = group["lr"]
-            label = name if len(optimizer.param_groups) == 1 else f"{name}/pg{index + 1}"
+            part = group.get("name", "" if len(optimizer.param_groups) == 1 else f"pg{index + 1}")
+            label = f"{name}/{part}" if part else name
             self._rates.add(label)
             self._take(label, logger_step(trainer), rate.detach().clone() if isinstance(rate, Tensor) else rate)
 
@@ -228,7 +231,7 @@ class TrainingReport(pl.Callback):
             return
         metrics = dict(trainer.callback_metrics)
         for name, value in metrics.items():
-            forked = f"{name}_step" in metrics or f"{name}_epoch" in metrics
+            forked = any(_is_same(value, metrics.get(f"{name}_{part}")) for part in ("step", "epoch"))
             own = name in self._rates  # LearningRateMonitor has it, too
             if isinstance(value, Tensor) and not _is_same(value, self._seen.get(name)) and not forked and not own:
                 self._take(name, step, value)
@@ -275,7 +278,7 @@ class TrainingReport(pl.Callback):
             ended=self._ended,
             series=dict(self.rule.series),
             findings=self._findings(),
-            steps=logger_step(trainer),
+            steps=_updates(trainer),
             resumed=self._resumed,
             hyperparameters=_hyperparameters(trainer, pl_module),
             callbacks=_callbacks(trainer),
@@ -300,7 +303,7 @@ class TrainingReport(pl.Callback):
 
     def _costs(self, trainer: pl.Trainer) -> dict[str, str]:
         costs = {"wall time": duration(self._elapsed())}
-        updates, seconds = logger_step(trainer) - self._began_at, self._elapsed() - self._before
+        updates, seconds = _updates(trainer) - self._began_at, self._elapsed() - self._before
         if updates and seconds:
             costs["updates per second, validation included"] = shown(updates / seconds)
         if trainer.strategy.root_device.type == "cuda":
@@ -329,6 +332,14 @@ class TrainingReport(pl.Callback):
         self.rule.load_state_dict(state_dict["rule"])
         self._earlier = [finding_of(each) for each in state_dict["findings"]]
         self._resumed, self._seconds = list(state_dict["resumed"]), state_dict["seconds"]
+
+
+def _updates(trainer: pl.Trainer) -> int:
+    """How many were made; Lightning counts that of a batch behind its hooks and its validation."""
+    loop = trainer.fit_loop.epoch_loop
+    batches: Any = loop.batch_progress.current
+    uncounted = trainer.validating or batches.processed > batches.completed
+    return logger_step(trainer) + (uncounted and not loop._should_accumulate())
 
 
 def _is_same(value: Tensor, seen: Any) -> bool:
@@ -382,10 +393,11 @@ def _callbacks(trainer: pl.Trainer) -> dict[str, str]:
 
 
 def _arguments(callback: Any) -> str:
-    """The arguments that differ from the defaults, as far as the callback has attributes of their names."""
+    """The arguments that differ from the defaults, as far as its rule or the callback has attributes of their names."""
+    holders = [each for each in (getattr(callback, "rule", None), callback) if hasattr(each, "__dict__")]
     given = []
     for name, parameter in inspect.signature(type(callback).__init__).parameters.items():
-        held = [getattr(callback, each) for each in (name, f"_{name}") if each in vars(callback)]
+        held = [getattr(each, own) for each in holders for own in (name, f"_{name}") if own in vars(each)]
         if held and not callable(held[0]) and str(held[0]) != str(parameter.default):
             given.append(f"{name}={cut(repr(held[0]) if isinstance(held[0], str) else str(held[0]))}")
     return ", ".join(given)

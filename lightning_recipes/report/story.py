@@ -129,6 +129,8 @@ def verdict(run: Run) -> tuple[str, str, str]:
     if groups:
         first = groups[0].latest
         return _how(run), f"No warning. {first.rule}: {first.message}", first.advice
+    if not run.series and run.ended == "running":
+        return _how(run), "Nothing was logged yet.", "Open the page again after the first validation."
     if not run.series:
         return _how(run), "Nothing was logged and nothing found.", "Log a loss, or attach a recipe."
     if run.callbacks:
@@ -171,12 +173,16 @@ def events(run: Run, rates: Mapping[str, Series]) -> list[Event]:
     top = best(run)
     if top is not None:
         found.append(Event(top.step, "B", f"best {top.name}, {shown(top.value)}, at {top.step:,}"))
+    exact = any("not finite" in each.rule and "decision" in each.evidence for each in run.findings)
+    cuts = [each.step for each in run.findings if _letter(each) == "C"]
     for finding in run.findings:
         letter = _letter(finding)
+        if letter == "N" and exact and "decision" not in finding.evidence:
+            continue  # a count of what has its own marks
         if letter and (letter != "W" or 0 < finding.step < run.updates):  # neither before the training nor in its end
             found.append(Event(finding.step, letter, f"{KINDS[letter]} at {finding.step:,}: {finding.rule}"))
     for series in rates.values():
-        found += _jumps([each for each in series.bins if each.count])
+        found += _jumps([each for each in series.bins if each.count], cuts)
         break  # the others are those of further groups
     broken = run.series.get(STEP_LOSS)
     first = next((each for each in broken.bins if each.bad), None) if broken else None
@@ -282,15 +288,16 @@ def _letter(finding: Finding) -> str:
     return "W" if finding.severity != "info" else ""
 
 
-def _jumps(bins: Sequence[Bin]) -> list[Event]:
-    """Where a learning rate falls or rises at once, neither before nor behind it."""
+def _jumps(bins: Sequence[Bin], told: Sequence[int]) -> list[Event]:
+    """Where a learning rate falls or rises at once, neither before nor behind it, and no cut was told of there."""
     found = []
     for before, here, there, after in zip(bins, bins[1:], bins[2:], [*bins[3:], bins[-1]], strict=False):
         if min(each.low for each in (before, here, there, after)) <= 0:
             continue
         ratio = there.mean / here.mean
         around = max(abs(here.mean / before.mean - 1), abs(after.mean / there.mean - 1))
-        if around < abs(ratio - 1) / 2 and ratio < CUT:
+        known = any(here.first < step <= there.last for step in told)
+        if around < abs(ratio - 1) / 2 and ratio < CUT and not known:
             found.append(Event(there.first, "C", f"learning rate cut at {there.first:,} to {shown(there.mean)}"))
         elif around < abs(ratio - 1) / 2 and ratio > UP:
             found.append(Event(there.first, "U", f"learning rate up again at {there.first:,} to {shown(there.mean)}"))

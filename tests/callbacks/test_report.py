@@ -14,7 +14,7 @@ from pages import Page
 from ranks import run_on_ranks
 from torch import Tensor
 
-from lightning_recipes import InstabilityDetector, PercentileGradientClipping, TrainingReport
+from lightning_recipes import EarlyStopping, InstabilityDetector, PercentileGradientClipping, TrainingReport
 from lightning_recipes.__main__ import main
 from lightning_recipes.callbacks.telling import log_scalars, note
 from lightning_recipes.core.findings import Finding
@@ -138,7 +138,7 @@ def test_a_run_that_breaks_off_has_its_page(error: BaseException, said: str, tmp
     with pytest.raises((RuntimeError, SystemExit)):
         train(tmp_path, TrainingReport(), Breaks())
     assert said in page(tmp_path).text
-    assert "after 19 updates" in page(tmp_path).text
+    assert "after 20 updates" in page(tmp_path).text
     assert "Best val_loss" in page(tmp_path).text
 
 
@@ -156,11 +156,11 @@ def test_it_is_refreshed_at_validations_but_not_too_often(tmp_path: Path, monkey
 
     train(tmp_path, TrainingReport(1e-9), Looks(), num_sanity_val_steps=0)
     assert ["Running" in text for text in seen] == [True] * 3
-    assert "Running after 11 updates" in seen[0]
+    assert "Running after 12 updates" in seen[0]
     writes: list[Any] = []
     monkeypatch.setattr(TrainingReport, "_write", lambda *_: writes.append(1))
     train(tmp_path, TrainingReport(), val_check_interval=1)
-    assert writes == [1]
+    assert writes == [1, 1]  # at the start and at the end
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
@@ -197,11 +197,65 @@ def test_a_resumed_run_shows_both_parts_and_resumes_exactly(tmp_path: Path) -> N
     for name in {*expected.rule} - {"train_loss_epoch"}:  # Lightning forgets the epoch's losses before a save
         assert points(report, name) == points(expected, name)
     text = page(tmp_path / "resumed").text
-    for said in ("resumed at 16", "Finished after 48 updates", "It was seen."):
+    for said in ("resumed at 17", "Finished after 48 updates", "It was seen."):
         assert said in text
     assert main(["report", str(tmp_path / "resumed")]) == 0
     assert "It was seen." in page(tmp_path / "resumed").text
     assert "2 times" not in page(tmp_path / "resumed").text
+
+
+def test_a_fit_with_nothing_left_to_do_leaves_the_page_alone(tmp_path: Path) -> None:
+    report = TrainingReport()
+    trainer = train(tmp_path, report, epochs=2)
+    before = (tmp_path / "report.html").read_text(encoding="utf-8")
+    trainer.fit(trainer.lightning_module, regression_data(), regression_data(2))
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == before
+    assert "Finished after 24 updates" in before
+    train(tmp_path / "none", TrainingReport(), epochs=0)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_killed_run_has_not_the_page_of_the_one_before(tmp_path: Path) -> None:
+    seen: list[tuple[str, str]] = []
+
+    class Looks(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.global_step == 5:
+                seen.append((page(tmp_path).text, read_run(tmp_path).ended))
+
+    train(tmp_path, TrainingReport(), epochs=1)
+    train(tmp_path, TrainingReport(), Looks(), epochs=1)
+    ((text, ended),) = seen
+    assert "Running" in text
+    assert "Finished" not in text
+    assert ended == ""
+
+
+def test_metrics_that_are_named_like_the_halves_of_others_stay(tmp_path: Path) -> None:
+    class ByHand(Logs):
+        def on_train_epoch_end(self) -> None:
+            self.log("train_plain_epoch", float(self.current_epoch))
+
+    report = TrainingReport()
+    train(tmp_path, report, module=ByHand())
+    assert [step for step, _ in points(report, "train_plain")] == list(range(3, 36, 4))
+    assert [value for _, value in points(report, "train_plain_epoch")] == [0.0, 1.0, 2.0]
+    assert "train_loss" not in report.rule.series
+
+
+@pytest.mark.parametrize("names", [("body", "head"), ("body",), ()])
+def test_learning_rates_have_the_names_of_their_groups(names: tuple[str, ...], tmp_path: Path) -> None:
+    def make_optimizer(parameters: Any) -> torch.optim.Optimizer:
+        first, *rest = parameters
+        groups = [{"params": each} for each in ([first], rest)] if len(names) != 1 else [{"params": [first, *rest]}]
+        return torch.optim.SGD([{**group, **({"name": names[at]} if names else {})} for at, group in enumerate(groups)])
+
+    report = TrainingReport()
+    train(
+        tmp_path, report, LearningRateMonitor(), module=Logs(make_optimizer=make_optimizer), logger=CSVLogger(tmp_path)
+    )
+    rates = {name for name in report.rule if name.startswith("lr-")}
+    assert rates == {f"lr-SGD/{name}" for name in names or ("pg1", "pg2")}
 
 
 def test_a_second_fit_goes_on(tmp_path: Path) -> None:
@@ -229,6 +283,19 @@ def test_beside_the_recipes_their_doings_are_on_the_page(tmp_path: Path) -> None
         assert said in text
 
 
+def test_an_exception_of_any_length_is_cut(tmp_path: Path) -> None:
+    class Breaks(pl.Callback):
+        def on_validation_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            if not trainer.sanity_checking:
+                raise RuntimeError("x" * 50_000)
+
+    with pytest.raises(RuntimeError):
+        train(tmp_path, Breaks(), TrainingReport())
+    assert "x…" in page(tmp_path).text
+    assert "x" * 300 not in page(tmp_path).text
+    assert "after 12 updates" in page(tmp_path).text
+
+
 def test_hyper_parameters_are_escaped_and_cut(tmp_path: Path) -> None:
     class Named(Logs):
         def __init__(self, title: str = "<script>alert(1)</script>", blob: str = "x" * 5000) -> None:
@@ -253,6 +320,13 @@ def test_callbacks_are_there_with_what_they_were_asked(tmp_path: Path) -> None:
     assert "options={'width': 8}, title='xxx" in text
     assert "x" * 300 not in text
     assert "with its defaults" in text
+
+
+def test_what_was_asked_is_not_what_came_of_it(tmp_path: Path) -> None:
+    train(tmp_path, TrainingReport(), EarlyStopping("val_loss", patience=5), epochs=2)
+    text = page(tmp_path).text
+    assert "monitor='val_loss', patience=5" in text
+    assert "min_delta" not in text
 
 
 def test_values_that_are_not_finite_are_no_trouble(tmp_path: Path) -> None:

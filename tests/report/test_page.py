@@ -224,6 +224,21 @@ def test_events_come_from_findings_and_learning_rates() -> None:
         assert label in text
 
 
+def test_what_happened_once_is_marked_once() -> None:
+    rate = series([0.1] * 10 + [0.01] * 10)
+    told = [
+        finding("learning rate cut", "info", 98),
+        finding("not finite", step=120, decision="told"),
+        finding("gradient not finite", step=140, nonfinite=1),
+    ]
+    run = Run(series={"lr-SGD": rate}, findings=told)
+    assert [(event.letter, event.step) for event in events(run, {"lr-SGD": rate})] == [("C", 98), ("N", 120)]
+
+
+def test_a_training_that_has_just_begun_asks_for_nothing() -> None:
+    assert verdict(Run(ended="running"))[1] == "Nothing was logged yet."
+
+
 def test_thousands_of_events_are_no_burden() -> None:
     told = [finding(decision="cancelled", step=step) for step in range(20_000)]
     html, markdown = render(Run(series={"loss": series([1.0] * 2000)}, findings=told))
