@@ -14,6 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -155,7 +156,7 @@ class TrainingReport(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if trainer.state.fn == TrainerFn.FITTING and self._ended == "running":
             said = cut(str(exception).strip().split("\n")[0])
-            how = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
+            how = "interrupted" if isinstance(exception, KeyboardInterrupt | SIGTERMException) else "failed"
             self._ended = f"{how} by {type(exception).__name__}" + (f": {said}" if said else "")
             self._write(trainer, pl_module)
         self._finish()

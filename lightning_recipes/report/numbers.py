@@ -1,6 +1,8 @@
 """Numbers as people write them."""
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 
 
 def shown(value: float) -> str:
@@ -24,6 +26,21 @@ def shown(value: float) -> str:
         return f"{value:,.0f}"
     text = f"{value:.{max(0, 3 - math.floor(math.log10(magnitude)))}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def labels(ticks: Sequence[float]) -> list[str]:
+    """The numbers of an axis, in as many digits as tell them apart.
+
+    Example:
+        >>> labels([0, 500, 1000]), labels([2.3015, 2.302, 2.3025]), labels([12345.5, 12346])
+        (['0', '500', '1,000'], ['2.3015', '2.3020', '2.3025'], ['12,345.5', '12,346.0'])
+    """
+    short = [shown(tick) for tick in ticks]
+    step = min((after - before for before, after in pairwise(ticks)), default=math.inf)
+    if all(abs(float(text.replace(",", "")) - tick) < step / 10 for text, tick in zip(short, ticks, strict=True)):
+        return short
+    decimals = max(0, math.ceil(-math.log10(step) - 1e-9))
+    return [f"{tick:,.{decimals}f}" for tick in ticks]
 
 
 def duration(seconds: float) -> str:

@@ -243,7 +243,7 @@ def _how(run: Run) -> str:
     ended = run.ended or "Read from its files"
     after = f" after {run.updates:,} updates" if run.updates else ""
     time = next((run.costs[name] for name in ("wall time", "time from first to last entry") if name in run.costs), "")
-    sentence = f"{ended[0].upper()}{ended[1:]}{after}{f' in {time}' if time else ''}."
+    sentence = f"{ended[0].upper()}{ended[1:]}{after}{f' in {time}' if time and run.updates else ''}."
     broken = _broken(run)
     if broken:
         sentence += f" At the end {', '.join(broken[:3])} {'was' if len(broken) == 1 else 'were'} not finite."

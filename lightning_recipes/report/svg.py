@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup, escape
 
-from lightning_recipes.report.numbers import shown
+from lightning_recipes.report.numbers import labels
 
 FONT = 12  # pixels of all text, where the picture has its own size
 CHARACTER = 6.4  # pixels of a character on average
@@ -93,7 +93,8 @@ class Axis:
         """Round values within, some of them, no closer than ``least``."""
         if self.log:
             return _decades(self.low, self.high, most)
-        step = _round_up(max(least, (self.high - self.low) / most))
+        apart = math.ulp(max(abs(self.low), abs(self.high)))  # what a float can tell
+        step = _round_up(max(least, (self.high - self.low) / most, apart))
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [number * step for number in range(first, last + 1)]
 
@@ -149,11 +150,12 @@ class Picture:
 
     def axes(self, x: Axis, y: Axis, x_label: str, least: float = 0.0) -> None:
         """Draw grid and numbers, those of x no closer than ``least``."""
-        for tick in y.ticks(max(2, int(abs(y.end - y.start) / 36))):
+        heights = y.ticks(max(2, int(abs(y.end - y.start) / 36)))
+        for tick, text in zip(heights, labels(heights), strict=True):
             self.line("tick", x.start, y(tick), x.end, y(tick))
-            self.text(x.start - 5, y(tick) + 4, shown(tick), "end")
-        for tick in x.ticks(max(2, int((x.end - x.start) / 62)), least):
-            text = shown(tick)
+            self.text(x.start - 5, y(tick) + 4, text, "end")
+        places = x.ticks(max(2, int((x.end - x.start) / 62)), least)
+        for tick, text in zip(places, labels(places), strict=True):
             self.line("tick", x(tick), y.start, x(tick), y.start + 4)
             self.text(min(x(tick), self.width - 4 - len(text) * CHARACTER / 2), y.start + 17, text, "middle")
         self.line("axis", x.start, y.start, x.end, y.start)
@@ -208,8 +210,8 @@ def chart(
     points = [point for line in lines for point in line.points if math.isfinite(point.y)]
     y_low, y_high, log = _range([(point.low, point.high) for point in points], [value for value, _ in guides])
     y = Axis(y_low, y_high, height - 38, top, log)
-    labels = [shown(tick) for tick in y.ticks(max(2, int(abs(y.end - y.start) / 36)))]
-    left = 10 + CHARACTER * max((len(label) for label in labels), default=1)
+    heights = labels(y.ticks(max(2, int(abs(y.end - y.start) / 36))))
+    left = 10 + CHARACTER * max((len(label) for label in heights), default=1)
     steps = [point.x for point in points]
     least = max(1.0, abs(min(steps)) * 1e-9)  # that a float can tell from the first step
     x = Axis(min(steps), max(*steps, min(steps) + least), left, width - 10, log_x)

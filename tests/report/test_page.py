@@ -130,6 +130,15 @@ def test_ticks_are_round_few_and_within(low: float, high: float) -> None:
     assert all(low - 1e-9 * abs(low) <= tick <= high + 1e-9 * abs(high) for tick in ticks)
 
 
+@pytest.mark.parametrize("middle", [2.3026, 0.99905, -12345.0, 10240.0, 3e-9, 1e9])
+def test_no_two_ticks_have_the_same_number(middle: float) -> None:
+    for width in (1e-4, 1e-6):
+        points = [Point(step, value, value, value) for step in range(20) for value in [middle * (1 + width * step)]]
+        written = re.findall(r'text-anchor="end">([^<u]*)<', str(chart("k", "t", "d", [Line("a", points)])))
+        assert len(written) >= 2
+        assert len({*written}) == len(written)
+
+
 def test_findings_of_a_rule_are_together_and_the_worst_first() -> None:
     told = [finding("a", "info", 1), finding("b", "warning", 2), finding("c", "error", 3), finding("b", "warning", 9)]
     groups = group(told)
@@ -235,8 +244,17 @@ def test_what_happened_once_is_marked_once() -> None:
     assert [(event.letter, event.step) for event in events(run, {"lr-SGD": rate})] == [("C", 98), ("N", 120)]
 
 
+def test_letters_have_their_key_without_curves_too() -> None:
+    run = Run(series={"grad_norm": falling()}, findings=[finding(decision="cancelled", step=31)])
+    read = page(run)
+    assert not any(each.get("id") == "curves" for each in read.all("section"))
+    assert [each["class"] for each in read.all("ul") if "class" in each].count("key") == 1
+    assert "update skipped at 31" in read.text
+
+
 def test_a_training_that_has_just_begun_asks_for_nothing() -> None:
-    assert verdict(Run(ended="running"))[1] == "Nothing was logged yet."
+    how, what, _ = verdict(Run(ended="running", costs={"wall time": "0.004 s"}))
+    assert (how, what) == ("Running.", "Nothing was logged yet.")
 
 
 def test_thousands_of_events_are_no_burden() -> None:
