@@ -25,7 +25,7 @@ from lightning_recipes.callbacks.outlets import Files
 from lightning_recipes.callbacks.rehearsal import unharmed
 from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.telling import run_folder, show, spared, tell
-from lightning_recipes.callbacks.trials import ModuleTrials, peak_rate, progress, run_trials, settings_of
+from lightning_recipes.callbacks.trials import ModuleTrials, own_rate, progress, run_trials, settings_of
 from lightning_recipes.callbacks.unused import pass_over_unused
 from lightning_recipes.core.arguments import check_count, check_flag, check_name
 from lightning_recipes.core.findings import Finding
@@ -168,7 +168,7 @@ class WarmupSweep(pl.Callback):
         if steps < LEAST:
             tell(trainer, _too_short(int(steps)))
             return
-        own = peak_rate(trainer.optimizers[0].param_groups[0])
+        own = own_rate(trainer.optimizers[0])
         search = WarmupSearch(own, int(steps), *self._asked)
         path, known = self._prepare(trainer)
         settings = {**settings_of(trainer), "callbacks": self._in_trials}
