@@ -15,7 +15,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -25,6 +24,7 @@ from lightning_recipes.callbacks.learning_rates import length_of
 from lightning_recipes.callbacks.sharding import copied, is_sharded, load_beside, reshard_, save_beside
 from lightning_recipes.callbacks.substitute import substitute, substituted
 from lightning_recipes.callbacks.tracking import Tracked, same_tensors, share_, track
+from lightning_recipes.callbacks.unchanged import isolate_rng
 from lightning_recipes.callbacks.unused import pass_over_unused
 from lightning_recipes.core.arguments import check_choice, check_flag
 from lightning_recipes.core.averaging import ExponentialMovingAverage, decay_from_half_life, local

@@ -10,7 +10,6 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils._pytree import tree_leaves, tree_map
 from typing_extensions import override
 
@@ -26,6 +25,7 @@ from lightning_recipes.callbacks.trials import (
     same_loaders,
     settings_of,
 )
+from lightning_recipes.callbacks.unchanged import isolate_rng
 from lightning_recipes.core.findings import Finding
 
 

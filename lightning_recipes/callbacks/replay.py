@@ -9,12 +9,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_recipes.callbacks.substitute import substituted
+from lightning_recipes.callbacks.unchanged import isolate_rng
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
@@ -21,6 +20,7 @@ from typing_extensions import override
 
 from lightning_recipes.callbacks.ensembling import HeldOut, Split, held_out, judge, pair, with_state
 from lightning_recipes.callbacks.trials import ModuleTrials, fit_quietly, nothing, of_its_own, same_loaders, seed_all
+from lightning_recipes.callbacks.unchanged import isolate_rng
 from lightning_recipes.core.arguments import check_count
 from lightning_recipes.core.ensembles import Combination, Ensemble
 from lightning_recipes.core.files import replaced

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_recipes.callbacks.instability import InstabilityDetector
 from lightning_recipes.callbacks.learning_rates import scale_learning_rates
 from lightning_recipes.callbacks.trials import given_callbacks, quiet, unmade_folder
+from lightning_recipes.callbacks.unchanged import isolate_rng
 from lightning_recipes.core.arguments import check_count, check_real
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.instability import Instability

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_recipes.callbacks.trials import LoopTrials, ModuleTrials, run_trials, seed_all
+from lightning_recipes.callbacks.unchanged import isolate_rng
 from lightning_recipes.core.trials import Outcome, Search, Trial
 
 Loss = Callable[[], Tensor]

@@ -465,9 +465,10 @@ def test_a_module_that_cannot_be_copied_for_the_check_trains_all_the_same(
             self.own = vars(self).get("own", id(self.trainer))
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
+            noise = torch.rand(())
             if id(self.trainer) != self.own:
                 raise RuntimeError("another trainer")
-            return super().training_step(batch, batch_idx)
+            return noise * super().training_step(batch, batch_idx)
 
     ends = []
     for callbacks in ([], [check()]):
