@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -43,6 +43,8 @@ from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.hessian import LossSurface, Steps, steps_of
 from lightning_recipes.core.stalls import StallRule
 
+T = TypeVar("T")
+
 RANDOM = (_DropoutNd, nn.MultiheadAttention, nn.RNNBase)  # what drops out in training
 ONCE = (nn.SyncBatchNorm,)  # has no second derivative in training
 
@@ -61,8 +63,8 @@ class CriticalPointProbe(pl.Callback):
     first that it sees itself), with the penalty that weight decay stands for. It is computed on copies of parameters
     and buffers, in float32 at least and without autocast, with attention in its mathematical form. Dropout is off;
     other layers are as in training (BatchNorm uses the statistics of the batch, SyncBatchNorm those of the run); other
-    random numbers are the same each time. The run is left bit for bit as it was. Under DDP the sample is that of all
-    ranks. With manual optimization there is no loss to look at, and nothing is measured, unless a subclass has a method
+    random numbers are the same each time. The run is left bit for bit as it was, with whatever the module holds (see
+    :func:`~lightning_recipes.callbacks.unchanged.unchanged`). Under DDP the sample is that of all ranks. With manual optimization there is no loss to look at, and nothing is measured, unless a subclass has a method
     ``loss(pl_module, batch, batch_idx)``: then all parameters of all optimizers are looked at together.
 
     Logs with each look ``sharpness`` (largest curvature), ``smallest_curvature``, ``sharpness_over_limit`` (the largest
@@ -156,6 +158,8 @@ class CriticalPointProbe(pl.Callback):
         self._able = not run.fast_dev_run
         if not pl_module.automatic_optimization and type(self).loss is CriticalPointProbe.loss:
             self._give_up(trainer, "the module optimizes manually", "Give a subclass of the callback a method `loss`.")
+        if any(parameter.is_complex() for parameter in pl_module.parameters()):
+            self._give_up(trainer, "parameters are complex", "Hold their real and imaginary parts if you want to look.")
         self._finish()
         end = trainer.fit_loop.on_run_end
 
@@ -196,7 +200,18 @@ class CriticalPointProbe(pl.Callback):
         if self._is_due and is_full:  # behind whatever the others have done at the end of the last batch
             self._look(trainer, pl_module)
         if len(self._sample) < self.batches and batch_idx not in self._sample:  # it would come again
-            self._candidate = copy.deepcopy(move_data_to_device(batch, torch.device("cpu")))
+            self._candidate = self._copied(trainer, batch)
+
+    def _copied(self, trainer: pl.Trainer, batch: Any) -> Any:
+        """A copy on the host; None, which is told, if there is none."""
+        try:
+            return move_data_to_device(copy.deepcopy(batch), torch.device("cpu"))  # some batches move themselves
+        except Exception as error:
+            self._give_up(
+                trainer,
+                f"a batch could not be copied ({type(error).__name__}: {_first_line(error)})",
+                "Have batches that copy.deepcopy copies: tensors without a graph.",
+            )
 
     @override
     def on_train_batch_end(
@@ -240,25 +255,28 @@ class CriticalPointProbe(pl.Callback):
         """The training loss of a batch, which what is looked at is the mean of."""
         output = pl_module.training_step(*step_arguments(pl_module, batch, batch_idx))
         loss: Any = output["loss"] if isinstance(output, Mapping) else output
-        return loss  # type: ignore[no-any-return]  # a tensor, of a batch that is not passed over
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"training_step returned {loss!r} for a batch that it had a loss for")
+        return loss
 
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._sample:
             return
         is_stalled, self._is_stalled, self._is_due = self._is_stalled, False, False
-        with self._surface(trainer, pl_module) as (surface, steps):
-            try:
-                point = measure(
-                    surface,
-                    steps,
-                    max_products=self.max_products,
-                    share=len(self._sample) / trainer.num_training_batches,
-                    batches_per_update=trainer.accumulate_grad_batches * trainer.world_size,
-                    ranks=trainer.world_size,
-                )
-            except ArithmeticError as error:
-                self._fail(trainer, surface, error)
-                return
+        measured = self._measured(
+            trainer,
+            pl_module,
+            partial(
+                measure,
+                max_products=self.max_products,
+                share=len(self._sample) / trainer.num_training_batches,
+                batches_per_update=trainer.accumulate_grad_batches * trainer.world_size,
+                ranks=trainer.world_size,
+            ),
+        )
+        if measured is None:
+            return
+        surface, point = measured
         self.rule.charge(surface.work / trainer.accumulate_grad_batches)
         log_scalars(
             trainer,
@@ -277,12 +295,10 @@ class CriticalPointProbe(pl.Callback):
     def _look_at_the_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._able or not self._sample:
             return
-        with self._surface(trainer, pl_module) as (surface, steps):
-            try:
-                spectrum, over_limit = sharpness(surface, steps, max_products=self.max_products)
-            except ArithmeticError as error:
-                self._fail(trainer, surface, error)
-                return
+        measured = self._measured(trainer, pl_module, partial(sharpness, max_products=self.max_products))
+        if measured is None:
+            return
+        surface, (spectrum, over_limit) = measured
         log_scalars(trainer, {"sharpness": spectrum.largest, "sharpness_over_limit": over_limit.value})
         ratio = over_limit.value  # 0 where the learning rate has decayed to 0, which can stay anywhere
         limit = f", {ratio:.2g} of what the optimizer can stay at" if 0 < ratio < math.inf else ""
@@ -304,6 +320,20 @@ class CriticalPointProbe(pl.Callback):
                 source=COHEN,
             ),
         )
+
+    def _measured(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, what: Callable[[LossSurface, Steps | None], T]
+    ) -> tuple[LossSurface, T] | None:
+        """What is measured on the surface; None, which is told, if that fails."""
+        surface: LossSurface | None = None
+        try:
+            with self._surface(trainer, pl_module) as (surface, steps):
+                return surface, what(surface, steps)
+        except Exception as error:
+            if trainer.world_size > 1 and not isinstance(error, ArithmeticError):
+                raise  # of several ranks one may wait for another
+            self._fail(trainer, error, None if surface is None else surface.failure)
+        return None
 
     @contextmanager
     def _surface(
@@ -344,14 +374,15 @@ class CriticalPointProbe(pl.Callback):
         seed_all(seed)
         return self.loss(pl_module, apply_to_collection(batch, Tensor, in_full), batch_idx).reshape(())
 
-    def _fail(self, trainer: pl.Trainer, surface: LossSurface, error: ArithmeticError) -> None:
-        if surface.failure is None:
+    def _fail(self, trainer: pl.Trainer, error: Exception, failure: Exception | None) -> None:
+        """Tell of an error, which that of a loss or its derivatives may be behind."""
+        if isinstance(error, ArithmeticError) and failure is None:
             self._give_up(trainer, str(error), "See what else is told of this run; it is not looked at again.")
             return
-        reason = str(surface.failure).strip().split("\n")[0]
+        cause = failure or error
         self._give_up(
             trainer,
-            f"a loss could not be differentiated twice ({reason})",
+            f"a loss could not be computed and differentiated twice ({type(cause).__name__}: {_first_line(cause)})",
             "Use an operation that has a second derivative, or fewer and smaller batches if memory was short.",
         )
 
@@ -384,3 +415,7 @@ class CriticalPointProbe(pl.Callback):
         self._unread = list(state_dict["unread"])
         self._is_stalled, self._is_due = state_dict["is_stalled"], state_dict["is_due"]
         self._told = state_dict["told"]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,58 +1,62 @@
 """Run a training step once more, for what can be seen on the way, and leave no trace of it."""
 
-import copy
-from collections import deque
 from collections.abc import Iterator, Set
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from lightning_recipes.callbacks.substitute import substituted
-from lightning_recipes.callbacks.unchanged import isolate_rng
+from lightning_recipes.callbacks.unchanged import isolate_rng, unchanged
 
 
 @contextmanager
 def without_trace(pl_module: pl.LightningModule, but: Set[nn.Module] = frozenset()) -> Iterator[None]:
-    """Within the context no gradient is taken and nothing is logged; when it ends, random states, training and
-    evaluation modes, buffers (but those of the modules ``but``) and torchmetrics are as they were.
+    """Within the context no gradient is taken and nothing is logged; when it ends, random states and whatever the
+    module holds but its parameters (and the buffers of the modules ``but``) are as they were.
     """
+    trainer = pl_module._trainer
     with ExitStack() as put_back:
         put_back.enter_context(torch.no_grad())
         put_back.enter_context(isolate_rng())
+        put_back.enter_context(unchanged(pl_module, but=but))
         put_back.enter_context(substituted(pl_module, log=_drop, log_dict=_drop))
-        put_back.enter_context(_same_modes(pl_module))
-        put_back.enter_context(_same_buffers(pl_module, but))
-        for module in pl_module.modules():
-            if isinstance(module, Metric):
-                put_back.enter_context(_same_metric(module))
+        if trainer is not None:
+            put_back.callback(setattr, trainer, "loggers", trainer.loggers)
+            trainer.loggers = [DummyLogger() for _ in trainer.loggers]
         yield
 
 
 @contextmanager
 def on_copies(pl_module: pl.LightningModule) -> Iterator[dict[int, nn.Parameter]]:
     """Within the context the module has copies in the place of its parameters and buffers, in float32 if it is trained
-    in less; when it ends, these and all other attributes, and what lists and dicts among them held, are as they were.
+    in less.
 
     Yields:
         The copy of each parameter, by the ``id`` of the parameter.
     """
     copies: dict[int, Any] = {}
-    kept: list[Tensor] = []  # or an id might come again
-    with _same_attributes(pl_module):
-        for module in pl_module.modules():
-            for held in (module._parameters, module._buffers):
-                for name, tensor in held.items():
-                    if tensor is not None and id(tensor) not in copies:
-                        copies[id(tensor)] = _copy(tensor)
-                        kept.append(tensor)
-                    held[name] = None if tensor is None else copies[id(tensor)]
-        yield {id(tensor): copies[id(tensor)] for tensor in kept if isinstance(tensor, nn.Parameter)}
+    before = [
+        (held, name, tensor)
+        for module in pl_module.modules()
+        for held in (cast(dict[str, Any], module._parameters), module._buffers)
+        for name, tensor in held.items()
+        if tensor is not None
+    ]
+    try:
+        for held, name, tensor in before:
+            if id(tensor) not in copies:
+                copies[id(tensor)] = _copy(tensor)
+            held[name] = copies[id(tensor)]
+        yield {id(tensor): copies[id(tensor)] for *_, tensor in before if isinstance(tensor, nn.Parameter)}
+    finally:
+        for held, name, tensor in before:
+            held[name] = tensor
 
 
 def in_full(value: Tensor) -> Tensor:
@@ -93,59 +97,3 @@ def _drop(*_: object, **__: object) -> None:
 def _copy(tensor: Tensor) -> Tensor:
     copied = in_full(tensor.detach()).clone()
     return nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
-
-
-@contextmanager
-def _same_attributes(model: nn.Module) -> Iterator[None]:
-    before = [(module, dict(vars(module))) for module in model.modules()]
-    held = [
-        (value, copy.copy(value))
-        for _, attributes in before
-        for value in attributes.values()
-        if isinstance(value, list | dict | set | deque)
-    ]
-    try:
-        yield
-    finally:
-        for module, attributes in before:
-            vars(module).clear()
-            vars(module).update(attributes)
-        for value, contents in held:
-            value.clear()
-            (value.extend if isinstance(value, list | deque) else value.update)(contents)
-
-
-@contextmanager
-def _same_modes(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@contextmanager
-def _same_buffers(model: nn.Module, but: Set[nn.Module]) -> Iterator[None]:
-    before = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        if module not in but
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
-    try:
-        yield
-    finally:
-        for module, name, buffer, value in before:
-            setattr(module, name, buffer.copy_(value))
-
-
-@contextmanager
-def _same_metric(metric: Metric) -> Iterator[None]:
-    states = (*metric._defaults, "_update_count", "_computed", "_forward_cache")
-    before = {state: copy.deepcopy(getattr(metric, state)) for state in states}
-    try:
-        yield
-    finally:
-        for state, value in before.items():
-            setattr(metric, state, value)

@@ -192,7 +192,7 @@ class LossSurface:
         self.losses, self.parameters, self.mean = losses, list(parameters), mean
         self.penalty: Tensor | None = None  # c of the term c/2 weight^2 that weight decay adds
         self.products = self.work = 0
-        self.failure: RuntimeError | None = None
+        self.failure: Exception | None = None
         self._room = ROOM
         self._kept: list[Tensor] = []  # first derivatives, of all batches
 
@@ -276,7 +276,7 @@ class LossSurface:
         while self.failure is None:
             try:
                 return derive()
-            except RuntimeError as error:  # an operation without second derivative, or out of memory
+            except Exception as error:  # an operation without second derivative, out of memory, or no loss
                 if not self._room:
                     self.failure = error
                 self._room, self._kept = 0, []  # it may be for what was kept

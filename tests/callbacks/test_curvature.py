@@ -1,4 +1,5 @@
 import copy
+import csv
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from models import (
     Adversaries,
@@ -92,6 +94,8 @@ class Keeps(Regression):
         super().__init__(batch_norm=True, dropout=0.3, **kwargs)
         self.losses: list[Tensor] = []
         self.count, self.fired = 0, 0
+        self.seen: dict[str, list[float]] = {"losses": []}
+        self.generator, self.average = torch.Generator(), torch.zeros(())
         self.register_buffer("calls", torch.zeros(()))
         self.net[0].weight.register_hook(self.fire)
 
@@ -104,8 +108,11 @@ class Keeps(Regression):
         batch[0].mul_(0.5)  # in place
         loss = self.loss(batch) + 0.01 * functional.dropout(self.net[0].weight, 0.5).square().sum()
         self.losses.append(loss.detach())
+        self.seen["losses"].append(loss.item())
+        self.average.lerp_(loss.detach().to(self.average), 0.1)
         self.log("loss", loss)
-        return loss
+        self.logger.log_metrics({"beside": loss.item()}, self.count)
+        return loss + (torch.rand((), generator=self.generator) * self.average).to(loss)
 
 
 def fused(parameters: Any) -> torch.optim.Optimizer:
@@ -132,8 +139,11 @@ def test_the_run_is_bit_for_bit_as_without(settings: dict[str, Any], options: di
         probe = CriticalPointProbe(
             every_n_steps=2 if "accumulate_grad_batches" in settings else 7, batches=3, max_products=4
         )
-        trainer = fit(tmp_path / str(probes), module, record, *([probe] if probes else []), **given)
-        runs.append([record.seen, module.losses, module.count, module.fired, weights_of(module)])
+        logger = CSVLogger(tmp_path / str(probes))
+        trainer = fit(logger.log_dir, module, record, *([probe] if probes else []), logger=logger, **given)
+        with (Path(logger.log_dir) / "metrics.csv").open() as file:
+            logged = [line["beside"] for line in csv.DictReader(file) if line["beside"]]
+        runs.append([record.seen, module.losses, module.seen, module.count, module.fired, weights_of(module), logged])
         assert isinstance(module.net[0].weight, nn.Parameter)
         if probes:
             assert probe.finding is not None
@@ -148,9 +158,23 @@ def test_the_comparison_would_notice_a_trace(tmp_path: Path, monkeypatch: pytest
         with monkeypatch.context() as patched:
             if forgets:
                 patched.setattr(replay, "isolate_rng", nullcontext)
-            fit(tmp_path, Keeps(), record, CriticalPointProbe(every_n_steps=7, batches=2, max_products=2))
+            probe = CriticalPointProbe(every_n_steps=7, batches=2, max_products=2)
+            fit(tmp_path, Keeps(), record, probe, logger=CSVLogger(tmp_path))
         runs.append(record.seen)
     assert not alike(runs[0], runs[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_scripted_module_goes_on_training(tmp_path: Path) -> None:
+    runs = []
+    probe = CriticalPointProbe(every_n_steps=7, batches=2, max_products=2)
+    for probes in ([], [], [probe]):  # in the first one it computes differently, before it has seen a few calls
+        module = Regression(batch_norm=True, dropout=0.2)
+        module.net = torch.jit.script(module.net)
+        fit(tmp_path, module, *probes)
+        runs.append(weights_of(module))
+    assert same(*runs[1:])
+    assert probe.finding is not None
 
 
 # ---------------------------------------------------------------------------------- the right numbers
@@ -511,6 +535,81 @@ def test_a_loss_that_is_not_finite_is_said(tmp_path: Path) -> None:
     fit(tmp_path, Broken(), CriticalPointProbe())
     (found,) = findings_of(tmp_path)
     assert "not finite" in found["message"]
+
+
+class Complex(Regression):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones((), dtype=torch.cfloat))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.loss(batch) * self.factor.abs()
+
+
+class PassesOver(Regression):
+    """Has no loss, now and then."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.loss(batch) if torch.rand(()) < 0.5 else None
+
+
+class ReadsItself(Regression):
+    def training_step(self, dataloader_iter: Any) -> Any:
+        return self.loss(next(dataloader_iter)[0])
+
+
+class Prepares(Regression):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return self.first(batch[0]), batch[1]
+
+
+@pytest.mark.filterwarnings("ignore:.*dataloader_iter", "ignore:.*returned `None`")
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (Complex, "complex"),
+        (PassesOver, "returned None"),
+        (ReadsItself, "not an iterator"),
+        (Prepares, "graph leaves"),
+    ],
+)
+def test_what_it_cannot_look_at_trains_all_the_same(make: Any, reason: str, tmp_path: Path) -> None:
+    runs = []
+    for probes in ([], [CriticalPointProbe(every_n_steps=2, batches=2, max_products=2)]):
+        module = make()
+        fit(tmp_path, module, *probes)
+        runs.append(weights_of(module))
+    assert same(*runs)
+    (found,) = findings_of(tmp_path)
+    assert found["rule"] == "curvature not measured"
+    assert reason in found["message"]
+
+
+class Moves:
+    """A batch that moves itself, in place."""
+
+    def __init__(self, pair: Any) -> None:
+        self.pair, self.moved = pair, 0
+
+    def to(self, *_: Any, **__: Any) -> "Moves":
+        self.moved += 1
+        return self
+
+
+def test_a_batch_of_the_run_stays_where_it_is(tmp_path: Path) -> None:
+    class Counts(Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            seen.append(batch.moved)
+            return self.loss(batch.pair)
+
+    seen: list[int] = []
+    batches: Any = [Moves(each) for each in regression_data(4)]
+    fit(tmp_path, Counts(), CriticalPointProbe(at_end=False), data=DataLoader(batches, batch_size=None), max_epochs=1)
+    assert seen == [1] * 4
 
 
 def test_manual_optimization_wants_a_loss(tmp_path: Path) -> None:
