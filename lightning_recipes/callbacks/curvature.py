@@ -64,8 +64,9 @@ class CriticalPointProbe(pl.Callback):
     and buffers, in float32 at least and without autocast, with attention in its mathematical form. Dropout is off;
     other layers are as in training (BatchNorm uses the statistics of the batch, SyncBatchNorm those of the run); other
     random numbers are the same each time. The run is left bit for bit as it was, with whatever the module holds (see
-    :func:`~lightning_recipes.callbacks.unchanged.unchanged`). Under DDP the sample is that of all ranks. With manual optimization there is no loss to look at, and nothing is measured, unless a subclass has a method
-    ``loss(pl_module, batch, batch_idx)``: then all parameters of all optimizers are looked at together.
+    :func:`~lightning_recipes.callbacks.unchanged.unchanged`). Under DDP the sample is that of all ranks. With manual
+    optimization there is no loss to look at, and nothing is measured, unless a subclass has a method ``loss(pl_module,
+    batch, batch_idx)``: then all parameters of all optimizers are looked at together.
 
     Logs with each look ``sharpness`` (largest curvature), ``smallest_curvature``, ``sharpness_over_limit`` (the largest
     curvature in the metric of SGD, RMSprop, Adam or AdamW over the limit of its stability; for gradient descent the

@@ -1,5 +1,6 @@
 """Learn a handful of examples by heart before training starts: what cannot do that has a bug."""
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -149,7 +150,7 @@ class OverfitCheck(pl.Callback):
             seen.column = target_column(islice(batches, MOST_BATCHES))
         first = self._fit(trainer, pl_module, sample, 1.0, seen)
         self.fits, self.symptoms = [first], seen
-        explained = first.learnt or flipped(self.fits) or seen.explained
+        explained = first.learnt or flipped(self.fits) or seen.explained or not any(map(_rated, trainer.optimizers))
         if not trainer.strategy.reduce_boolean_decision(explained, all=False):
             for factor in other_factors(first):
                 self.fits.append(self._fit(trainer, pl_module, sample, factor, None))
@@ -265,12 +266,13 @@ class _Drive(pl.Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for index, optimizer in enumerate(trainer.optimizers):
-            rates = [peak_rate(group) * self.factor for group in optimizer.param_groups]
-            warms_up = self.warms_up or float(optimizer.param_groups[0]["lr"]) < 0.9 * rates[0] / self.factor
+            rates = [peak_rate(group) * self.factor for group in _rated(optimizer)]
+            now = [float(group["lr"]) * self.factor for group in _rated(optimizer)]
+            warms_up = self.warms_up or any(one < 0.9 * peak for one, peak in zip(now[:1], rates, strict=False))
             self._steps[index] = 0
             for group in optimizer.param_groups:
                 if "weight_decay" in group:
-                    if self.seen is not None:
+                    if self.seen is not None and group.get("lr") is not None:
                         self.seen.shrinks = max(self.seen.shrinks, shrinks(optimizer, group, peak_rate(group)))
                     group["weight_decay"] = 0.0
 
@@ -282,7 +284,7 @@ class _Drive(pl.Callback):
                 warmup: int = WARMUP if warms_up else 1,
             ) -> None:
                 warm = min(1.0, (self._steps[index] + 1) / warmup)
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                for group, rate in zip(_rated(optimizer), rates, strict=True):
                     if isinstance(group["lr"], Tensor):
                         group["lr"].fill_(rate * warm)
                     else:
@@ -318,7 +320,7 @@ class _Drive(pl.Callback):
             seed_all(SEED)
             watch = Watch()
             with watch, trainer.precision_plugin.train_step_context():
-                output = pl_module.training_step(*step_arguments(pl_module, batch, 0))
+                output = pl_module.training_step(*step_arguments(pl_module, copy.deepcopy(batch), 0))
             return watch.part_of(loss_of(output))
 
         self._looks = True
@@ -463,6 +465,11 @@ class _Used:
         """A backward pass has added to it."""
         if self.stale:
             self.version = self._version
+
+
+def _rated(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The parameter groups that have a learning rate."""
+    return [group for group in optimizer.param_groups if group.get("lr") is not None]
 
 
 def _warms_up(callback: pl.Callback) -> bool:

@@ -7,16 +7,20 @@ from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import IterableDataset
 from typing_extensions import override
 
+from lightning_recipes.callbacks.replay import without_trace
 from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.telling import tell
 from lightning_recipes.callbacks.trials import (
     configure_as_in,
+    copy_of,
     fit_quietly,
     hold_schedules,
     nothing,
@@ -27,6 +31,9 @@ from lightning_recipes.callbacks.trials import (
 )
 from lightning_recipes.callbacks.unchanged import isolate_rng
 from lightning_recipes.core.findings import Finding
+
+BEFORE = ("prepare_data", "setup", "configure_model")  # the copy is set up
+AFTER = ("on_train_epoch_end", "on_train_end", "on_fit_end", "teardown")  # the run goes on
 
 
 def refuse_shards(name: str, trainer: pl.Trainer) -> None:
@@ -73,10 +80,10 @@ def first_batches(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterato
     Nothing comes from loaders that can be read only once.
     """
     loaders = trainer.train_dataloader
-    if any(isinstance(each, Iterator) or isinstance(_data(each), Iterator) for each in tree_leaves(loaders)):
-        yield ()
-        return
-    with isolate_rng(), quiet(), same_loaders(0, loaders, None):
+    with _as_they_were(trainer, pl_module, loaders):
+        if any(map(_is_read_once, tree_leaves(loaders))):
+            yield ()
+            return
         combined = CombinedLoader(tree_map(of_its_own, loaders), trainer.fit_loop._combined_loader._mode)  # type: ignore[union-attr]  # the loop has its loaders by now
         most = trainer.num_training_batches
         yield (
@@ -90,21 +97,35 @@ def first_validation_batches(trainer: pl.Trainer, pl_module: pl.LightningModule)
     """The batches of validation likewise; none if the loaders are not there yet, for others must not ask for them."""
     combined = trainer.fit_loop.epoch_loop.val_loop._combined_loader
     loaders = [] if combined is None else combined.flattened
-    if any(isinstance(each, Iterator) or isinstance(_data(each), Iterator) for each in loaders):
-        loaders = []
-    with isolate_rng(), quiet(), same_loaders(0, loaders, None):
-        yield (on_device(trainer, pl_module, batch) for each in loaders for batch in of_its_own(each))
+    with _as_they_were(trainer, pl_module, loaders):
+        read = () if any(map(_is_read_once, loaders)) else loaders
+        yield (on_device(trainer, pl_module, batch) for each in read for batch in of_its_own(each))
 
 
-def _data(loader: Any) -> Any:
-    return getattr(loader, "dataset", None)
+@contextmanager
+def _as_they_were(trainer: pl.Trainer, pl_module: pl.LightningModule, loaders: Any) -> Iterator[None]:
+    """Within the context loaders may be read, and hooks prepare what they give."""
+    run: Any = trainer  # connectors set some attributes
+    with quiet(), without_trace(pl_module), same_loaders(0, [loaders, run.datamodule], None):
+        yield
+
+
+def _is_read_once(loader: Any) -> bool:
+    """Whether its data are gone when they have been read; asks a stream for iterators, which it may remember."""
+    data = getattr(loader, "dataset", None)
+    if isinstance(loader, Iterator) or isinstance(data, Iterator):
+        return True
+    if not isinstance(data, IterableDataset):
+        return False
+    return any(isinstance(value, Iterator) for value in vars(data).values()) or iter(data) is iter(data)
 
 
 def on_device(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Any:
     """A batch as the training step gets it."""
-    batch = trainer.precision_plugin.convert_input(batch)
-    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    with torch.enable_grad():  # as in training
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+        return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def rehearse(
@@ -126,9 +147,10 @@ def rehearse(
         prepare: Is given the copy first.
     """
     with isolate_rng():
-        module: Any = copy.deepcopy(pl_module)
+        module: Any = copy_of(pl_module)
         module.configure_callbacks = list
-        module.prepare_data = module.setup = module.configure_model = nothing  # it is set up
+        for hook in BEFORE + AFTER:
+            setattr(module, hook, nothing)
         configure_as_in(trainer, module)
         module.on_before_batch_transfer = module.transfer_batch_to_device = module.on_after_batch_transfer = _as_it_is
         prepare(module)
@@ -136,17 +158,29 @@ def rehearse(
             "max_epochs": 1,
             "limit_train_batches": 1.0,
             "accumulate_grad_batches": len(batches) if module.automatic_optimization else 1,
-            "callbacks": [_NoSchedules(), watch],
+            "callbacks": [_AsInTheRun(trainer), watch],
         }
-        fit_quietly(module, {**settings_of(trainer), **own}, Repeated(batches, steps))
+        dataset = getattr(trainer.train_dataloader, "dataset", None)
+        fit_quietly(module, {**settings_of(trainer), **own}, Repeated(batches, steps, dataset))
 
 
-class _NoSchedules(pl.Callback):
-    """Keeps schedules where they begin."""
+class _AsInTheRun(pl.Callback):
+    """Keeps schedules where they begin, and shows the copy the datamodule, whose hooks are not for it.
+
+    Args:
+        run: The trainer of the run.
+    """
+
+    def __init__(self, run: pl.Trainer) -> None:
+        self.run: Any = run  # connectors set some attributes
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         hold_schedules(trainer)
+        own: Any = trainer
+        own.datamodule = copy.copy(self.run.datamodule)
+        if own.datamodule is not None:
+            own.datamodule.teardown = own.datamodule.on_exception = nothing
 
 
 def _as_it_is(batch: Any, *_: object, **__: object) -> Any:
@@ -154,19 +188,20 @@ def _as_it_is(batch: Any, *_: object, **__: object) -> Any:
 
 
 class Repeated:
-    """The same batches, over and over.
+    """Copies of the same batches, over and over.
 
     Args:
         batches: What is repeated.
         times: How often.
+        dataset: Where they are from, for a step that asks.
     """
 
-    def __init__(self, batches: Sequence[Any], times: int) -> None:
-        self.batches, self.times = batches, times
+    def __init__(self, batches: Sequence[Any], times: int, dataset: Any = None) -> None:
+        self.batches, self.times, self.dataset = batches, times, dataset
 
     def __len__(self) -> int:
         return len(self.batches) * self.times
 
     def __iter__(self) -> Iterator[Any]:
         for _ in range(self.times):
-            yield from self.batches
+            yield from map(copy.deepcopy, self.batches)  # a step may change what it is given

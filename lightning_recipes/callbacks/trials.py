@@ -38,7 +38,7 @@ from lightning_recipes.callbacks.measuring import (
     scaler_of,
 )
 from lightning_recipes.callbacks.tracking import parameters_of
-from lightning_recipes.callbacks.unchanged import isolate_rng
+from lightning_recipes.callbacks.unchanged import isolate_rng, unchanged
 from lightning_recipes.callbacks.unused import OF_EVERY_BATCH, Unprofiled, pass_over_hooks_of, pass_over_unused
 from lightning_recipes.core.clipping import total_norm
 from lightning_recipes.core.trials import Outcome, Readings, Search, Trial, TrialRule, load_outcomes, save_outcomes
@@ -261,7 +261,7 @@ class ModuleTrials:
         with isolate_rng(), same_loaders(seed, loaders, self.datamodule):
             if seed:
                 seed_all(seed)
-            module = copy.deepcopy(self.make(seed))
+            module = copy_of(self.make(seed))
             if self.run is not None:
                 configure_as_in(self.run, module)
             train, val = tree_map(of_its_own, loaders)
@@ -384,6 +384,16 @@ def hold_schedules(trainer: pl.Trainer) -> None:
 
 def nothing(*_: object, **__: object) -> None:
     """In the place of what a copy is not to do."""
+
+
+def copy_of(module: Any) -> Any:
+    """A copy of a module, and not compiled: the functions that compile its steps are of the original."""
+    copied = copy.deepcopy(module)
+    for name, function in (copied._compiler_ctx or {}).items():
+        if name.startswith("original_"):
+            setattr(copied, name.removeprefix("original_"), function)
+    copied._compiler_ctx = None
+    return copied
 
 
 def configure_as_in(trainer: pl.Trainer, module: Any) -> None:
@@ -574,18 +584,16 @@ def of_its_own(loader: Any) -> Any:
 
 @contextmanager
 def same_loaders(seed: int, loaders: Any, datamodule: Any) -> Iterator[None]:
-    """Seed generators (but for seed 0), and leave them, and loaders that can say where they are, as they are."""
-    generators = {id(each): each for loader in (*tree_leaves(loaders), datamodule) for each in _generators(loader)}
-    drawn = [(generator, generator.get_state()) for generator in generators.values()]
-    stateful = [each for each in (*tree_leaves(loaders), datamodule) if _keeps_state(each)]
+    """Seed generators (but for seed 0), and leave them, loaders, and what they read as they are."""
+    leaves = [*tree_leaves(loaders), datamodule]
+    stateful = [each for each in leaves if _keeps_state(each)]
     places = [(each, copy.deepcopy(each.state_dict())) for each in stateful]
     try:
-        for generator, _ in drawn if seed else ():
-            generator.manual_seed(seed)
-        yield
+        with unchanged(leaves, data=True):
+            for generator in [each for loader in leaves for each in _generators(loader)] if seed else ():
+                generator.manual_seed(seed)
+            yield
     finally:
-        for generator, state in drawn:
-            generator.set_state(state)
         for each, place in places:
             each.load_state_dict(place)
 

@@ -5,6 +5,7 @@ from itertools import starmap
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 MADE = 50  # weights, of which twice as many tell how they were made
 
@@ -19,7 +20,7 @@ def untrained(module: nn.Module) -> list[str]:
         >>> untrained(module)
         ['1']
     """
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad and not is_lazy(parameter)]
 
     def is_untrained(weight: Tensor, bound: float) -> bool:
         return (
@@ -34,13 +35,14 @@ def untrained(module: nn.Module) -> list[str]:
 
 def _bounded(layer: nn.Module) -> list[tuple[Tensor, float]]:
     """Its weights that torch draws evenly from an interval, each with the bound of that."""
-    if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd):
-        return [(layer.weight, 1 / math.sqrt(layer.weight[0].numel()))]
+    own = {name: weight for name, weight in layer.named_parameters(recurse=False) if not is_lazy(weight)}
+    if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd) and "weight" in own:  # which a parametrization computes
+        return [(own["weight"], 1 / math.sqrt(own["weight"][0].numel()))]
     if isinstance(layer, nn.RNNBase):
-        weights = [weight for name, weight in layer.named_parameters() if name.startswith("weight")]
+        weights = [weight for name, weight in own.items() if name.startswith("weight")]
         return [(weight, 1 / math.sqrt(layer.hidden_size)) for weight in weights]
-    if isinstance(layer, nn.MultiheadAttention) and layer.in_proj_weight is not None:
-        return [(layer.in_proj_weight, math.sqrt(6 / sum(layer.in_proj_weight.shape)))]
+    if isinstance(layer, nn.MultiheadAttention) and "in_proj_weight" in own:
+        return [(own["in_proj_weight"], math.sqrt(6 / sum(own["in_proj_weight"].shape)))]
     return []
 
 

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_recipes.callbacks.instability import InstabilityDetector
 from lightning_recipes.callbacks.learning_rates import scale_learning_rates
-from lightning_recipes.callbacks.trials import given_callbacks, quiet, unmade_folder
+from lightning_recipes.callbacks.trials import copy_of, given_callbacks, quiet, unmade_folder
 from lightning_recipes.callbacks.unchanged import isolate_rng
 from lightning_recipes.core.arguments import check_count, check_real
 from lightning_recipes.core.findings import Finding
@@ -98,7 +98,7 @@ def early_instability_probe(
                 "callbacks": [watch, *given_callbacks(trainer_settings), _Judge(watch)],
             }
         )
-        trainer.fit(copy.deepcopy(module), train_dataloaders, datamodule=copy.copy(datamodule))
+        trainer.fit(copy_of(module), train_dataloaders, datamodule=copy.copy(datamodule))
     return EarlyInstability(watch.found, watch.losses, watch.highest_rate, _finding(watch, factor, steps))
 
 

@@ -6,7 +6,7 @@ import random
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from models import Adversaries, Regression, Resumable, fp16, quiet_trainer, regression_data, same, weights_of
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset
 
 from lightning_recipes import EMAWeights, InitialLossCheck, OverfitCheck
 from lightning_recipes.callbacks import overfit as module_under_test
@@ -118,6 +118,156 @@ def test_the_training_behind_the_checks_is_bit_for_bit_the_one_without(
         ends.append(train(tmp_path / name, callbacks, module, loader_of(loader), **own))
     for key, value in ends[0].items():
         assert ends[1][key] == value, key
+
+
+class Ends(Regression):
+    """Takes away in the end what it trains with."""
+
+    there: ClassVar[list[str]] = []
+
+    def setup(self, stage: str) -> None:
+        self.there.append("cache")
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        assert self.there
+        return self.loss(batch)
+
+    def on_train_epoch_end(self) -> None:
+        self.trainer.callback_metrics["val_loss"]
+
+    def teardown(self, stage: str) -> None:
+        self.there.pop()
+
+
+class Takes(Regression):
+    """Changes the batch that it is given."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        targets = batch.pop()
+        return nn.functional.mse_loss(self.net(batch.pop().add_(1)), targets)
+
+
+class Averages(Regression):
+    """Prepares batches with what it has seen of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.mean.lerp_(batch[0].mean(0), 0.1)
+        return [batch[0] - self.mean, batch[1]]
+
+
+class Asks(Regression):
+    """Looks at the data that it is trained on."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        assert len(self.trainer.train_dataloader.dataset) == 96
+        return self.trainer.datamodule.scale * self.loss(batch)
+
+
+class Given(pl.LightningDataModule):
+    scale = 2.0
+    torn_down = 0
+
+    def train_dataloader(self) -> Any:
+        return regression_data()
+
+    def teardown(self, stage: str) -> None:
+        self.torn_down += 1
+
+
+class Unrated(torch.optim.Optimizer):
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"weight_decay": 0.1})
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure()
+        with torch.no_grad():
+            for parameter in self.param_groups[0]["params"]:
+                parameter.sub_(0.1 * parameter.grad)
+        return loss
+
+
+def compiled() -> Any:
+    torch.compiler.reset()
+    return torch.compile(Regression(batch_norm=True), backend="eager")
+
+
+class Draws(Dataset[Any]):
+    """Has random numbers of its own, somewhere."""
+
+    def __init__(self) -> None:
+        self.data, self.transforms = regression_data().dataset, [SimpleNamespace(rng=np.random.default_rng(0))]
+
+    def __len__(self) -> int:
+        return 96
+
+    def __getitem__(self, index: int) -> Any:
+        inputs, targets = self.data[index]
+        return inputs + self.transforms[0].rng.random(), targets
+
+
+class Epochs(Sampler[int]):
+    epoch = 0
+
+    def __iter__(self) -> Any:
+        self.epoch += 1
+        return iter(torch.randperm(96, generator=torch.Generator().manual_seed(self.epoch)).tolist())
+
+    def __len__(self) -> int:
+        return 96
+
+
+class Stream(IterableDataset[Any]):
+    def __init__(self, once: bool) -> None:
+        self.data, self.epoch = list(regression_data().dataset), 0  # type: ignore[call-overload]
+        self.left = iter(self.data) if once else None
+
+    def __iter__(self) -> Any:
+        self.epoch += 1
+        return self.left or iter(self.data[self.epoch :] + self.data[: self.epoch])
+
+
+@pytest.mark.filterwarnings("ignore:The .* is deprecated", "ignore:overfits", "ignore:constant")
+@pytest.mark.parametrize(
+    ("make", "data"),
+    [
+        (Ends, regression_data),
+        (Takes, regression_data),
+        (Averages, regression_data),
+        (Asks, Given),
+        (lambda: Regression(make_optimizer=Unrated), regression_data),
+        (compiled, regression_data),
+        (Regression, lambda: DataLoader(torch.utils.data.Subset(Draws(), range(90)), 8)),
+        (Regression, lambda: DataLoader(regression_data().dataset, 8, sampler=Epochs())),
+        (Regression, lambda: DataLoader(Stream(False), 8)),
+        (Regression, lambda: DataLoader(Stream(True), 8)),
+    ],
+)
+def test_whatever_modules_and_data_do_the_checks_leave_no_trace(make: Any, data: Any, tmp_path: Path) -> None:
+    ends, batches = [], []
+
+    class Note(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            batches[-1].append(str(batch))
+
+    for callbacks in ([], [InitialLossCheck(), OverfitCheck(max_steps=10)]):
+        torch.manual_seed(5)
+        batches.append([])
+        trainer = quiet_trainer(tmp_path, max_epochs=2, callbacks=[*callbacks, Note()])
+        module, given = make(), data()
+        trainer.fit(module, given) if data is Given else trainer.fit(module, given, regression_data(2))
+        ends.append(weights_of(trainer.lightning_module))
+        assert getattr(given, "torn_down", 1) == 1
+    assert batches[0] == batches[1]
+    assert len(batches[0]) >= 12
+    assert same(*ends)
+    rules = [json.loads(line)["rule"] for file in tmp_path.glob("findings*") for line in file.read_text().splitlines()]
+    assert "not checked" not in rules
+    stream = getattr(getattr(given, "dataset", None), "left", None)
+    assert bool(callbacks[1].fits) == (stream is None)
 
 
 def classes_of(inputs: Tensor) -> Tensor:

@@ -43,3 +43,12 @@ def test_the_target_of_a_critic_is_no_frozen_layer() -> None:
     critic = nn.Linear(100, 20)
     target = copy.deepcopy(critic).requires_grad_(False)
     assert untrained(nn.ModuleList([critic, target])) == []
+
+
+def test_a_weight_that_is_computed_or_not_there_is_left_alone() -> None:
+    torch.manual_seed(0)
+    normed = nn.utils.parametrizations.spectral_norm(nn.Linear(100, 20))
+    before = copy.deepcopy(normed.state_dict())
+    assert untrained(nn.ModuleList([normed.requires_grad_(False), nn.LazyLinear(20)])) == []
+    after = normed.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
