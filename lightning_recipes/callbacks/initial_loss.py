@@ -30,8 +30,8 @@ class InitialLossCheck(pl.Callback):
     returns beyond them, penalties on the weights, is reported apart. What is noticed is told as findings; only what
     is surely wrong is a warning.
 
-    The training that follows is bit for bit the one without this callback. The check is skipped on resume and with
-    ``fast_dev_run``. Costs a copy of the module and these batches while it runs.
+    The training that follows is bit for bit the one without this callback. The check is skipped on resume, with
+    ``fast_dev_run``, and where data can be read only once. Costs a copy of the module and these batches while it runs.
 
     Logged once: ``initial_loss`` and ``initial_loss_expected``, of the first criterion.
 

@@ -78,8 +78,9 @@ class OverfitCheck(pl.Callback):
 
     Findings are warnings where the network surely has a defect; where the loss is of another kind, has other terms, or
     belongs to several optimizers, they are information. The training that follows is bit for bit the one without this
-    callback. The check is skipped on resume and with ``fast_dev_run``. Costs up to ``3 * max_steps`` updates with the
-    sample, five times that after a failure, and a copy of the module and its optimizer while it runs.
+    callback. The check is skipped on resume, with ``fast_dev_run``, and where data can be read only once. Costs up to
+    ``3 * max_steps`` updates with the sample, five times that after a failure, and a copy of the module and its
+    optimizer while it runs.
 
     Attributes:
         fits: A :class:`~lightning_recipes.core.fits.Fit` for each learning rate that was tried.

@@ -19,21 +19,22 @@ from lightning_recipes.callbacks.replay import without_trace
 from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.telling import tell
 from lightning_recipes.callbacks.trials import (
+    ENDS,
     configure_as_in,
     copy_of,
+    disable,
     fit_quietly,
     hold_schedules,
-    nothing,
     of_its_own,
     quiet,
     same_loaders,
     settings_of,
+    show_datamodule,
 )
 from lightning_recipes.callbacks.unchanged import isolate_rng
 from lightning_recipes.core.findings import Finding
 
 BEFORE = ("prepare_data", "setup", "configure_model")  # the copy is set up
-AFTER = ("on_train_epoch_end", "on_train_end", "on_fit_end", "teardown")  # the run goes on
 
 
 def refuse_shards(name: str, trainer: pl.Trainer) -> None:
@@ -77,7 +78,7 @@ def unharmed(trainer: pl.Trainer, name: str) -> Iterator[None]:
 def first_batches(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Iterable[Any]]:
     """The batches that training will begin with, on the device, read from loaders that are left as they are.
 
-    Nothing comes from loaders that can be read only once.
+    Nothing comes from loaders that can be read only once, or streams that go on where they were.
     """
     loaders = trainer.train_dataloader
     with _as_they_were(trainer, pl_module, loaders):
@@ -149,8 +150,7 @@ def rehearse(
     with isolate_rng():
         module: Any = copy_of(pl_module)
         module.configure_callbacks = list
-        for hook in BEFORE + AFTER:
-            setattr(module, hook, nothing)
+        disable(module, *BEFORE, "on_train_epoch_end", *ENDS)
         configure_as_in(trainer, module)
         module.on_before_batch_transfer = module.transfer_batch_to_device = module.on_after_batch_transfer = _as_it_is
         prepare(module)
@@ -165,22 +165,19 @@ def rehearse(
 
 
 class _AsInTheRun(pl.Callback):
-    """Keeps schedules where they begin, and shows the copy the datamodule, whose hooks are not for it.
+    """Keeps schedules where they begin, and shows the copy the datamodule.
 
     Args:
         run: The trainer of the run.
     """
 
     def __init__(self, run: pl.Trainer) -> None:
-        self.run: Any = run  # connectors set some attributes
+        self.run = run
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         hold_schedules(trainer)
-        own: Any = trainer
-        own.datamodule = copy.copy(self.run.datamodule)
-        if own.datamodule is not None:
-            own.datamodule.teardown = own.datamodule.on_exception = nothing
+        show_datamodule(self.run, trainer)
 
 
 def _as_it_is(batch: Any, *_: object, **__: object) -> Any:

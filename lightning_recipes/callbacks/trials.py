@@ -44,6 +44,7 @@ from lightning_recipes.core.clipping import total_norm
 from lightning_recipes.core.trials import Outcome, Readings, Search, Trial, TrialRule, load_outcomes, save_outcomes
 
 FOREVER = 10**12  # batches: a trial is validated in the end
+ENDS = ("on_train_end", "on_fit_end", "teardown")  # of a copy: the run goes on, and needs what they would take away
 SOME = 100  # updates that schedules are made for where only the learning rate is asked
 
 
@@ -264,6 +265,7 @@ class ModuleTrials:
             module = copy_of(self.make(seed))
             if self.run is not None:
                 configure_as_in(self.run, module)
+                disable(module, *ENDS)
             train, val = tree_map(of_its_own, loaders)
             fit_quietly(
                 module, {**settings, "callbacks": [run, *given_callbacks(settings)]}, train, val, self.datamodule
@@ -301,6 +303,8 @@ class _Run(pl.Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         pass_over_unused(trainer, self)
+        if self.trials.run is not None:
+            show_datamodule(self.trials.run, trainer)
         if not self.validates:
             vars(self)["on_train_batch_end"] = None
         trainer.fit_loop.max_epochs = -1  # what the settings say is what schedules are made for
@@ -384,6 +388,20 @@ def hold_schedules(trainer: pl.Trainer) -> None:
 
 def nothing(*_: object, **__: object) -> None:
     """In the place of what a copy is not to do."""
+
+
+def disable(copied: Any, *hooks: str) -> None:
+    """Have hooks of a copy do nothing."""
+    for hook in hooks:
+        setattr(copied, hook, nothing)
+
+
+def show_datamodule(run: pl.Trainer, trainer: pl.Trainer) -> None:
+    """Give the trainer of a copy the datamodule of the run, which steps may ask; its hooks are for the run alone."""
+    own: Any = trainer  # connectors set some attributes
+    own.datamodule = copy.copy(run.datamodule)  # type: ignore[attr-defined]  # likewise
+    if own.datamodule is not None:
+        disable(own.datamodule, "teardown", "on_exception")
 
 
 def copy_of(module: Any) -> Any:

@@ -366,6 +366,39 @@ def test_two_warmups_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             fit(tmp_path, Watched(), *callbacks)
 
 
+def test_trials_have_the_datamodule_and_leave_what_the_run_needs(tmp_path: Path) -> None:
+    class Data(pl.LightningDataModule):
+        scale, torn_down = 1.0, 0
+
+        def train_dataloader(self) -> Any:
+            return data()
+
+        def teardown(self, stage: str) -> None:
+            self.torn_down += 1
+
+    there, ended = [], []
+
+    class Needs(Fragile):
+        def setup(self, stage: str) -> None:
+            there[:] = ["cache"]
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            assert there
+            return self.trainer.datamodule.scale * super().training_step(batch, batch_idx)
+
+        def on_train_end(self) -> None:
+            ended.append(self)
+
+        def teardown(self, stage: str) -> None:
+            there.clear()
+
+    given = Data()
+    sweep = WarmupSweep(seeds=1, max_steps=100)
+    quiet_trainer(tmp_path, max_steps=5, max_epochs=-1, callbacks=[sweep]).fit(Needs(), datamodule=given)
+    assert sweep.result is not None
+    assert (len(ended), there, given.torn_down) == (1, [], 1)
+
+
 def test_fast_dev_run_sweeps_nothing(tmp_path: Path) -> None:
     sweep = WarmupSweep()
     trainer = quiet_trainer(tmp_path, fast_dev_run=True, callbacks=[sweep])
