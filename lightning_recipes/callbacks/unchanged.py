@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 MANY = 100  # entries: what a longer container holds are data, each of which stays as it is
+PLAIN = {type(None), bool, int, float, str}
 CODE = (type, ModuleType, FunctionType, BuiltinFunctionType, MethodType, random.SystemRandom)
-OF_THE_RUN = (pl.Trainer, Logger, Optimizer, nn.Parameter, _BaseDataLoaderIter)
+LEFT_ALONE = (*CODE, pl.Trainer, Logger, Optimizer, _BaseDataLoaderIter)
 DATA = (Dataset, DataLoader, pl.LightningDataModule)
 RANDOM = (torch.Generator, np.random.BitGenerator, np.random.RandomState, random.Random)
 SHARED = (type(threading.Lock()), type(threading.RLock()), threading.Thread)  # what has one is used by others meanwhile
@@ -64,7 +65,9 @@ def unchanged(*roots: object, data: bool = False, but: Set[nn.Module] = frozense
 def _restores(left: list[Any], data: bool, seen: dict[int, Any]) -> Iterator[Callable[[], object]]:
     while left:
         each = left.pop()
-        if id(each) in seen or isinstance(each, CODE + OF_THE_RUN) or (isinstance(each, DATA) and not data):
+        if type(each) in PLAIN or id(each) in seen or isinstance(each, LEFT_ALONE):
+            continue
+        if not data and isinstance(each, DATA):
             continue
         seen[id(each)] = each  # for as long as an id must not come again
         if isinstance(each, Tensor | np.ndarray):
@@ -113,7 +116,7 @@ def _same_random(generator: Any) -> Callable[[], object]:
 def _is_writable(value: Any) -> bool:
     if isinstance(value, np.ndarray):
         return value.flags.writeable and not isinstance(value, np.memmap)
-    if value.is_inference() or is_lazy(value):
+    if value.is_inference() or isinstance(value, nn.Parameter) or is_lazy(value):
         return False
     return value.layout is not torch.strided or 0 not in value.stride()  # one is expanded
 
