@@ -167,10 +167,11 @@ def _outputs(probe: "_Probe", inputs: Sequence[int], used: Sequence[int], found:
     """What is told by outputs that are the same for the same batch."""
     before, leaves = probe.before, probe.leaves
     found.fed = bool(set(used) - set(inputs))
-    if found.targets_given and _mixed(probe, leaves):
-        found.in_turn = before.positions > found.examples and _in_turn(probe, leaves)
-        found.mixed = not found.in_turn
     _sequences(probe, leaves, found)
+    if found.targets_given and _mixed(probe, leaves):
+        several = before.positions > found.examples and not found.next_token  # which is one of its row
+        found.in_turn = several and _in_turn(probe, leaves)
+        found.mixed = not found.in_turn
     single = len(before.rows) == found.examples
     if set(used) & set(inputs) or (single and found.fed and before.kind == "classes"):
         zeroed = probe({place: torch.zeros_like(leaves[place]) for place in inputs})

@@ -82,6 +82,16 @@ def test_one_target_an_example_is_none_of_steps_in_time() -> None:
     assert (found.mixed, found.in_turn) == (True, False)
 
 
+def test_the_next_token_of_a_row_shows_that_rows_are_no_steps_in_time() -> None:
+    net = Tokens(False)
+    net.rnn.batch_first = False
+    step = run(lambda b: flat(net(b[0]), b[1]))
+    found = look(step, (IDS[:, :-1], IDS[:, 1:].clone()))
+    assert (found.next_token, found.mixed, found.in_turn) == (True, True, False)
+    found = look(step, (IDS[:, :-1].T, IDS[:, 1:].T.contiguous()))
+    assert (found.next_token, found.mixed, found.in_turn) == (False, False, True)
+
+
 def mixup(chance: torch.Generator, batch: Any) -> Tensor:
     share = torch.rand((), generator=chance)
     logits = NET(share * batch[0] + (1 - share) * batch[0].flip(0))
