@@ -3,7 +3,7 @@
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import wraps
 from itertools import islice
@@ -30,6 +30,7 @@ from lightning_recipes.callbacks.substitute import substituted
 from lightning_recipes.callbacks.telling import tell
 from lightning_recipes.callbacks.tracking import parameters_of
 from lightning_recipes.callbacks.trials import peak_rate, seed_all
+from lightning_recipes.callbacks.unchanged import unchanged
 from lightning_recipes.callbacks.unused import pass_over_unused
 from lightning_recipes.core.arguments import check_count
 from lightning_recipes.core.criteria import Criterion, Watch, loss_of
@@ -336,12 +337,16 @@ class _Drive(pl.Callback):
         """What outputs depend on, in evaluation mode."""
 
         def see(run: Run) -> Dependence:
+            def run_alike(batch: Any) -> Sequence[Criterion]:
+                with unchanged(pl_module):  # or random numbers of its own would be others each time
+                    return run(batch)
+
             pl_module.eval()
             if self.seen is not None and self._dependence is None:
                 with DeadUnits(pl_module) as units:
                     run(self.sample[0])
                 self.seen.dead = units.worst
-            return look(run, self.sample[0])
+            return look(run_alike, self.sample[0])
 
         return self._beside(trainer, pl_module, see)
 

@@ -474,6 +474,17 @@ def test_inputs_that_are_not_finite_are_an_error(tmp_path: Path) -> None:
     assert found[0] == "loss not finite"
 
 
+def test_noise_of_the_modules_own_mixes_no_examples(tmp_path: Path) -> None:
+    class Noisy(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            noise = 0.01 * torch.randn(batch[0].shape, generator=self.generator)
+            return super().training_step([batch[0] + noise, batch[1]], batch_idx)
+
+    module = Noisy()
+    module.generator = torch.Generator()
+    assert "examples mixed" not in check(tmp_path, module)[1]
+
+
 def test_a_sample_of_one_label_is_made_up_for_from_later_batches(tmp_path: Path) -> None:
     inputs = torch.randn(96, 8, generator=torch.Generator().manual_seed(0))
     inputs = inputs[classes_of(inputs).argsort()]
