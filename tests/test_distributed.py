@@ -531,3 +531,23 @@ def check_shards(folder: Path, name: str) -> None:
 def test_shards_are_refused_by_the_checks_before_training(name: str, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=f"{name} cannot train copies of a model in shards"):
         run_on_ranks(check_shards, tmp_path, name)
+
+
+class OnRankZero(Regression):
+    """Logs on one rank what is judged on all of them."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if self.trainer.is_global_zero:
+            self.log("val_loss", self.loss(batch), rank_zero_only=True)
+
+
+def judges(folder: Path, callback: pl.Callback) -> None:
+    strategy = DDPStrategy(process_group_backend="gloo")
+    trainer = quiet_trainer(folder, max_epochs=2, callbacks=[callback], strategy=strategy, devices=2)
+    trainer.fit(OnRankZero(), regression_data(2), regression_data(2))
+
+
+@pytest.mark.parametrize("callback", [EarlyStopping("val_loss"), LearningRateSchedule(ReduceOnPlateau())])
+def test_a_metric_that_one_rank_logs_alone_is_an_error_on_all(callback: pl.Callback, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="(?s)rank 0 died.*'?val_loss'?.*rank 1 died.*val_loss"):
+        run_on_ranks(judges, tmp_path, callback)

@@ -244,8 +244,10 @@ class EarlyStopping(LightningEarlyStopping):
     def _run_early_stopping_check(self, trainer: pl.Trainer) -> None:
         run: Any = trainer  # connectors set some attributes
         metrics = trainer.callback_metrics
-        if self.monitor not in metrics and trainer.enable_validation and not self._validated:
-            return  # in epochs before the first validation
+        if not trainer.strategy.reduce_boolean_decision(self.monitor in metrics, all=True):
+            if trainer.enable_validation and not self._validated:
+                return  # in epochs before the first validation
+            metrics = {name: value for name, value in metrics.items() if name != self.monitor}  # one rank may have it
         if run.fast_dev_run or not self._validate_condition_metric(metrics):
             return
         value = metrics[self.monitor]

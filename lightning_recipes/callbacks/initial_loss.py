@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -151,5 +152,5 @@ def _only_compute(closure: Callable[[], Any] | None = None, **_: object) -> Any:
 def _inputs(batch: Any, criteria: list[Criterion]) -> list[Tensor]:
     """Tensors of a batch that no criterion has as its targets."""
     targets = {call.targets.untyped_storage().data_ptr() for call in criteria}
-    leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.layout == torch.strided]
     return [leaf for leaf in leaves if leaf.dim() > 1 and leaf.untyped_storage().data_ptr() not in targets]

@@ -189,9 +189,10 @@ class LearningRateSchedule(pl.Callback):
         if self.plateau is None or trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
         asked, metrics = self.plateau.asked, trainer.callback_metrics
-        if asked.monitor not in metrics:
+        if not trainer.strategy.reduce_boolean_decision(asked.monitor in metrics, all=True):
+            there = [name for name in metrics if name != asked.monitor]  # which one rank may have
             raise RuntimeError(
-                f"{type(self).__name__} watches {asked.monitor!r}, which was not logged; there are: {[*metrics]}"
+                f"{type(self).__name__} watches {asked.monitor!r}, which was not logged; there are: {there}"
             )
         value = metrics[asked.monitor]
         if value is self._seen:
