@@ -100,7 +100,10 @@ class InstabilityDetector(pl.Callback):
     - ``"warn"``: only tell. Reads nothing back but at the steps that log, when the updates since the last are judged;
       on a CPU one that is not finite, or whose gradient may have exploded, is judged at once.
     - ``"skip"``: cancel an update with a value that is not finite, a spike, a burst or an exploding gradient, on all
-      ranks together, by setting the gradients to None. Costs a host read an update, and over ranks a collective.
+      ranks together, by setting the gradients to None. What comes thirty times in a row, or five times apart from
+      each other within a hundred updates, is no accident but what the training is now, as where a curriculum gets
+      harder: it is told as a divergence, and but for what is not finite nothing is cancelled until a hundred updates
+      had none of it. Costs a host read an update, and over ranks a collective.
     - ``"rewind"``: go back to the last good state: parameters, buffers, optimizers, learning rate schedules, GradScaler
       and the rules of the other recipes (the average of ``EMAWeights``, too). The batches since then are not seen
       again, and those right behind that are as bad are skipped. A checkpoint holds none of the good states: what it
@@ -262,7 +265,7 @@ class InstabilityDetector(pl.Callback):
         update: _Update,
         found: Instability,
     ) -> None:
-        decision = self._decide(found)
+        decision = self._decide(found, self.rule[update.optimizer].gave_up)
         where = self._locate(pl_module, optimizer, update, found) if optimizer is not None else ""
         if optimizer is not None and found.kind == "not finite":
             where = _first_of_all(trainer, where)
@@ -284,11 +287,13 @@ class InstabilityDetector(pl.Callback):
         if optimizer is not None and decision in ("cancelled", "went back", "stopped"):
             optimizer.zero_grad(set_to_none=True)
 
-    def _decide(self, found: Instability) -> str:
+    def _decide(self, found: Instability, gave_up: bool) -> str:
         if found.kind == "GradScaler storm" or self.action == "warn" or self._stopped:
             return "told"
+        if self.action == "skip" and found.kind not in JUMPS:
+            return "gave up" if gave_up and found.kind == "divergence" else "told"
         if self.action == "skip":
-            return "cancelled" if found.kind in JUMPS else "told"
+            return "cancelled"
         just_back = self._updates - self._kept_at <= self.keep_every and self._is_back
         if self.action == "rewind" and (self._back is not None or (just_back and found.kind in JUMPS)):
             return "cancelled"  # the same trouble, in the batches that follow
@@ -467,6 +472,7 @@ def _finding(update: _Update, found: Instability, decision: str, where: str, riv
         "cancelled": " The update was cancelled.",
         "went back": " The training went back to the last good state.",
         "stopped": " The training was stopped with the last good state.",
+        "gave up": " So many updates are no accidents: they are cancelled no longer.",
         "raised": "",
     }[decision]
     # Where optimizers work against each other a loss may well rise: what one of them wins another loses.

@@ -10,6 +10,7 @@ import math
 from bisect import bisect_left, insort
 from collections import deque
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 from lightning_recipes.core.early_stopping import noise_of
@@ -36,6 +37,7 @@ RESTART = 60  # likewise after the learning rate has jumped up to where it has b
 TAIL = 3.0  # times as far as the highest of the last hundred is above the median, the gain is at least
 EARLY = 100  # updates within which a divergence is an early instability
 ROSE = 5.0  # times as high as the first losses: an early instability before there are statistics
+ROUNDING = 1e-6  # of a value, its least standard deviation
 FAR = 6.0  # robust standard deviations: a loss or log norm this far up is flagged
 VERY_FAR = 10.0  # a loss this far up, and twice the gain above its best level, is a spike
 TENFOLD = math.log(10)  # and twice as far: a norm explodes whatever the loss does
@@ -47,12 +49,15 @@ EVERY = 3  # updates from one look at that to the next
 FALL = 50  # updates within which a gradient has to collapse to have vanished
 STALL = math.log(3)  # by how much it falls, however slowly, where a training that gains nothing makes no progress
 COLLAPSE = math.log(5)  # by how much its log norm falls then, and by how much more than the log loss
-GAINED, QUIET = 0.1, 3e-3  # of the first loss, and noise of the loss: a training that goes to its minimum
+SLOWS = 0.5  # of what the loss falls by in the first half of fifty updates, at most in the second, and
+QUIET = 0.01  # of the gain, noise of the loss at most: a training that goes to its minimum
 DRIFT, DRIFTED = 0.6, 7.0  # standard deviations: what a cumulative sum is allowed at an update, and where it alarms
 DRIFTED_BY = 0.04  # share of the gain that the level has to be worse by, too
 HOT_DRIFT, HOT_DRIFTED = 0.2, 3.0  # likewise while the learning rate is higher than ever before:
 HOT, BACK = 1.3, 30  # above 1.3 times its highest value up to thirty updates ago
 SKIPS, OF_LAST = 10, 20  # updates that a GradScaler skipped, a storm
+NOTHING = math.log(1e-30)  # log norm of no gradient at all
+OFTEN = 5  # jumps in the last hundred updates, apart from each other: no accident
 
 
 @dataclass(frozen=True)
@@ -93,9 +98,10 @@ class _Window:
 
     @property
     def deviation(self) -> float:
-        """Standard deviation, from the quartiles."""
+        """Standard deviation, from the quartiles; at least what rounding may make."""
         count = len(self.ascending)
-        return (self.ascending[3 * count // 4] - self.ascending[count // 4]) / 1.349
+        between = self.ascending[3 * count // 4] - self.ascending[count // 4]
+        return max(between / 1.349, ROUNDING * abs(self.median))
 
 
 class InstabilityRule:
@@ -114,15 +120,21 @@ class InstabilityRule:
     GradScaler storm    ten of the last twenty updates were skipped by a GradScaler
     =================== ================================================================================================
 
-    An update of less than half the usual examples, as the last one of an epoch may be, is only looked at for NaN: its
-    loss and gradient are noisier than the others.
+    An update of less than half the usual examples (the median of the last hundred), as the last one of an epoch may be,
+    is only looked at for NaN: its loss and gradient are noisier than the others. One without any gradient, a norm of 0
+    as of a hinge loss that is met, is none to compare others with.
 
     Takes about seven microseconds. Memory is constant. After a divergence or a vanished gradient the rule starts anew:
     what was normal before is no longer.
 
     Args:
         cancels: Whether an update with a spike, a burst or an exploding gradient will be cancelled: then the training
-            is where it was, and the rule learns nothing from it.
+            is where it was, and the rule learns nothing from it. What comes thirty times in a row, or five times apart
+            from each other within a hundred updates, is no accident but what the training is now: the rule calls it a
+            divergence, starts anew, and says nothing of spikes, bursts and explosions until a hundred updates had none.
+
+    Attributes:
+        gave_up: Whether it says nothing of them at the moment.
 
     Example:
         >>> rule = InstabilityRule()
@@ -137,8 +149,9 @@ class InstabilityRule:
     def __init__(self, cancels: bool = False) -> None:
         self.cancels = cancels
         self.step = 0
-        self.examples = 0.0  # of the largest update
+        self.examples = _Window()  # of an update
         self.skips: deque[bool] = deque(maxlen=OF_LAST)
+        self.gave_up = False
         self.forget()
 
     def forget(self) -> None:
@@ -152,6 +165,7 @@ class InstabilityRule:
         self.losses, self.norms = _Window(), _Window()
         self.flagged: deque[bool] = deque(maxlen=3)
         self.beyond = 0  # updates in a row that were flagged
+        self.jumps: deque[bool] = deque(maxlen=WINDOW)  # which of the last updates had one
         self.short: deque[tuple[float, float]] = deque(maxlen=SHORT)
         self.recent: deque[tuple[float, float]] = deque(maxlen=FALL // EVERY)
         self.drift = self.norm_drift = self.hot_drift = self.hot_norm_drift = 0.0
@@ -166,7 +180,7 @@ class InstabilityRule:
         if len(self.norms.ascending) < ENOUGH or not (math.isfinite(loss) and math.isfinite(norm)):
             return True
         bound = self.norms.median + FAR * max(self.norms.deviation, SPREAD)
-        return math.log(max(norm, 1e-30)) > bound
+        return _log(norm) > bound
 
     def update(
         self, loss: float, norm: float, rate: float = 0.0, scaled: bool = False, examples: float = 0
@@ -189,10 +203,9 @@ class InstabilityRule:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             signal: Signal = "gradient norm" if math.isfinite(loss) else "loss"
             return Instability("not finite", signal, step, norm if math.isfinite(loss) else loss, math.inf)
-        self.examples = max(self.examples, examples)
-        if 0 < examples < PART * self.examples:
-            return None  # of few examples both are noisier than the others
-        found = self._judge(loss, math.log(max(norm, 1e-30)), rate)
+        if examples and self._is_of_few(examples):
+            return None  # both are noisier than the others
+        found = self._judge(loss, _log(norm), rate)
         if found is None:
             return None
         kind, value, expected = found
@@ -204,6 +217,8 @@ class InstabilityRule:
         return Instability(kind, "gradient norm", step, math.exp(value), math.exp(expected))
 
     def _judge(self, loss: float, log_norm: float, rate: float) -> tuple[Kind, float, float] | None:
+        if log_norm <= NOTHING:  # as of a hinge loss that is met: no update, and nothing to compare others with
+            return self._vanished(loss, log_norm)
         self.seen += 1
         if self.seen <= HEAD:
             self.first += (loss - self.first) / self.seen
@@ -218,9 +233,9 @@ class InstabilityRule:
             found, far, norm_far = self._jump(loss, log_norm, low, gain)
             self.flagged.append(far)
             self.beyond = self.beyond + 1 if far else 0
-            if found and self.cancels:
-                return found
-            if self.beyond > ENOUGH:
+            if self._cancels(found is not None):
+                return ("divergence", loss, low + GIVEN_BACK * gain) if self.gave_up else found
+            if self.gave_up or self.beyond > ENOUGH:
                 found = None  # no burst any more: it does not come back
             self._drift(loss, log_norm, gain, hot)
             at_most = low + gain  # one loss alone, however high, moves the level by little
@@ -236,6 +251,11 @@ class InstabilityRule:
         if not norm_far:
             self.norms.add(log_norm)
         return found
+
+    def _is_of_few(self, examples: float) -> bool:
+        few = bool(self.examples.ascending) and examples < PART * self.examples.median
+        self.examples.add(examples)
+        return few
 
     def _is_hot(self, rate: float) -> bool:
         """Whether the learning rate is higher than ever before; after a restart the level may rise once."""
@@ -265,6 +285,20 @@ class InstabilityRule:
         elif far and sum(self.flagged) >= (1 if loss > low + 1.2 * gain else 2):
             found = "burst", loss, bound
         return found, far, norm_far
+
+    def _cancels(self, jumped: bool) -> bool:
+        """Whether the update will be cancelled, or would have been if that had not just been given up."""
+        if not self.cancels:
+            return False
+        self.jumps.append(jumped)
+        if self.gave_up:
+            self.gave_up = len(self.jumps) < WINDOW or any(self.jumps)
+            return False
+        if jumped:
+            jumps = [*self.jumps]
+            apart = sum(now and not before for before, now in pairwise([False, *jumps]))
+            self.gave_up = apart >= OFTEN or (len(jumps) >= ENOUGH and all(jumps[-ENOUGH:]))
+        return jumped
 
     def _drift(self, loss: float, log_norm: float, gain: float, hot: bool) -> None:
         """Two-fold cumulative sums of clipped standard scores; Page 1954."""
@@ -296,7 +330,7 @@ class InstabilityRule:
     def _vanished(self, loss: float, log_norm: float) -> tuple[Kind, float, float] | None:
         """The gradient has collapsed, and not because the loss has; looked at every third update."""
         self.short.append((loss, log_norm))
-        if len(self.short) < HEAD or self.seen % EVERY:
+        if len(self.short) < HEAD or self.step % EVERY:
             return None
         loss, log_norm = (sorted(values)[len(values) // 2] for values in zip(*self.short, strict=True))
         self.recent.append((log_norm, loss))
@@ -305,25 +339,28 @@ class InstabilityRule:
             self.top = highest
         if _fell_alone(highest, log_norm, loss, COLLAPSE) and not self._settles(loss):
             return "vanishing gradient", log_norm, highest[0] - COLLAPSE
+        if self.seen < EARLY:
+            return None
         gained_nothing = self.best < math.inf and self.first - self.best < 2 * self.losses.deviation
         least = max(STALL, 2 * self.norms.deviation)
-        if self.seen >= EARLY and gained_nothing and _fell_alone(self.top, log_norm, loss, least):
+        if gained_nothing and _fell_alone(self.top, log_norm, loss, least):
             return "no progress", self.level, self.first
         return None
 
     def _settles(self, loss: float) -> bool:
         """Whether the loss goes to its minimum without noise, as on one batch for ever: then so does its gradient."""
-        lowest = min(low for _, low in self.recent)
-        gained = self.first - loss > GAINED * abs(self.first) and loss - lowest <= QUIET * abs(lowest)
-        return gained and noise_of([each for each, _ in self.short]) <= QUIET * abs(loss)
+        falls, gain = [each for _, each in self.recent], self.first - loss
+        middle, little = falls[len(falls) // 2], QUIET * gain
+        slows = middle - loss <= SLOWS * (falls[0] - middle) + little
+        return slows and loss - min(falls) <= little and noise_of([each for each, _ in self.short]) <= little
 
     def state_dict(self) -> dict[str, Any]:
         seen = {name: value for name, value in vars(self).items() if name != "cancels"}  # is configuration
         state = {name: value for name, value in seen.items() if isinstance(value, int | float)}
         kept = (list, deque, tuple)
         lists = {name: list(value) for name, value in seen.items() if isinstance(value, kept)}
-        lists |= {"losses": list(self.losses.arrived), "norms": list(self.norms.arrived)}
-        return {**state, **lists}
+        windows = {name: list(value.arrived) for name, value in seen.items() if isinstance(value, _Window)}
+        return {**state, **lists, **windows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         vars(self).update(vars(type(self)(self.cancels)))
@@ -338,6 +375,10 @@ class InstabilityRule:
                 held.extend(tuple(each) if isinstance(each, list) else each for each in value)
             else:
                 setattr(self, name, value)
+
+
+def _log(norm: float) -> float:
+    return math.log(norm) if norm > 1e-30 else NOTHING
 
 
 def _fell_alone(before: tuple[float, float], log_norm: float, loss: float, least: float) -> bool:

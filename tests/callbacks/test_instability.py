@@ -237,7 +237,7 @@ def test_a_short_last_batch_is_no_explosion(accumulate: int, tmp_path: Path) -> 
     detector = InstabilityDetector()
     trainer = quiet_trainer(tmp_path, max_epochs=12, callbacks=[detector], accumulate_grad_batches=accumulate)
     trainer.fit(Regression(), loader)
-    assert detector.rule[0].examples == 32 * accumulate
+    assert detector.rule[0].examples.median == 32 * accumulate
     assert not (tmp_path / "findings.jsonl").exists()
 
 
@@ -460,3 +460,14 @@ def test_a_cure_names_a_measure_once_and_no_progress_is_told_against_the_start()
         update, Instability("no progress", "loss", 308, 1.39, 1.43), "told", "", rivals=False
     )
     assert found.message == "The loss was 1.39 at batch 56 of epoch 4, and 1.43 at the start."
+
+
+def test_what_keeps_coming_is_told_once_and_cancelled_no_longer(tmp_path: Path) -> None:
+    module = Troubled(dict.fromkeys(range(60, 200), "spike"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(tmp_path, module, InstabilityDetector("skip"), batches=120)
+    cancelled, given_up, *_ = findings_of(tmp_path)
+    assert (cancelled["evidence"]["decision"], given_up["evidence"]["decision"]) == ("cancelled", "gave up")
+    assert (given_up["rule"], given_up["step"]) == ("divergence", 89)
+    assert "cancelled no longer" in given_up["message"]
