@@ -1,5 +1,6 @@
 """Measure the gradient noise scale while a training goes on."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_recipes.callbacks.measuring import examples_in, gradient_norm, mean_over_ranks, scaler_of
+from lightning_recipes.callbacks.measuring import examples_in, gradient_norm, mean_over_ranks, read_at_once, scaler_of
 from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.telling import log_scalars, tell, time_to_log
 from lightning_recipes.callbacks.tracking import gradients_of, parameters_of
@@ -41,12 +42,13 @@ NOT_MEASURED = Finding(
 
 @dataclass(slots=True)
 class _Pair:
-    """Two squared norms of an update that are not read yet, and of how many examples each is."""
+    """Two squared norms of an update that are not read yet, of a batch and of ``batches`` that are as large."""
 
     small: Any
     large: Any
-    small_batch: int
-    large_batch: int
+    size: Any  # examples in a batch, the mean over the ranks; 0 on one that has no such pair
+    squared_size: Any
+    batches: int
 
 
 class GradientNoiseScale(pl.Callback):
@@ -66,7 +68,7 @@ class GradientNoiseScale(pl.Callback):
       reduced one, at every fourth update.
 
     Where there is neither, or under manual optimization, nothing is measured, and a finding says so once. Updates with
-    micro-batches of different sizes (a short last one), without a loss, or with a gradient that is not finite are left
+    micro-batches of different sizes (a short last one, or another rank's), without a loss, or with a gradient that is not finite are left
     out, so that updates a GradScaler skips are none.
 
     Logs, every ``log_every_n_steps`` once a hundred updates (or the window) were measured: ``gradient_noise_scale``,
@@ -79,7 +81,7 @@ class GradientNoiseScale(pl.Callback):
 
     Costs one more pass over the gradients at an update (the norm of the whole is measured once for this callback, the
     clipping and ``InstabilityDetector``), no copy of them, and a host read at the steps that log. Under DDP a sum over
-    the ranks of one number, and in the second case a small norm for each parameter. The training is left bit for bit as
+    the ranks of three numbers, and in the second case a small norm for each parameter. The training is left bit for bit as
     it is.
 
     Attributes:
@@ -123,6 +125,7 @@ class GradientNoiseScale(pl.Callback):
         self._sizes: list[int] = []  # of the micro-batches since the last update
         self._backwards = 0  # since then
         self._small: Tensor | None = None  # squared norm of the first micro-batch's gradient
+        self._hooked = False  # whether it is seen before it is reduced
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -168,7 +171,7 @@ class GradientNoiseScale(pl.Callback):
     def _hook(self, trainer: pl.Trainer) -> None:
         """Sum the squares of this rank's gradients as they come, before DDP reduces them."""
         self._unhook()
-        self._small = None
+        self._small, self._hooked = None, True
 
         def see(gradient: Tensor) -> None:
             square = total_norm([gradient.detach()]).to(trainer.strategy.root_device) ** 2
@@ -211,23 +214,25 @@ class GradientNoiseScale(pl.Callback):
             self._log(trainer)
 
     def _pair(self, trainer: pl.Trainer, norm: float | Tensor | None) -> _Pair | None:
-        """Both squared norms, of mean gradients over examples, unscaled; the same on all ranks."""
-        small, sizes, ranks, shares = self._small, self._sizes, trainer.world_size, trainer.accumulate_grad_batches
-        alike = bool(sizes) and min(sizes) == max(sizes) and len(sizes) == self._backwards
-        if (
-            small is None
-            or norm is None
-            or not alike
-            or ranks * len(sizes) < 2
-            or min(len(sizes), shares) == 1 < shares
-        ):
+        """Both squared norms, of mean gradients over examples, unscaled; the same on all ranks, all of which ask."""
+        sizes, ranks, shares = self._sizes, trainer.world_size, trainer.accumulate_grad_batches
+        if not (len(sizes) > 1 if shares > 1 else self._hooked):
             return None
+        alike = min(sizes) == max(sizes) and len(sizes) == self._backwards
+        known = alike and self._small is not None and norm is not None
+        if ranks == 1 and not known:
+            return None
+        small = torch.zeros((), device=trainer.strategy.root_device) if self._small is None else self._small.detach()
         scaler = scaler_of(trainer)
         if scaler is not None:
             small = small / scaler.scale(torch.ones_like(small)) ** 2
-        small = mean_over_ranks(trainer, small.detach())
-        large = (norm * (shares / len(sizes))) ** 2
-        return _Pair(small, large, sizes[0], sizes[0] * len(sizes) * ranks)
+        size = sizes[0] if known else 0
+        squared_size: Any = size**2
+        if ranks > 1:  # the sizes of another rank's micro-batches are known to nobody else
+            together = mean_over_ranks(trainer, torch.stack([small, small.new_tensor(size), small.new_tensor(size**2)]))
+            small, size, squared_size = together.unbind()
+        large = 0.0 if norm is None else (norm * (shares / len(sizes))) ** 2
+        return _Pair(small, large, size, squared_size, len(sizes) * ranks)
 
     # ---------------------------------------------------------------------------------- ask, tell
 
@@ -235,12 +240,14 @@ class GradientNoiseScale(pl.Callback):
         unread, self._unread = self._unread, []
         if not unread:
             return
-        device = unread[0].small.device if isinstance(unread[0].small, Tensor) else None
-        values = [
-            torch.as_tensor(value, device=device).float() for each in unread for value in (each.small, each.large)
-        ]
-        for each, (small, large) in zip(unread, torch.stack(values).view(-1, 2).tolist(), strict=True):
-            self.rule.update(small, large, each.small_batch, each.large_batch)
+        values = read_at_once(
+            [value for each in unread for value in (each.small, each.large, each.size, each.squared_size)]
+        )
+        for each, small, large, size, squared_size in zip(
+            unread, values[::4], values[1::4], values[2::4], values[3::4], strict=True
+        ):
+            if size > 0 and math.isclose(size**2, squared_size, rel_tol=1e-6):  # the same on all ranks
+                self.rule.update(small, large, int(size), int(size) * each.batches)
 
     def _log(self, trainer: pl.Trainer) -> None:
         self._read()
@@ -271,10 +278,11 @@ class GradientNoiseScale(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        unread = [[float(each.small), float(each.large), each.small_batch, each.large_batch] for each in self._unread]
+        measured = [(each.small, each.large, each.size, each.squared_size, each.batches) for each in self._unread]
+        unread = [[float(value) for value in each] for each in measured]
         return {"rule": self.rule.state_dict(), "unread": unread}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rule.load_state_dict(state_dict["rule"])
-        self._unread = [_Pair(*each) for each in state_dict["unread"]]
+        self._unread = [_Pair(*each, int(batches)) for *each, batches in state_dict["unread"]]

@@ -1,7 +1,8 @@
 import copy
 import math
+import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from models import Adversaries, Regression, fp16, quiet_trainer, regression_data, same, weights_of
 from ranks import run_on_ranks
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_recipes import GradientNoiseScale, InstabilityDetector, PercentileGradientClipping
 from lightning_recipes.callbacks import noise_scale as module_under_test
@@ -181,6 +183,31 @@ def test_ranks_give_pairs_and_train_as_they_would(accumulate: int, tmp_path: Pat
     assert first[4] == []
     alone, _ = run_on_ranks(train_on_ranks, tmp_path, accumulate, False)
     assert same(first[0], alone[0])
+
+
+class UnlikeRanks(IterableDataset[Any]):
+    """Micro-batches of 16 examples where the other rank's have 8, but for the last four."""
+
+    def __iter__(self) -> Iterator[Any]:
+        rank = int(os.environ["LOCAL_RANK"])
+        for index in range(12):
+            size = 8 * (1 + (index // 2 + rank) % 2) if index < 8 else 8
+            yield torch.ones(size, 8), torch.ones(size, 1)
+
+
+def train_on_unlike_ranks(folder: Path, accumulate: int) -> int:
+    noise = GradientNoiseScale()
+    trainer = quiet_trainer(
+        folder, max_epochs=1, callbacks=[noise], strategy="ddp", devices=2, accumulate_grad_batches=accumulate
+    )
+    trainer.fit(Regression(), DataLoader(UnlikeRanks(), batch_size=None))
+    return noise.rule.measured
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("accumulate", "measured"), [(1, 1), (2, 2)])
+def test_updates_of_ranks_with_unlike_batches_are_left_out(accumulate: int, measured: int, tmp_path: Path) -> None:
+    assert run_on_ranks(train_on_unlike_ranks, tmp_path, accumulate) == [measured] * 2
 
 
 # ---------------------------------------------------------------------------------------------------------- tell
