@@ -551,3 +551,27 @@ def judges(folder: Path, callback: pl.Callback) -> None:
 def test_a_metric_that_one_rank_logs_alone_is_an_error_on_all(callback: pl.Callback, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="(?s)rank 0 died.*'?val_loss'?.*rank 1 died.*val_loss"):
         run_on_ranks(judges, tmp_path, callback)
+
+
+class Gathers(Regression):
+    """A collective in the step itself; one rank's batch is bad."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        inputs, targets = batch
+        if batch_idx == 3 and self.trainer.global_rank == 1:
+            inputs.fill_(float("nan"))
+        outputs = self.all_gather(self.net(inputs), sync_grads=True)
+        return torch.nn.functional.mse_loss(outputs.flatten(0, 1), self.all_gather(targets).flatten(0, 1))
+
+
+def gather_on_ranks(folder: Path) -> bool:
+    module = Gathers()
+    trainer = quiet_trainer(
+        folder, max_epochs=1, callbacks=[InstabilityDetector("skip")], strategy=make_strategy("ddp"), devices=2
+    )
+    trainer.fit(module, regression_data(batches=12))
+    return all(bool(parameter.isfinite().all()) for parameter in module.parameters())
+
+
+def test_a_step_with_a_collective_is_not_run_again_by_one_rank(tmp_path: Path) -> None:
+    assert run_on_ranks(gather_on_ranks, tmp_path) == [True, True]

@@ -7,11 +7,13 @@ from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_recipes.callbacks.replay import step_arguments, without_trace
+from lightning_recipes.callbacks.substitute import substituted
 
 
 def statistics(model: nn.Module) -> dict[str, Tensor]:
@@ -23,12 +25,32 @@ def statistics(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+class KeptStatistics:
+    """The running statistics of BatchNorm as they were after the last update, for those that are cancelled.
+
+    Args:
+        model: Whose they are. Without a model, or such layers, nothing is kept.
+    """
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self.held = [*statistics(model).values()] if model else []
+        self.kept = [each.clone() for each in self.held]
+
+    def keep(self) -> None:
+        if self.held:
+            torch._foreach_copy_(self.kept, self.held)
+
+    def put_back(self) -> None:
+        if self.held:
+            torch._foreach_copy_(self.held, self.kept)
+
+
 def recompute_(trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int) -> None:
     """Replace the running statistics by their means over training batches, and leave no other trace.
 
-    Runs ``training_step`` in training mode, without gradients, on the first ``batches`` batches of a new pass over the
-    training data; what it logs is dropped. Random states, the loaders' generators, the other buffers and torchmetrics
-    are put back.
+    Runs ``training_step`` in training mode, which may differentiate within, on the first ``batches`` batches of a new
+    pass over the training data; what it logs is dropped. Random states, the loaders' generators, the other buffers and
+    torchmetrics are put back.
     """
     layers = _layers(pl_module).values()
     with ExitStack() as put_back:
@@ -38,6 +60,8 @@ def recompute_(trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int)
             put_back.callback(setattr, layer, "momentum", layer.momentum)
             layer.momentum = None  # the mean over all batches instead of a moving average
         pl_module.train()
+        step = torch.enable_grad()(pl_module.training_step)  # DDP's own forward stays without: no backward follows it
+        put_back.enter_context(substituted(pl_module, training_step=step))
         for index, batch in enumerate(put_back.enter_context(_training_batches(trainer, batches))):
             batch = trainer.precision_plugin.convert_input(batch)
             batch = trainer.strategy.batch_to_device(pl_module._on_before_batch_transfer(batch, dataloader_idx=0))

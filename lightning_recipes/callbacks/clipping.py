@@ -13,6 +13,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_recipes.callbacks.batch_norm import KeptStatistics
 from lightning_recipes.callbacks.measuring import gradient_norm, index_of, read_if_free, scaler_of, whole_norm
 from lightning_recipes.callbacks.sharding import shard_group
 from lightning_recipes.callbacks.telling import log_histogram, log_scalars, show, tell, time_to_log
@@ -68,8 +69,9 @@ class PercentileGradientClipping(pl.Callback):
         window: Updates that the percentile is taken of, at least 1.
         warmup_steps: Updates before the percentile is trusted, at least 0. With 0 the first gradient is not clipped.
         skip_nonfinite: Cancel an update whose gradient is not finite, on all ranks together, by setting the gradients
-            to None; the learning rate schedule and the step count go on. Costs one host read an update (and on
-            several devices a collective). Without it the update takes place; either way it is counted and told.
+            to None, and with it what its batch did to the statistics of BatchNorm; the learning rate schedule and the
+            step count go on. Costs one host read an update (and on several devices a collective). Without it the update
+            takes place; either way it is counted and told.
         measure_only: Clip nothing, and at the end recommend a ``gradient_clip_val``.
 
     Raises:
@@ -102,6 +104,7 @@ class PercentileGradientClipping(pl.Callback):
         self.skip_nonfinite = check_flag("skip_nonfinite", skip_nonfinite)
         self.measure_only = check_flag("measure_only", measure_only)
         self._handles: list[RemovableHandle] = []
+        self._statistics = KeptStatistics()  # of BatchNorm
         self._measured: set[int] = set()  # optimizers about to step whose gradients were seen
         self._told: set[tuple[str, int]] = set()
         self._nonfinite_told: dict[int, int] = {}
@@ -121,6 +124,7 @@ class PercentileGradientClipping(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._statistics = KeptStatistics(pl_module)
         self._nonfinite_told = {index: self.rule[index].nonfinite for index in self.rule}
         self._doublings = {index: _doublings(self.rule[index].count) for index in self.rule}
 
@@ -172,7 +176,7 @@ class PercentileGradientClipping(pl.Callback):
     def _unwatch(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._statistics = [], KeptStatistics()
 
     @override
     def on_before_optimizer_step(
@@ -193,6 +197,9 @@ class PercentileGradientClipping(pl.Callback):
         if decides and trainer.strategy.reduce_boolean_decision(not bool(norm < math.inf), all=False):
             norm = norm * math.nan  # on all ranks, so that their thresholds stay the same
             optimizer.zero_grad(set_to_none=True)
+            self._statistics.put_back()
+        elif decides:
+            self._statistics.keep()
         threshold = rule.update(norm, weight_norm)
 
         if not self.measure_only:

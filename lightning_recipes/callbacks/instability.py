@@ -13,13 +13,16 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_recipes.callbacks.batch_norm import KeptStatistics
 from lightning_recipes.callbacks.learning_rates import scale_learning_rates
 from lightning_recipes.callbacks.measuring import (
+    cancel_,
     examples_in,
+    free_to_read,
     gradient_norm,
     index_of,
     loss_of_update,
@@ -33,6 +36,7 @@ from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.telling import note, tell, time_to_log
 from lightning_recipes.callbacks.unused import pass_over_unused
 from lightning_recipes.core.arguments import check_choice, check_count, check_real
+from lightning_recipes.core.clipping import total_norm
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.instability import Instability, InstabilityRule
 from lightning_recipes.core.per_optimizer import PerOptimizer
@@ -77,6 +81,7 @@ class _Update:
     step: int
     epoch: int
     batch_idx: int
+    has_loss: bool = True
 
 
 class InstabilityDetector(pl.Callback):
@@ -90,17 +95,20 @@ class InstabilityDetector(pl.Callback):
     batch index, signal, value, expected range and what was decided. One kind is told again when there was none for 100
     updates; of updates cancelled in a row the first has a line. Where it can be read at once (``action`` other than
     ``"warn"`` and ``"stop"``, or on a CPU), it also says where a value is not finite: in which tensor of the batch,
-    parameter, gradient or optimizer state, or else, by one more ``training_step`` that leaves no trace, in which module
-    of the forward pass; and of an exploding gradient which parameters have most of it. With several optimizers, which
-    may be adversaries, a loss that rises is information and no warning; of a loss that is no measure of progress, as
-    that of a policy gradient, this callback is better left out.
+    parameter, gradient or optimizer state, or else, on one device and by one more ``training_step`` that leaves no
+    trace, in which module of the forward pass; and of an exploding gradient which parameters have most of it. With
+    several optimizers, which may be adversaries, a loss that rises is information and no warning; of a loss that is no
+    measure of progress, as that of a policy gradient, this callback is better left out. One backward pass may serve
+    several optimizers; of one that Lightning does not see (``loss.backward()``) only a gradient that is not finite is
+    noticed.
 
     The actions:
 
     - ``"warn"``: only tell. Reads nothing back but at the steps that log, when the updates since the last are judged;
       on a CPU one that is not finite, or whose gradient may have exploded, is judged at once.
     - ``"skip"``: cancel an update with a value that is not finite, a spike, a burst or an exploding gradient, on all
-      ranks together, by setting the gradients to None. What comes thirty times in a row, or five times apart from
+      ranks together, by setting the gradients to None, and with it what its batch did to the statistics of BatchNorm.
+      What comes thirty times in a row, or five times apart from
       each other within a hundred updates, is no accident but what the training is now, as where a curriculum gets
       harder: it is told as a divergence, and but for what is not finite nothing is cancelled until a hundred updates
       had none of it. Costs a host read an update, and over ranks a collective.
@@ -154,6 +162,7 @@ class InstabilityDetector(pl.Callback):
             partial(InstabilityRule, cancels=self.action in ("skip", "rewind"))
         )
         self._good: deque[dict[str, Any]] = deque(maxlen=KEPT)
+        self._statistics = KeptStatistics()  # of BatchNorm
         self._batch: Any = None
         self._forget()
 
@@ -164,6 +173,7 @@ class InstabilityDetector(pl.Callback):
         self._seen: dict[str, int] = {}  # the step at which each kind was seen last
         self._losses: list[Tensor] = []  # of the backward passes since the last update
         self._examples = 0  # likewise
+        self._last: tuple[float | Tensor, int] | None = None  # loss and examples of the batch's last update
         self._unread: list[_Update] = []
         self._back: int | None = None  # to which of the good states to go back when the batch is done
         self._is_back = False  # whether the training has gone back since it kept a state
@@ -190,6 +200,7 @@ class InstabilityDetector(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._good.clear()
+        self._statistics = KeptStatistics(pl_module)
         self._keeps_next = self.action in ("rewind", "stop")
 
     # ---------------------------------------------------------------------------------- measure
@@ -198,7 +209,10 @@ class InstabilityDetector(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._batch = batch
+        self._batch, self._last = batch, None
+        if self._good and self._good[-1]["sizes"] != _group_sizes(trainer):  # nowhere to go back to
+            self._good.clear()
+            self._keeps_next = True
         if self._keeps_next and not (self._unread and self._good):  # what is not judged may not be good
             self._keeps_next = False
             self._keep(trainer, pl_module)
@@ -213,22 +227,25 @@ class InstabilityDetector(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         losses, self._losses = self._losses, []
-        examples, self._examples = self._examples, 0
         norm = gradient_norm(trainer, optimizer, self)
-        if norm is None or not losses:
+        if norm is None:
             return
-        rate = optimizer.param_groups[0]["lr"]  # on the device if it is a tensor
-        loss = read_if_free(loss_of_update(trainer, losses))
+        if losses:
+            self._last = read_if_free(loss_of_update(trainer, losses)), self._examples
+        loss, examples = self._last or (0.0, 0)  # one backward pass may serve several optimizers
+        self._examples = 0
+        rate = optimizer.param_groups[0].get("lr", 0.0)
         is_known = isinstance(norm, float) and isinstance(loss, float) and trainer.world_size == 1
         update = _Update(
             optimizer=index_of(trainer, optimizer),
             loss=loss,
             norm=norm,
             examples=examples,
-            rate=rate if isinstance(rate, float) else 0.0,
+            rate=0.0 if isinstance(rate, Tensor) and not free_to_read(rate) else float(rate),
             step=self._updates,
             epoch=trainer.current_epoch,
             batch_idx=trainer.fit_loop.epoch_loop.batch_idx,
+            has_loss=self._last is not None,
         )
         self._updates += 1
         self._unread.append(update)
@@ -237,6 +254,8 @@ class InstabilityDetector(pl.Callback):
             at_once = self.action == "stop" or self.rule[update.optimizer].is_striking(update.loss, update.norm)
         if at_once or time_to_log(trainer) or len(self._unread) >= UNREAD:
             self._judge(trainer, pl_module, optimizer if at_once else None)
+        if self.action in ("skip", "rewind"):
+            self._statistics.keep()
 
     # ---------------------------------------------------------------------------------- ask, act, tell
 
@@ -247,6 +266,8 @@ class InstabilityDetector(pl.Callback):
             return
         scaled = scaler_of(trainer) is not None
         for update, (loss, norm, examples) in zip(unread, self._read(trainer, unread), strict=True):
+            if not update.has_loss and math.isfinite(norm):
+                continue  # of a backward pass that Lightning has not seen: nothing else can be said
             found = self.rule[update.optimizer].update(loss, norm, update.rate, scaled, examples)
             if found is not None:
                 self._act(trainer, pl_module, optimizer, update, found)
@@ -285,7 +306,8 @@ class InstabilityDetector(pl.Callback):
         if decision == "went back":
             self.rewinds += 1
         if optimizer is not None and decision in ("cancelled", "went back", "stopped"):
-            optimizer.zero_grad(set_to_none=True)
+            cancel_(trainer, optimizer)
+            self._statistics.put_back()
 
     def _decide(self, found: Instability, gave_up: bool) -> str:
         if found.kind == "GradScaler storm" or self.action == "warn" or self._stopped:
@@ -305,7 +327,7 @@ class InstabilityDetector(pl.Callback):
         """Where the trouble is, as far as it can be seen at the update itself."""
         gradients = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
         if found.kind == "exploding gradient":
-            norms = {name: float(torch.linalg.vector_norm(gradient)) for name, gradient in gradients.items()}
+            norms = {name: float(total_norm([gradient])) for name, gradient in gradients.items()}
             largest = sorted(norms, key=norms.__getitem__, reverse=True)[:3]
             return "most of it in " + ", ".join(f"{name} ({norms[name]:.3g})" for name in largest)
         if found.kind != "not finite":
@@ -321,16 +343,23 @@ class InstabilityDetector(pl.Callback):
             ("in the weights", dict(pl_module.named_parameters())),
         ):
             for name, tensor in tensors.items():
-                if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                if isinstance(tensor, Tensor) and tensor.is_floating_point() and not _is_finite(tensor):
                     return f"first {kind}: {name}"
         if found.signal == "loss":
-            again = pl_module.automatic_optimization  # a manual step would update
-            module = first_broken_module(pl_module, self._batch, update.batch_idx) if again else ""
+            alone = pl_module.trainer.world_size == 1  # a collective in the step would wait for the other ranks
+            again = alone and pl_module.automatic_optimization  # a manual step would update
+            module = self._broken_module(pl_module, update.batch_idx) if again else ""
             if math.isfinite(float(update.loss)):
                 return ""  # of this rank
             return f"first in the forward pass, in {module}" if module else "first in the loss"
-        broken = next((name for name, gradient in gradients.items() if not bool(gradient.isfinite().all())), "")
+        broken = next((name for name, gradient in gradients.items() if not _is_finite(gradient)), "")
         return f"first in the gradient of {broken}" if broken else ""
+
+    def _broken_module(self, pl_module: pl.LightningModule, batch_idx: int) -> str:
+        try:
+            return first_broken_module(pl_module, self._batch, batch_idx)
+        except Exception:  # whatever a step may raise that runs once more, and without gradients
+            return ""
 
     # ---------------------------------------------------------------------------------- keep good states, go back
 
@@ -358,6 +387,8 @@ class InstabilityDetector(pl.Callback):
         self._kept_at, self._is_back = self._updates, False
         state = {
             "weights": {name: value for name, value in pl_module.state_dict().items() if isinstance(value, Tensor)},
+            "buffers": dict(pl_module.named_buffers()),  # those that are in no checkpoint, too
+            "sizes": _group_sizes(trainer),
             "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
             "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
             "precision": trainer.precision_plugin.state_dict(),
@@ -371,7 +402,10 @@ class InstabilityDetector(pl.Callback):
     def _go_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._back is not None
         state, self._back = copy.deepcopy(self._good[self._back]), None
-        pl_module.load_state_dict(state["weights"], strict=False)
+        weights = {name: value for name, value in state["weights"].items() if name not in state["buffers"]}
+        pl_module.load_state_dict(weights, strict=False)
+        for name, value in state["buffers"].items():
+            _set_buffer(pl_module, name, value)
         for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
             optimizer.zero_grad(set_to_none=True)
@@ -382,6 +416,7 @@ class InstabilityDetector(pl.Callback):
             each.rule.load_state_dict(saved)
         scale_learning_rates(trainer, self.lr_factor ** (self.rewinds - state["rewinds"]))
         self.rule.load_state_dict(state["own"])
+        self._statistics.keep()
         self._kept_at, self._is_back, self._losses = self._updates, True, []
 
     def _others(self, trainer: pl.Trainer) -> list[Any]:
@@ -412,8 +447,9 @@ class InstabilityDetector(pl.Callback):
 
     def _finish(self) -> None:
         """Let go of what belongs to the training."""
+        self._statistics = KeptStatistics()
         self._good.clear()
-        self._batch, self._losses, self._unread = None, [], []
+        self._batch, self._last, self._losses, self._unread = None, None, [], []
 
     def _share(self, trainer: pl.Trainer) -> None:
         measured = self._read(trainer, self._unread)
@@ -438,6 +474,28 @@ class InstabilityDetector(pl.Callback):
         self.rule.load_state_dict(state_dict["rule"])
         self.rewinds, self._updates = state_dict["rewinds"], state_dict["updates"]
         self._unread = [_Update(**each) for each in state_dict["unread"]]
+
+
+def _group_sizes(trainer: pl.Trainer) -> list[list[int]]:
+    return [[len(group["params"]) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
+
+
+def _set_buffer(model: nn.Module, name: str, value: Tensor) -> None:
+    """In place where it can be: others may hold the tensor."""
+    owner, _, key = name.rpartition(".")
+    module = model.get_submodule(owner)
+    held = module._buffers.get(key)
+    if held is None or held.shape != value.shape or value.layout is not torch.strided:
+        module._buffers[key] = value
+    elif not torch.equal(held, value):  # one that is expanded cannot be written, nor has it been
+        held.copy_(value)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    values = tensor.detach()
+    if values.layout is not torch.strided:
+        values = values.coalesce().values() if values.layout is torch.sparse_coo else values.values()
+    return bool(values.isfinite().all())
 
 
 def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:

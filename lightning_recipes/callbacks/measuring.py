@@ -77,6 +77,18 @@ def _measure(trainer: pl.Trainer, optimizer: Optimizer) -> float | Tensor | None
     return read_if_free(norm)
 
 
+def cancel_(trainer: pl.Trainer, optimizer: Optimizer) -> None:
+    """Have the update that an optimizer is about to make change nothing; for ``on_before_optimizer_step``.
+
+    A fused optimizer under a GradScaler is skipped by it: without any gradient the scaler would raise an error.
+    """
+    if scaler_of(trainer) is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+        for gradient in gradients_of(optimizer):
+            gradient.fill_(torch.inf)
+    else:
+        optimizer.zero_grad(set_to_none=True)
+
+
 def loss_of_update(trainer: pl.Trainer, losses: list[Tensor]) -> Tensor:
     """The mean over an update's micro-batches of what ``training_step`` returned.
 
@@ -85,7 +97,7 @@ def loss_of_update(trainer: pl.Trainer, losses: list[Tensor]) -> Tensor:
         losses: What ``on_before_backward`` was given since the last update: scaled by a GradScaler and divided by the
             micro-batches.
     """
-    total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+    total = losses[0] if len(losses) == 1 else torch.stack([loss.float().mean() for loss in losses]).sum()
     scaler, share = scaler_of(trainer), trainer.accumulate_grad_batches / len(losses)
     if scaler is not None:
         total = total / scaler.scale(torch.ones_like(total))

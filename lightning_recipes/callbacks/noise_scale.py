@@ -68,8 +68,8 @@ class GradientNoiseScale(pl.Callback):
       reduced one, at every fourth update.
 
     Where there is neither, or under manual optimization, nothing is measured, and a finding says so once. Updates with
-    micro-batches of different sizes (a short last one, or another rank's), without a loss, or with a gradient that is not finite are left
-    out, so that updates a GradScaler skips are none.
+    micro-batches of different sizes (a short last one, or another rank's), without a loss, or with a gradient that is
+    not finite are left out, so that updates a GradScaler skips are none.
 
     Logs, every ``log_every_n_steps`` once a hundred updates (or the window) were measured: ``gradient_noise_scale``,
     but not where the standard error of ``|G|^2`` is above half of it, as it is near convergence; and
@@ -81,8 +81,8 @@ class GradientNoiseScale(pl.Callback):
 
     Costs one more pass over the gradients at an update (the norm of the whole is measured once for this callback, the
     clipping and ``InstabilityDetector``), no copy of them, and a host read at the steps that log. Under DDP a sum over
-    the ranks of three numbers, and in the second case a small norm for each parameter. The training is left bit for bit as
-    it is.
+    the ranks of three numbers, and in the second case a small norm for each parameter. The training is left bit for bit
+    as it is.
 
     Attributes:
         rule: A :class:`~lightning_recipes.core.noise_scale.NoiseScaleRule`; ``rule.estimate()`` is the newest estimate.
@@ -222,17 +222,20 @@ class GradientNoiseScale(pl.Callback):
         known = alike and self._small is not None and norm is not None
         if ranks == 1 and not known:
             return None
-        small = torch.zeros((), device=trainer.strategy.root_device) if self._small is None else self._small.detach()
-        scaler = scaler_of(trainer)
-        if scaler is not None:
-            small = small / scaler.scale(torch.ones_like(small)) ** 2
-        size = sizes[0] if known else 0
+        size: Any = sizes[0] if known else 0
+        small: Any = self._unscaled_small(trainer)
         squared_size: Any = size**2
         if ranks > 1:  # the sizes of another rank's micro-batches are known to nobody else
-            together = mean_over_ranks(trainer, torch.stack([small, small.new_tensor(size), small.new_tensor(size**2)]))
-            small, size, squared_size = together.unbind()
+            both = small.new_tensor([size, squared_size])
+            small, size, squared_size = mean_over_ranks(trainer, torch.cat([small.reshape(1), both])).unbind()
         large = 0.0 if norm is None else (norm * (shares / len(sizes))) ** 2
         return _Pair(small, large, size, squared_size, len(sizes) * ranks)
+
+    def _unscaled_small(self, trainer: pl.Trainer) -> Tensor:
+        """0 on a rank that has seen no gradient."""
+        small = torch.zeros((), device=trainer.strategy.root_device) if self._small is None else self._small.detach()
+        scaler = scaler_of(trainer)
+        return small if scaler is None else small / scaler.scale(torch.ones_like(small)) ** 2
 
     # ---------------------------------------------------------------------------------- ask, tell
 
@@ -285,4 +288,7 @@ class GradientNoiseScale(pl.Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rule.load_state_dict(state_dict["rule"])
-        self._unread = [_Pair(*each, int(batches)) for *each, batches in state_dict["unread"]]
+        self._unread = [
+            _Pair(small, large, size, squared_size, int(batches))
+            for small, large, size, squared_size, batches in state_dict["unread"]
+        ]

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from models import Adversaries, Regression, Resumable, fp16, quiet_trainer, regression_data, same, weights_of
 from torch import Tensor, nn
@@ -471,3 +472,161 @@ def test_what_keeps_coming_is_told_once_and_cancelled_no_longer(tmp_path: Path) 
     assert (cancelled["evidence"]["decision"], given_up["evidence"]["decision"]) == ("cancelled", "gave up")
     assert (given_up["rule"], given_up["step"]) == ("divergence", 89)
     assert "cancelled no longer" in given_up["message"]
+
+
+# ------------------------------------------------------------------------------------------------- unusual trainings
+
+
+class OneBackward(Regression):
+    """One backward pass serves two optimizers; batch 5 is bad."""
+
+    def __init__(self, seen: bool) -> None:
+        super().__init__()
+        self.automatic_optimization, self.seen = False, seen
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizers = self.optimizers()
+        loss = self.loss(batch) * (math.nan if batch_idx == 5 else 1)
+        for optimizer in optimizers:  # type: ignore[union-attr]
+            optimizer.zero_grad()
+        if self.seen:
+            self.manual_backward(loss, retain_graph=True)
+            self.manual_backward(self.net(batch[0]).pow(2).mean(0))  # of another shape
+        else:
+            loss.backward()  # type: ignore[no-untyped-call]
+        for optimizer in optimizers:  # type: ignore[union-attr]
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.net[index].parameters(), lr=0.01) for index in (0, 3)], []
+
+
+@pytest.mark.parametrize("seen", [True, False])
+@pytest.mark.filterwarnings("ignore:not finite")
+def test_an_optimizer_without_a_backward_pass_of_its_own_is_held_too(seen: bool, tmp_path: Path) -> None:
+    module, detector = OneBackward(seen), InstabilityDetector("skip")
+    fit(tmp_path, module, detector, batches=10)
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+    assert detector._updates == 20
+    assert [detector.rule[index].step for index in detector.rule] == ([10, 10] if seen else [1, 1])
+
+
+@pytest.mark.parametrize(
+    "recipe", [InstabilityDetector("skip"), PercentileGradientClipping(skip_nonfinite=True)], ids=["detector", "clip"]
+)
+@pytest.mark.filterwarnings("ignore:not finite", "ignore:gradient not finite")
+def test_a_cancelled_update_leaves_the_statistics_of_batch_norm_alone(recipe: Any, tmp_path: Path) -> None:
+    class Bad(Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.loss((batch[0] * (math.nan if batch_idx == 5 else 1), batch[1]))
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.before = copy.deepcopy(self.net[1].state_dict())
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 5:
+                now = self.net[1].state_dict()
+                self.undone = all(torch.equal(now[name], self.before[name]) for name in ("running_mean", "running_var"))
+
+    module = Bad(batch_norm=True)
+    fit(tmp_path, module, recipe, batches=10)
+    assert module.undone
+    assert recipe._statistics.held == []  # let go
+
+
+class Unfreezes(Regression):
+    """Another group of parameters, and a buffer of another size, in the second epoch; batch 5 of it is bad."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("bank", torch.zeros(1))
+        self.register_buffer("scale", torch.zeros(()), persistent=False)
+        self.register_buffer("wide", torch.ones(1).expand(4), persistent=False)
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.trainer.optimizers[0].add_param_group({"params": list(self.net[0].parameters())})
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.bank = torch.zeros(len(self.bank) + 1)
+        is_bad = self.trainer.fit_loop.epoch_loop.total_batch_idx == 15
+        self.scale += math.nan if is_bad else 1
+        return self.loss(batch) * (math.nan if is_bad else 1)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.net[3].parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize("action", ["rewind", "stop"])
+@pytest.mark.filterwarnings("ignore:not finite", "ignore:not in any optimizer")
+def test_the_last_good_state_is_of_the_present_groups_and_has_all_buffers(action: Any, tmp_path: Path) -> None:
+    module, detector = Unfreezes(), InstabilityDetector(action, keep_every=4)
+    trainer = fit(tmp_path, module, detector, batches=10, max_epochs=2)
+    assert len(trainer.optimizers[0].param_groups) == 2
+    assert module.scale == (14 + 4 if action == "rewind" else 14)
+    assert len(module.bank) == 1 + module.scale
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.filterwarnings("ignore:spike")
+def test_half_precision_can_cancel(fused: bool, tmp_path: Path) -> None:
+    module = Troubled({50: "spike"}, make_optimizer=lambda p: torch.optim.Adam(p, 0.001, fused=fused))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    fit(tmp_path, module, InstabilityDetector("skip"), batches=52, plugins=[plugin])
+    (finding,) = findings_of(tmp_path)
+    assert (finding["step"], finding["evidence"]["decision"]) == (50, "cancelled")
+
+
+@pytest.mark.filterwarnings("ignore:not finite")
+def test_a_step_that_differentiates_within_is_searched_no_further(tmp_path: Path) -> None:
+    class Penalised(Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            inputs = batch[0].requires_grad_(True)
+            outputs = self.net(inputs)
+            (slope,) = torch.autograd.grad(outputs.sum(), inputs, create_graph=True)
+            return (outputs.pow(2).mean() + slope.pow(2).mean()) * (math.nan if batch_idx == 5 else 1)
+
+    fit(tmp_path, Penalised(), InstabilityDetector("skip"), batches=8)
+    assert findings_of(tmp_path)[0]["evidence"]["where"] == "first in the loss"
+    torch.manual_seed(0)
+    trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[EMAWeights(0.9, buffers="recompute")])
+    trainer.fit(Penalised(batch_norm=True), regression_data(4), regression_data(2))  # nor is it recomputed in vain
+
+
+@pytest.mark.filterwarnings("ignore:not finite")
+def test_sparse_gradients_and_batches_are_looked_at(tmp_path: Path) -> None:
+    class Words(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(8, 4, sparse=True)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            found = self.words(batch.to_dense().long())
+            root = (found * 0).sum().sqrt() if batch_idx == 3 else 0  # the gradient of which is not finite
+            return found.pow(2).mean() * (math.nan if batch_idx == 4 else 1) + root
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=1)
+
+    module = Words()
+    trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[InstabilityDetector("skip")])
+    loader = DataLoader([torch.eye(8).to_sparse() for _ in range(6)], batch_size=None)  # type: ignore[arg-type]
+    trainer.fit(module, loader)
+    assert module.words.weight.isfinite().all()
+    assert "first in the gradient of words.weight" in findings_of(tmp_path)[0]["evidence"]["where"]
+
+
+@pytest.mark.parametrize(("rate", "told"), [(1, 1.0), (torch.tensor(0.5), 0.5), (None, 0.0)])
+@pytest.mark.filterwarnings("ignore:not finite")
+def test_learning_rates_of_any_kind_are_told(rate: Any, told: float, tmp_path: Path) -> None:
+    def make(parameters: Any) -> torch.optim.Optimizer:
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
+        optimizer.param_groups[0]["lr"] = rate
+        if rate is None:
+            del optimizer.param_groups[0]["lr"]
+            optimizer.step = torch.optim.Optimizer.profile_hook_step(lambda _, closure: closure()).__get__(optimizer)  # type: ignore[method-assign]
+        return optimizer
+
+    fit(tmp_path, Troubled({1: "forward"}, make_optimizer=make), InstabilityDetector("skip"), batches=2)
+    assert findings_of(tmp_path)[0]["evidence"]["learning_rate"] == told
