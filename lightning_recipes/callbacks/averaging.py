@@ -12,15 +12,17 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_recipes.callbacks.batch_norm import recompute_, statistics
 from lightning_recipes.callbacks.learning_rates import length_of
+from lightning_recipes.callbacks.measuring import after_each_step
 from lightning_recipes.callbacks.sharding import copied, is_sharded, load_beside, reshard_, save_beside
 from lightning_recipes.callbacks.substitute import substitute, substituted
 from lightning_recipes.callbacks.tracking import Tracked, same_tensors, share_, track
@@ -172,11 +174,17 @@ class EMAWeights(pl.Callback):
             raise MisconfigurationException(
                 f"{name} cannot average the weights of DeepSpeed, whose engine keeps them: use FSDP or ModelParallel"
             )
-        others = [each for each in trainer.callbacks if isinstance(each, WeightAveraging)]  # type: ignore[attr-defined]
+        run: Any = trainer  # connectors set some attributes
+        others = [each for each in run.callbacks if isinstance(each, WeightAveraging | StochasticWeightAveraging)]
         if others:
             raise MisconfigurationException(
                 f"{name} and {type(others[0]).__name__} both put averaged weights into the model and into checkpoints:"
                 " keep one of them"
+            )
+        if any(isinstance(each, ModelPruning) for each in run.callbacks):
+            raise MisconfigurationException(
+                f"{name} and ModelPruning do not go together: the average has no zeros where the weights have, and"
+                " pruning gives them other names: keep one of them"
             )
         if self.buffers == "recompute" and not pl_module.automatic_optimization:
             raise MisconfigurationException(
@@ -193,6 +201,9 @@ class EMAWeights(pl.Callback):
     def _track(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         reshard_(pl_module)
         self._tracked = track(pl_module, trainer.optimizers, buffers=self.buffers == "average")
+        self.rule.rules = {index: self.rule[index] for index in self.rule if index < len(self._tracked)}
+        for index in self.rule:
+            self.rule[index].adapt(self._tracked[index].tensors)
 
     def _set_decay(self, trainer: pl.Trainer) -> None:
         if self.half_life is None:
@@ -230,6 +241,7 @@ class EMAWeights(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._set_decay(trainer)
+        self._track(trainer, pl_module)  # once more: other callbacks may have added groups, and the model its buffers
         if self._loaded is not None:
             for index, tracked in enumerate(self._tracked):
                 self.rule[index].averages = {
@@ -238,12 +250,33 @@ class EMAWeights(pl.Callback):
             self._loaded = None
         elif self.has_average:
             self._take_up(trainer, pl_module)
-        for index, optimizer in enumerate(trainer.optimizers):
+        self._watch(trainer, pl_module)
 
-            def stepped(optimizer: Optimizer, *_: object, index: int = index) -> None:
-                self._update(trainer, pl_module, optimizer, index)
+    def _watch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take in the updates of the present optimizers, and of those that may come in their place."""
+        hooks: list[Callable[[], None]] = []
+        optimizers: list[Optimizer] = []
 
-            self._put_back.append(optimizer.register_step_post_hook(stepped).remove)
+        def unhook() -> None:
+            while hooks:
+                hooks.pop()()
+
+        def hook() -> None:
+            unhook()
+            optimizers[:] = trainer.optimizers
+            for index, optimizer in enumerate(optimizers):
+                done = partial(self._update, trainer, pl_module, optimizer, index)
+                hooks.append(after_each_step(optimizer, done))
+
+        def step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            if trainer.optimizers != optimizers:
+                hook()
+                self._track(trainer, pl_module)
+            return optimizer_step(optimizer, *args, **kwargs)
+
+        hook()
+        optimizer_step = trainer.strategy.optimizer_step
+        self._put_back += [unhook, substitute(trainer.strategy, "optimizer_step", step)]
 
     def _take_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on from an earlier fit with its raw weights, or start anew if the weights are not those it left."""
@@ -337,6 +370,7 @@ class EMAWeights(pl.Callback):
     def _exchange(self, pl_module: pl.LightningModule) -> None:
         """Put the average into the module and keep the raw weights, or the other way round."""
         reshard_(pl_module)
+        self._follow(pl_module)
         with _uninterrupted():
             for index in self.rule:
                 self.rule[index].exchange_(self._tensors(pl_module, index))
@@ -345,6 +379,14 @@ class EMAWeights(pl.Callback):
         if self._exchanged and self._stale:
             recompute_(pl_module.trainer, pl_module, RECOMPUTE_BATCHES)
             self._recomputed_at = self._updates
+
+    def _follow(self, pl_module: pl.LightningModule) -> None:
+        """Have averages of the tensors that the module has now, whatever became of those at the last update."""
+        if self._tracked and not self._exchanged:
+            trainer = pl_module.trainer
+            pairs = zip(self._tracked, trainer.optimizers, strict=False)
+            if not all(tracked.is_current(optimizer) for tracked, optimizer in pairs):
+                self._track(trainer, pl_module)
 
     @torch.no_grad()
     def _exchange_statistics(self, pl_module: pl.LightningModule) -> None:
@@ -372,6 +414,7 @@ class EMAWeights(pl.Callback):
         if self._stale:
             with self.average_weights(pl_module):
                 pass  # recomputes
+        self._follow(pl_module)
         averages = {**self._statistics, **self._averages(pl_module)}
         for name, first in same_tensors(pl_module).items():
             if name in state and first in averages:
@@ -388,6 +431,7 @@ class EMAWeights(pl.Callback):
             with self._holding(pl_module, average=False):
                 save_beside(trainer, checkpoint, RAW)
             return
+        self._follow(pl_module)
         raw = dict(self._statistics if self._exchanged else statistics(pl_module)) if self._statistics else {}
         for index in self.rule:
             raw |= self.rule[index].raw(self._tensors(pl_module, index))
@@ -441,7 +485,7 @@ def _fill_(module: nn.Module, values: dict[str, Tensor]) -> None:
 
 def _norms(tracked: list[Tracked]) -> Tensor:
     """The norm of each tensor, to recognise the weights by."""
-    tensors = [local(tensor).detach() for each in tracked for tensor in each.tensors.values()]
+    tensors = [local(tensor).detach() for each in tracked for tensor in each.tensors.values() if not is_lazy(tensor)]
     return torch.stack([norm.cpu() for norm in torch._foreach_norm(tensors)]) if tensors else torch.zeros(0)
 
 

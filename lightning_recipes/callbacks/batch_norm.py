@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from lightning_recipes.callbacks.replay import step_arguments, without_trace
 from lightning_recipes.callbacks.substitute import substituted
@@ -72,7 +73,7 @@ def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and not is_lazy(module.running_mean)
     }
 
 

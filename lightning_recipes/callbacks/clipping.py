@@ -1,6 +1,7 @@
 """Clip gradients at a percentile of their recent norms."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,17 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_recipes.callbacks.batch_norm import KeptStatistics
-from lightning_recipes.callbacks.measuring import gradient_norm, index_of, read_if_free, scaler_of, whole_norm
+from lightning_recipes.callbacks.measuring import (
+    after_each_step,
+    gradient_norm,
+    index_of,
+    read_if_free,
+    scaler_of,
+    whole_norm,
+)
 from lightning_recipes.callbacks.sharding import shard_group
 from lightning_recipes.callbacks.telling import log_histogram, log_scalars, show, tell, time_to_log
 from lightning_recipes.callbacks.tracking import gradients_of, parameters_of
@@ -103,7 +110,7 @@ class PercentileGradientClipping(pl.Callback):
         self.rule: PerOptimizer[PercentileThreshold] = PerOptimizer(make)
         self.skip_nonfinite = check_flag("skip_nonfinite", skip_nonfinite)
         self.measure_only = check_flag("measure_only", measure_only)
-        self._handles: list[RemovableHandle] = []
+        self._put_back: list[Callable[[], None]] = []  # takes away hooks when fit ends
         self._statistics = KeptStatistics()  # of BatchNorm
         self._measured: set[int] = set()  # optimizers about to step whose gradients were seen
         self._told: set[tuple[str, int]] = set()
@@ -148,7 +155,7 @@ class PercentileGradientClipping(pl.Callback):
                 " behind it: unset gradient_clip_val, or use measure_only=True"
             )
         defined_by = next(kind for kind in type(pl_module).__mro__ if "configure_gradient_clipping" in vars(kind))
-        if defined_by.__name__ != "LightningModule":
+        if pl_module.automatic_optimization and defined_by.__name__ != "LightningModule":
             raise MisconfigurationException(
                 f"{name} replaces {type(pl_module).__name__}.configure_gradient_clipping, which would clip once more"
                 " behind it: remove that method, or use measure_only=True"
@@ -166,17 +173,17 @@ class PercentileGradientClipping(pl.Callback):
             if not hasattr(optimizer, "register_step_post_hook"):
                 continue
 
-            def stepped(*_: object, index: int = index) -> None:
+            def stepped(index: int = index) -> None:
                 if index not in self._measured:
                     self._tell_once(trainer, index, _unobserved(index))
                 self._measured.discard(index)
 
-            self._handles.append(optimizer.register_step_post_hook(stepped))
+            self._put_back.append(after_each_step(optimizer, stepped))
 
     def _unwatch(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._statistics = [], KeptStatistics()
+        while self._put_back:
+            self._put_back.pop()()
+        self._statistics = KeptStatistics()
 
     @override
     def on_before_optimizer_step(

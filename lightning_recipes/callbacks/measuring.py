@@ -44,6 +44,37 @@ def examples_in(batch: Any) -> int:
     return 1
 
 
+def after_each_step(optimizer: Optimizer, done: Callable[[], None]) -> Callable[[], None]:
+    """Have ``done`` called behind each step of an optimizer; once where its ``step`` calls the one that it overrides.
+
+    Args:
+        optimizer: A ``torch.optim.Optimizer``, which has step hooks.
+        done: What to call.
+
+    Returns:
+        What ends it.
+    """
+    depth = 0
+
+    def enter(*_: object) -> None:
+        nonlocal depth
+        depth += 1
+
+    def leave(*_: object) -> None:
+        nonlocal depth
+        depth -= 1
+        if depth == 0:
+            done()
+
+    handles = optimizer.register_step_pre_hook(enter), optimizer.register_step_post_hook(leave)
+
+    def end() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return end
+
+
 def scaler_of(trainer: pl.Trainer) -> Any:
     """The GradScaler of a training in half precision, or None."""
     return getattr(trainer.precision_plugin, "scaler", None)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 
@@ -14,18 +15,24 @@ class Tracked:
 
     Args:
         tensors: Its parameters, and the buffers beside them, by their names in the module.
-        group_sizes: Number of parameters in each of its groups.
+        groups: The parameters in each of its groups: the list itself, and how long it was.
         buffers: Where each buffer stands, and what stood there.
     """
 
     tensors: dict[str, Tensor]
-    group_sizes: list[int]
+    groups: list[tuple[list[Tensor], int]]
     buffers: list[tuple[nn.Module, str, Tensor]]
 
     def is_current(self, optimizer: Optimizer) -> bool:
-        """Whether no parameter has been added to the optimizer since, and no buffer replaced by another tensor."""
-        return self.group_sizes == _group_sizes(optimizer) and all(
-            module._buffers.get(name) is buffer for module, name, buffer in self.buffers
+        """Whether the optimizer has the same lists of parameters, as long as they were, and the module its buffers."""
+        groups = optimizer.param_groups
+        return (
+            len(groups) == len(self.groups)
+            and all(
+                group["params"] is parameters and len(parameters) == length
+                for group, (parameters, length) in zip(groups, self.groups, strict=True)
+            )
+            and all(module._buffers.get(name) is buffer for module, name, buffer in self.buffers)
         )
 
 
@@ -36,7 +43,8 @@ def track(module: nn.Module, optimizers: Sequence[Optimizer], buffers: bool) -> 
         module: The module whose tensors are wanted; others that an optimizer has are left out.
         optimizers: Its optimizers.
         buffers: Whether to take the persistent floating-point buffers, too: each with the optimizer of the nearest
-            parameter. One that holds an infinity or NaN, as attention masks do, is left out (one host read for all).
+            parameter. Left out are sparse ones, lazy ones without a shape, and those that hold an infinity or NaN, as
+            attention masks do (one host read for all).
     """
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     owners: dict[str, int] = {}
@@ -50,7 +58,10 @@ def track(module: nn.Module, optimizers: Sequence[Optimizer], buffers: bool) -> 
             name = name.rpartition(".")[0]
             nearest[name] = min(index, nearest.get(name, index))
 
-    tracked = [Tracked({}, _group_sizes(optimizer), []) for optimizer in optimizers]
+    tracked = [
+        Tracked({}, [(group["params"], len(group["params"])) for group in optimizer.param_groups], [])
+        for optimizer in optimizers
+    ]
     named = dict(module.named_parameters())
     for name, index in owners.items():
         tracked[index].tensors[name] = named[name]
@@ -101,16 +112,15 @@ def share_(buffers: Iterable[Tensor]) -> None:
             torch.distributed.broadcast(buffer, 0)
 
 
-def _group_sizes(optimizer: Optimizer) -> list[int]:
-    return [len(group["params"]) for group in optimizer.param_groups]
-
-
 def _averageable_buffers(module: nn.Module) -> list[tuple[str, nn.Module, str, Tensor]]:
     found = [
         (prefix, owner, key, buffer)
         for prefix, owner in module.named_modules()
         for key, buffer in owner.named_buffers(recurse=False)
-        if buffer.is_floating_point() and key not in owner._non_persistent_buffers_set
+        if buffer.is_floating_point()
+        and buffer.layout is torch.strided
+        and not is_lazy(buffer)
+        and key not in owner._non_persistent_buffers_set
     ]
     if not found:
         return []

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from lightning_recipes.core.arguments import check_count, check_real
 
@@ -223,6 +224,15 @@ class ExponentialMovingAverage:
         """The raw value of each averaged tensor by name, wherever it is at the moment; likewise."""
         kept = {**self.averages, **self._raw_halves} if self.exchanged else {}
         return {name: kept[name] if kept else local(tensors[name]).detach() for name in self.averages}
+
+    def adapt(self, tensors: Mapping[str, Tensor]) -> None:
+        """Drop the averages of tensors that are none of these, or have another shape now: they start anew."""
+        self.forget()
+        self.averages = {
+            name: average
+            for name, average in self.averages.items()
+            if name in tensors and not is_lazy(tensors[name]) and local(tensors[name]).shape == average.shape
+        }
 
     def forget(self) -> None:
         """Let go of the tensors that the averages were taken of; the averages stay."""

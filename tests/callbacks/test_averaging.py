@@ -10,7 +10,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    ModelPruning,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from models import (
     Adversaries,
@@ -620,3 +626,126 @@ def test_deepspeed_is_refused(tmp_path: Path) -> None:
     trainer._accelerator_connector.strategy = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
     with pytest.raises(MisconfigurationException, match="DeepSpeed.*use FSDP or ModelParallel"):
         EMAWeights().on_fit_start(trainer, Regression())
+
+
+# ------------------------------------------------------------------------------------------ tensors that come and go
+
+
+class Changes(Regression):
+    """Something changes when the second of three epochs begins."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.register_buffer("bank", torch.zeros(1, 8))
+        self.register_buffer("sparse", torch.eye(8).to_sparse())
+
+    def configure_optimizers(self) -> Any:
+        groups = [{"params": list(self.net[index].parameters())} for index in (0, 3)]
+        return torch.optim.SGD(groups, lr=0.01)
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch != 1:
+            return
+        groups = self.trainer.optimizers[0].param_groups
+        if self.what == "optimizer":
+            self.trainer.strategy.setup_optimizers(self.trainer)
+        if self.what == "head":
+            self.net[3] = nn.Linear(16, 1)
+            groups[1]["params"] = list(self.net[3].parameters())
+        if self.what == "size":
+            self.net[3] = nn.Linear(16, 2)
+            groups[1]["params"] = list(self.net[3].parameters())
+        if self.what == "group":
+            groups.pop(0)
+            self.net[0].requires_grad_(False)
+
+    def loss(self, batch: Any) -> Tensor:
+        if self.what == "buffer" and self.training and self.global_step % 3 == 0:
+            self.bank = torch.cat([self.bank, batch[0][:1]])
+        return nn.functional.mse_loss(self.net(batch[0])[:, :1], batch[1])
+
+
+@pytest.mark.parametrize("what", ["optimizer", "head", "size", "group", "buffer"])
+def test_the_average_follows_what_is_trained(what: str, tmp_path: Path) -> None:
+    module, ema = Changes(what), EMAWeights(decay=0.5)
+    trainer = quiet_trainer(tmp_path, max_epochs=3, callbacks=[ema])
+    trainer.fit(module, regression_data(8), regression_data(2))
+    assert ema.rule[0].updates == trainer.global_step == 24
+    named = {**dict(module.named_parameters()), "bank": module.bank}
+    expected = {name for name in named if what != "group" or name.startswith(("net.3", "bank"))}
+    assert set(ema.rule[0].averages) == expected
+    with ema.raw_weights(module):
+        raw = {name: tensor.detach().clone() for name, tensor in named.items()}
+    for name in expected:
+        torch.testing.assert_close(named[name].detach(), raw[name], rtol=0.5, atol=0.2)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+
+
+def test_a_step_that_calls_the_one_it_overrides_is_one_update(tmp_path: Path) -> None:
+    torch.optim.Adam([nn.Parameter(torch.zeros(1))])  # torch puts the hooks into a class when it is first used
+
+    class Derived(torch.optim.Adam):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    ema = EMAWeights(0.9)
+    trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[ema])
+    trainer.fit(Regression(make_optimizer=lambda parameters: Derived(parameters, 0.01)), regression_data(7))
+    assert ema.rule[0].updates == 7
+
+
+def test_groups_that_another_callback_restores_keep_their_averages(tmp_path: Path) -> None:
+    class Unfreeze(pl.Callback):
+        def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            trainer.optimizers[0].add_param_group({"params": list(pl_module.net[0].parameters())})
+
+    class Head(Regression):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.net[3].parameters(), lr=0.01)
+
+    def run(epochs: int, ckpt_path: Any = None) -> Any:
+        torch.manual_seed(0)
+        module = Head()
+        trainer = quiet_trainer(tmp_path, max_epochs=epochs, callbacks=[EMAWeights(0.9), Unfreeze()])
+        trainer.fit(module, regression_data(4), ckpt_path=ckpt_path, weights_only=True)
+        trainer.save_checkpoint(tmp_path / "cut.ckpt")
+        return weights_of(module)
+
+    whole = run(3)
+    run(2)
+    assert same(run(3, tmp_path / "cut.ckpt"), whole)
+
+
+def test_lazy_layers_and_fewer_optimizers_on_resume(tmp_path: Path) -> None:
+    class Lazy(Regression):
+        def __init__(self, optimizers: int) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.LazyLinear(16), nn.LazyBatchNorm1d(), nn.LazyLinear(1))
+            self.count, self.automatic_optimization = optimizers, False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.manual_backward(self.loss(batch))
+            for optimizer in self.trainer.optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+
+        def configure_optimizers(self) -> Any:
+            layers = (self.net[:2], self.net[2:])[: self.count]
+            return [torch.optim.SGD(layer.parameters(), lr=0.01) for layer in layers], []
+
+    for optimizers in (2, 1):
+        ema = EMAWeights(0.9)
+        trainer = quiet_trainer(tmp_path, max_epochs=3 - optimizers, callbacks=[ema])
+        path = tmp_path / "cut.ckpt" if optimizers == 1 else None
+        trainer.fit(Lazy(optimizers), regression_data(4), regression_data(1), ckpt_path=path, weights_only=True)
+        trainer.save_checkpoint(tmp_path / "cut.ckpt")
+        assert len([*ema.rule]) == optimizers
+        assert "net.1.running_mean" in ema.rule[0].averages
+
+
+@pytest.mark.parametrize("other", [StochasticWeightAveraging(swa_lrs=0.01), ModelPruning("l1_unstructured")])
+def test_what_else_rewrites_the_weights_is_refused(other: Any, tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[EMAWeights(), other])
+    with pytest.raises(MisconfigurationException, match=f"EMAWeights and {type(other).__name__}"):
+        trainer.fit(Regression(), regression_data(2))
