@@ -16,6 +16,7 @@ from typing_extensions import override
 from lightning_recipes.callbacks.batch_norm import KeptStatistics
 from lightning_recipes.callbacks.measuring import (
     after_each_step,
+    forget_norms,
     gradient_norm,
     index_of,
     read_if_free,
@@ -126,6 +127,7 @@ class PercentileGradientClipping(pl.Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._refuse_conflicts(trainer, pl_module)
+        forget_norms(trainer)
         self._measured, self._told = set(), set()
         self._watch(trainer)
 

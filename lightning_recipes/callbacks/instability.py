@@ -22,6 +22,7 @@ from lightning_recipes.callbacks.learning_rates import scale_learning_rates
 from lightning_recipes.callbacks.measuring import (
     cancel_,
     examples_in,
+    forget_norms,
     free_to_read,
     gradient_norm,
     index_of,
@@ -188,6 +189,7 @@ class InstabilityDetector(pl.Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        forget_norms(trainer)
         name = type(self).__name__
         if isinstance(trainer.strategy, DeepSpeedStrategy):
             raise MisconfigurationException(f"{name} cannot see the gradients of DeepSpeed, whose engine keeps them")

@@ -108,6 +108,12 @@ def _measure(trainer: pl.Trainer, optimizer: Optimizer) -> float | Tensor | None
     return read_if_free(norm)
 
 
+def forget_norms(trainer: pl.Trainer) -> None:
+    """For the start of a fit: an optimizer that an earlier one has used has a norm and askers of then."""
+    for optimizer in trainer.optimizers:
+        _newest.pop(optimizer, None)
+
+
 def cancel_(trainer: pl.Trainer, optimizer: Optimizer) -> None:
     """Have the update that an optimizer is about to make change nothing; for ``on_before_optimizer_step``.
 

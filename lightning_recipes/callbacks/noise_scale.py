@@ -15,7 +15,14 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_recipes.callbacks.measuring import examples_in, gradient_norm, mean_over_ranks, read_at_once, scaler_of
+from lightning_recipes.callbacks.measuring import (
+    examples_in,
+    forget_norms,
+    gradient_norm,
+    mean_over_ranks,
+    read_at_once,
+    scaler_of,
+)
 from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.telling import log_scalars, tell, time_to_log
 from lightning_recipes.callbacks.tracking import gradients_of, parameters_of
@@ -135,6 +142,7 @@ class GradientNoiseScale(pl.Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        forget_norms(trainer)
         if isinstance(trainer.strategy, DeepSpeedStrategy) or is_sharded(trainer):
             raise MisconfigurationException(
                 f"{type(self).__name__} cannot see the local gradients of {type(trainer.strategy).__name__}: use it"

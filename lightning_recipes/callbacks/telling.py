@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import lightning.pytorch as pl
 import torch
@@ -37,7 +37,8 @@ NO_FIGURES = Finding(
     step=0,
 )
 # What was said in a fit, which has optimizers of its own, and the finding of it if it was one.
-_told: WeakKeyDictionary[Optimizer, dict[str, Finding | None]] = WeakKeyDictionary()
+# An optimizer may be used again, by another trainer.
+_told: WeakKeyDictionary[Optimizer, tuple[ReferenceType[pl.Trainer], dict[str, Finding | None]]] = WeakKeyDictionary()
 
 
 def logger_step(trainer: pl.Trainer) -> int:
@@ -115,15 +116,22 @@ def _said(finding: Finding) -> str:
 def _is_new(trainer: pl.Trainer, said: str, finding: Finding | None = None) -> bool:
     if not trainer.optimizers:
         return True
-    before = _told.setdefault(trainer.optimizers[0], {})
+    before = _findings(trainer)
     is_new = said not in before
     before[said] = finding
     return is_new
 
 
+def _findings(trainer: pl.Trainer) -> dict[str, Finding | None]:
+    optimizer = trainer.optimizers[0]
+    if optimizer not in _told or _told[optimizer][0]() is not trainer:
+        _told[optimizer] = ref(trainer), {}
+    return _told[optimizer][1]
+
+
 def told(trainer: pl.Trainer) -> list[Finding]:
     """The findings of the trainer's last fit, whichever callbacks they are of."""
-    said = _told.get(trainer.optimizers[0], {}) if trainer.optimizers else {}
+    said = _findings(trainer) if trainer.optimizers else {}
     return [finding for finding in said.values() if finding is not None]
 
 

@@ -230,7 +230,8 @@ class PercentileThreshold:
 
     During the first ``warmup_steps`` updates the bound is the threshold, and during the first ten of those no gradient
     is let through that is longer than the weights were at the start. A norm is judged by those before it and remembered
-    as it was, unclipped; one that is not finite is counted and otherwise leaves no trace.
+    as it was, unclipped; one that is not finite is counted and otherwise leaves no trace, and neither does a norm of 0,
+    as of a hinge loss that is met: it says nothing about the others.
 
     A norm given as a number gives a number, in a microsecond or two. A norm given as a scalar tensor gives a scalar
     tensor on its device, by the same rule and without reading anything back; what :meth:`flush` reads, at most 1,000
@@ -324,14 +325,14 @@ class PercentileThreshold:
         """Read the norms that were given as tensors since the last time: one or two host reads, or none."""
         if self._unread:
             pending = self._unread.pending
-            finite = self._unread.read()
-            for norm, threshold in finite:
+            told, zeros = self._unread.read()
+            for norm, threshold in told:
                 self._remember(norm, threshold)
-            self.nonfinite += (pending - len(finite)) * self.counts_nonfinite
+            self.nonfinite += (pending - len(told) - zeros) * self.counts_nonfinite
 
     def clipped_fraction(self) -> float:
         """The share of the last ``window`` updates whose norm was above its threshold."""
-        clipped = sum(norm > threshold for norm, threshold in self._judged())
+        clipped: int = sum(clipping_factor(norm, threshold) < 1 for norm, threshold in self._judged())
         return clipped / max(len(self.thresholds), 1)
 
     def typical_factor(self) -> float:
@@ -345,6 +346,8 @@ class PercentileThreshold:
     def _remember(self, norm: float, threshold: float) -> None:
         if not norm < math.inf:
             self.nonfinite += self.counts_nonfinite
+            return
+        if norm == 0:
             return
         self.norms.add(norm)
         self.recent.add(norm)
@@ -385,6 +388,7 @@ class _UnreadNorms:
         self.values[:, self.capacity - kept :] = like.new_tensor([rule.norms.arrived, rule.thresholds])
         self.pending, self.known = 0, rule.count
         self.seen = torch.tensor(rule.count, device=like.device)
+        self.zeros = torch.zeros_like(self.seen)  # norms of 0 that were not read yet
         self.forgotten = rule.count - kept  # seen long ago, or before a resume with another window
         counts = range(rule.window + 1)
         self.places = torch.tensor(  # of the percentile, the upper quartile and the median, by the count of norms
@@ -408,10 +412,10 @@ class _UnreadNorms:
     @torch.no_grad()
     def update(self, norm: Tensor, weight_norm: Tensor | float | None) -> Tensor:
         threshold = self.threshold(weight_norm)
-        finite = norm < math.inf
+        told = (norm < math.inf) & (norm > 0)
         shifted = torch.cat([self.values[:, 1:], torch.stack([norm, threshold])[:, None]], dim=1)
-        self.values = torch.where(finite, shifted, self.values)
-        self.seen = self.seen + finite
+        self.values = torch.where(told, shifted, self.values)
+        self.seen, self.zeros = self.seen + told, self.zeros + (norm == 0)
         self.pending += 1
         return threshold
 
@@ -433,11 +437,12 @@ class _UnreadNorms:
         behind_outlier = last_norm > OUTLIER * last_threshold
         return torch.where(behind_outlier, threshold.minimum(quartile_and_median[1]), threshold)
 
-    def read(self) -> list[tuple[float, float]]:
-        """The finite norms since the last time, in order, each with its threshold."""
+    def read(self) -> tuple[list[tuple[float, float]], int]:
+        """The finite norms since the last time, in order, each with its threshold; and the number of those of 0."""
         if not self.pending:
-            return []
-        new = int(self.seen) - self.known
+            return [], 0
+        seen, zeros = torch.stack([self.seen, self.zeros]).tolist()
+        new, self.zeros = seen - self.known, torch.zeros_like(self.zeros)
         pairs = self.values[:, self.capacity - new :].T.tolist()
         self.pending, self.known = 0, self.known + new
-        return [(norm, threshold) for norm, threshold in pairs]
+        return [(norm, threshold) for norm, threshold in pairs], zeros

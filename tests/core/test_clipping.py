@@ -67,7 +67,7 @@ def test_the_threshold_is_its_definition(percentile: float, window: int, warmup_
     for norm in wild(200, seed=window):
         threshold = rule.update(norm, weight_norm=1.5)
         assert threshold == reference(seen, last_threshold, percentile, window, warmup_steps, 1.5)
-        if math.isfinite(norm):
+        if 0 < norm < math.inf:
             seen.append(norm)
             last_threshold = threshold
 
@@ -357,3 +357,17 @@ def test_scaling_by_a_number_or_a_tensor() -> None:
         gradients = [torch.ones(3), torch.ones(2, 2)]
         scale_(gradients, factor)
         assert all(torch.equal(gradient, torch.full_like(gradient, 0.5)) for gradient in gradients)
+
+
+@pytest.mark.parametrize("make", [float, torch.tensor], ids=["number", "tensor"])
+def test_norms_of_0_leave_no_trace(make: type[float]) -> None:
+    """As of a loss that counts at two updates in five: an explosion is clipped all the same."""
+    norms = [norm if step % 5 < 2 else 0.0 for step, norm in enumerate(healthy(500))]
+    rule, without = PercentileThreshold(warmup_steps=5), PercentileThreshold(warmup_steps=5)
+    for norm in norms:
+        rule.update(make(norm))
+    thresholds(without, [norm for norm in norms if norm])
+    assert float(rule.update(make(1e6))) == pytest.approx(without.update(1e6), rel=1e-6)
+    rule.flush()
+    assert (rule.count, rule.nonfinite) == (201, 0)
+    assert rule.clipped_fraction() == without.clipped_fraction() < 0.2
