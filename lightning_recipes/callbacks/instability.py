@@ -109,10 +109,10 @@ class InstabilityDetector(pl.Callback):
       on a CPU one that is not finite, or whose gradient may have exploded, is judged at once.
     - ``"skip"``: cancel an update with a value that is not finite, a spike, a burst or an exploding gradient, on all
       ranks together, by setting the gradients to None, and with it what its batch did to the statistics of BatchNorm.
-      What comes thirty times in a row, or five times apart from
-      each other within a hundred updates, is no accident but what the training is now, as where a curriculum gets
-      harder: it is told as a divergence, and but for what is not finite nothing is cancelled until a hundred updates
-      had none of it. Costs a host read an update, and over ranks a collective.
+      What comes thirty times in a row, or five times apart from each other within a hundred updates, is no accident but
+      what the training is now, as where a curriculum gets harder: it is told as a divergence, and but for what is not
+      finite nothing is cancelled until a hundred updates had none of it. Costs a host read an update, and over ranks a
+      collective.
     - ``"rewind"``: go back to the last good state: parameters, buffers, optimizers, learning rate schedules, GradScaler
       and the rules of the other recipes (the average of ``EMAWeights``, too). The batches since then are not seen
       again, and those right behind that are as bad are skipped. A checkpoint holds none of the good states: what it
@@ -370,7 +370,6 @@ class InstabilityDetector(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._batch = None
-        trainer.should_stop = trainer.should_stop or self._stopped  # whoever has taken a wish of its own back
         if self._back is not None:
             self._go_back(trainer, pl_module)
         elif self._is_time_to_keep(trainer):

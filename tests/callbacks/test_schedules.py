@@ -294,6 +294,17 @@ def test_a_second_fit_has_the_rates_of_its_own_optimizers(scheduler: str, tmp_pa
     assert rates[1] == rates[0]
 
 
+def test_a_step_that_calls_the_one_it_overrides_is_one(tmp_path: Path) -> None:
+    class Own(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # from now on torch has hooks around its step, too
+    module, schedule = Regression(make_optimizer=lambda parameters: Own(parameters, lr=0.1)), LearningRateSchedule()
+    fit(tmp_path, module, schedule)
+    assert schedule.rule[0].step == 36
+
+
 @pytest.mark.parametrize("batches", [1, 3])
 def test_fast_dev_run_gets_no_longer(batches: int, tmp_path: Path) -> None:
     module = Scheduled()
