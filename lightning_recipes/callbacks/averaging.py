@@ -119,6 +119,7 @@ class EMAWeights(pl.Callback):
         make()  # refuses bad arguments
         self.rule = PerOptimizer(make)
         self._tracked: list[Tracked] = []  # what changes with each optimizer, during fit
+        self._follow_optimizers: Callable[[], None] = _nothing
         self._put_back: list[Callable[[], None]] = []  # takes away hooks and substitutes when fit ends
         self._statistics: dict[str, Tensor] = {}  # of BatchNorm, those that the model does not hold at the moment
         self._recomputed_at = -1  # updates at which those of the average were recomputed
@@ -268,15 +269,20 @@ class EMAWeights(pl.Callback):
                 done = partial(self._update, trainer, pl_module, optimizer, index)
                 hooks.append(after_each_step(optimizer, done))
 
-        def step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        def follow() -> None:
             if trainer.optimizers != optimizers:
                 hook()
                 self._track(trainer, pl_module)
-            return optimizer_step(optimizer, *args, **kwargs)
 
         hook()
-        optimizer_step = trainer.strategy.optimizer_step
-        self._put_back += [unhook, substitute(trainer.strategy, "optimizer_step", step)]
+        self._follow_optimizers = follow
+        self._put_back.append(unhook)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._follow_optimizers()
 
     def _take_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on from an earlier fit with its raw weights, or start anew if the weights are not those it left."""
@@ -327,6 +333,7 @@ class EMAWeights(pl.Callback):
         """Take hooks and substitutes away and let go of the module's tensors."""
         while self._put_back:
             self._put_back.pop()()
+        self._follow_optimizers = _nothing
         self._tracked = []
         for index in self.rule:
             self.rule[index].forget()
@@ -462,6 +469,10 @@ class EMAWeights(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._fitting:  # not where a checkpoint is only evaluated
             self.rule.load_state_dict(state_dict["rule"])
+
+
+def _nothing() -> None:
+    """There is no training."""
 
 
 def _present(device: str | torch.device) -> torch.device:
