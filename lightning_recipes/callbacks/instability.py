@@ -189,10 +189,10 @@ class InstabilityDetector(pl.Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        forget_norms(trainer)
         name = type(self).__name__
         if isinstance(trainer.strategy, DeepSpeedStrategy):
             raise MisconfigurationException(f"{name} cannot see the gradients of DeepSpeed, whose engine keeps them")
+        forget_norms(trainer)
         if self.action in ("rewind", "stop") and is_sharded(trainer):
             raise MisconfigurationException(
                 f"{name}(action={self.action!r}) cannot keep the states of a model in shards"
@@ -370,6 +370,7 @@ class InstabilityDetector(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._batch = None
+        trainer.should_stop = trainer.should_stop or self._stopped  # whoever has taken it back
         if self._back is not None:
             self._go_back(trainer, pl_module)
         elif self._is_time_to_keep(trainer):

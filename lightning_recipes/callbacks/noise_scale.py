@@ -142,12 +142,12 @@ class GradientNoiseScale(pl.Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        forget_norms(trainer)
         if isinstance(trainer.strategy, DeepSpeedStrategy) or is_sharded(trainer):
             raise MisconfigurationException(
                 f"{type(self).__name__} cannot see the local gradients of {type(trainer.strategy).__name__}: use it"
                 " with DDP or on one device, and remove it here"
             )
+        forget_norms(trainer)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -373,10 +373,12 @@ class SnapshotEnsemble(pl.Callback):
         if data is not None:
             try:
                 with without_trace(pl_module):
-                    for finding in self._judge(trainer, module, members, states, data, step):
+                    for finding in self._judge(module, members, states, data, step):
                         findings.append(finding)
             except Exception as error:
                 problem = f"{type(error).__name__}: {error}"
+        if self.report is not None:
+            self._log(trainer, self.report)
         ensemble = self.ensemble
         if ensemble is None:
             ensemble = Ensemble(members, None, self.combine if self.combine != "auto" else self._likely)
@@ -386,7 +388,6 @@ class SnapshotEnsemble(pl.Callback):
 
     def _judge(
         self,
-        trainer: pl.Trainer,
         module: nn.Module,
         members: list[nn.Module],
         states: list[dict[str, Tensor]],
@@ -396,7 +397,15 @@ class SnapshotEnsemble(pl.Callback):
         """Make ensemble and report, and say what was seen."""
         names = [f"snapshot {cycle + 1}" for cycle in range(len(members))]
         self.ensemble, self.report = judge(members, data, self.weighting, self.combine, names, step)
-        made = self.report
+        yield self.report.finding
+        if len(members) > 1:
+            yield can_average(module, states, self.ensemble, data, step)
+        if self._exact:
+            change = rounding([with_state(module, self._exact), members[-1]], data)
+            if change > EXACT:
+                yield _rounded(self.dtype, change, step)
+
+    def _log(self, trainer: pl.Trainer, made: Report) -> None:
         scalars = {
             "ensemble/loss": made.selection.loss,
             "ensemble/gain": made.selection.gain,
@@ -405,14 +414,7 @@ class SnapshotEnsemble(pl.Callback):
             "ensemble/calibration_error": made.calibration_error,
         }
         log_scalars(trainer, {name: value for name, value in scalars.items() if not math.isnan(value)})
-        yield made.finding
         log_text(trainer, "ensemble", made.to_markdown())
-        if len(members) > 1:
-            yield can_average(module, states, self.ensemble, data, step)
-        if self._exact:
-            change = rounding([with_state(module, self._exact), members[-1]], data)
-            if change > EXACT:
-                yield _rounded(self.dtype, change, step)
 
     def _held_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> HeldOut | None:
         """The validation data of the run, if it has any."""
