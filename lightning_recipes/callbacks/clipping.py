@@ -310,7 +310,11 @@ def _nonfinite(rule: PercentileThreshold, index: int, skipped: bool) -> Finding:
         f" {rule.count + rule.nonfinite} updates, which {fate}.",
         advice=f"Look for an overflow, division or logarithm in the loss and for such values in the data; {cure}.",
         step=rule.count + rule.nonfinite,
-        evidence={"nonfinite": rule.nonfinite, "updates": rule.count + rule.nonfinite},
+        evidence={
+            "nonfinite": rule.nonfinite,
+            "updates": rule.count + rule.nonfinite,
+            "decision": "cancelled" if skipped else "told",
+        },
     )
 
 

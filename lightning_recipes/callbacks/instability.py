@@ -535,12 +535,13 @@ def _finding(update: _Update, found: Instability, decision: str, where: str, riv
         "gave up": " So many updates are no accidents: they are cancelled no longer.",
         "raised": "",
     }[decision]
+    smoothed = found.kind in ("divergence", "early instability", "no progress")  # of some twenty updates, spikes cut
     # Where optimizers work against each other a loss may well rise: what one of them wins another loses.
     return Finding(
         rule=found.kind,
         severity="info" if rivals and found.kind in ("divergence", "early instability") else "warning",
-        message=f"The {found.signal} was {found.value:.3g} at batch {update.batch_idx} of epoch {update.epoch}{bound}"
-        f"{f'; {where}' if where else ''}.{did}",
+        message=f"The {'smoothed ' if smoothed else ''}{found.signal} was {found.value:.3g} at batch"
+        f" {update.batch_idx} of epoch {update.epoch}{bound}{f'; {where}' if where else ''}.{did}",
         advice=CURES[found.kind],
         step=update.step,
         evidence={

@@ -460,7 +460,7 @@ def test_a_cure_names_a_measure_once_and_no_progress_is_told_against_the_start()
     found = module_under_test._finding(
         update, Instability("no progress", "loss", 308, 1.39, 1.43), "told", "", rivals=False
     )
-    assert found.message == "The loss was 1.39 at batch 56 of epoch 4, and 1.43 at the start."
+    assert found.message == "The smoothed loss was 1.39 at batch 56 of epoch 4, and 1.43 at the start."
 
 
 def test_what_keeps_coming_is_told_once_and_cancelled_no_longer(tmp_path: Path) -> None:
