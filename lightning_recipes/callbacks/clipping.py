@@ -133,7 +133,7 @@ class PercentileGradientClipping(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._statistics = KeptStatistics(pl_module)
+        self._statistics = KeptStatistics(pl_module if self.skip_nonfinite else None)
         self._nonfinite_told = {index: self.rule[index].nonfinite for index in self.rule}
         self._doublings = {index: _doublings(self.rule[index].count) for index in self.rule}
 

@@ -202,7 +202,7 @@ class InstabilityDetector(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._good.clear()
-        self._statistics = KeptStatistics(pl_module)
+        self._statistics = KeptStatistics(pl_module if self.action in ("skip", "rewind") else None)
         self._keeps_next = self.action in ("rewind", "stop")
 
     # ---------------------------------------------------------------------------------- measure
@@ -256,8 +256,7 @@ class InstabilityDetector(pl.Callback):
             at_once = self.action == "stop" or self.rule[update.optimizer].is_striking(update.loss, update.norm)
         if at_once or time_to_log(trainer) or len(self._unread) >= UNREAD:
             self._judge(trainer, pl_module, optimizer if at_once else None)
-        if self.action in ("skip", "rewind"):
-            self._statistics.keep()
+        self._statistics.keep()
 
     # ---------------------------------------------------------------------------------- ask, act, tell
 

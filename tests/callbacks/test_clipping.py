@@ -166,6 +166,7 @@ def test_skip_nonfinite_cancels_the_update(free_to_read: bool, tmp_path: Path, m
             weight=4.0,
         )
     assert steps == pytest.approx([1.0, 0.0, 1.5, 0.0, 1.75])  # not even the momentum moves the weight
+    assert findings_of(tmp_path)[0]["evidence"]["decision"] == "cancelled"
 
 
 @pytest.mark.parametrize("value", [0.5, 1])
