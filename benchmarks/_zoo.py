@@ -129,11 +129,13 @@ class Case:
         name: Of the defect, or of what is healthy.
         make: Makes it for a seed.
         named: Rules that name the defect; none for a healthy one.
+        larger: Makes the same with a larger network.
     """
 
     name: str
     make: Callable[[int], Run]
     named: frozenset[str] = frozenset()
+    larger: Callable[[int], Run] | None = None
 
 
 # ---------------------------------------------------------------------------------------------------- networks

@@ -14,7 +14,7 @@ from pathlib import Path
 from sysconfig import get_paths
 
 import torch
-from _zoo import Case, mlp
+from _zoo import mlp
 from _zoo_defects import Pair, Reshaped, Split, Workload, put, relative, sgd, split, standardised
 from torch import Tensor, nn
 from torch.nn import functional
@@ -292,7 +292,7 @@ TABLES, IMAGES, TEXTS = (
     [SOURCE, CAUSAL, PASSAGES],
 )
 WORKLOADS = [*TABLES, *IMAGES, *TEXTS]
-HEALTHY_CROSSED = [Case(each.name, each.make) for each in WORKLOADS]
+HEALTHY_CROSSED = [each.case() for each in WORKLOADS]
 
 
 # ---------------------------------------------------------------------------------------------------- broken

@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from _zoo import Case, mlp, smoothed
+from _zoo import mlp, smoothed
 from _zoo_crossed import LIBRARY, Outputs, Places, bce, clothes, flat
 from _zoo_crossed_more import HELP
 from _zoo_defects import Pair, Reshaped, Split, Workload, put, relative, sgd, split, standardised
@@ -199,7 +199,7 @@ PAIRS = Workload(
 KIND = Workload("modules, convolutions", kinds, strided, 48, 5, torch.optim.AdamW, 8e-3, 9, 100)
 PROGRAM = Workload("programs, GRU", programs, stacked, 64, 2, quick, 8e-3, 6, 24, settings={"gradient_clip_val": 2.0})
 WORKLOADS = (DIABETES, IRIS, COUNTS, SEPARABLE, SMOOTHED, PAIRS, KIND, PROGRAM)
-HEALTHY_EIGHT = [Case(each.name, each.make) for each in WORKLOADS]
+HEALTHY_EIGHT = [each.case() for each in WORKLOADS]
 
 
 # ---------------------------------------------------------------------------------------------------- broken

@@ -5,7 +5,7 @@ from functools import cache, partial
 from pydoc_data import topics
 
 import torch
-from _zoo import Attention, Case, mlp
+from _zoo import Attention, mlp
 from _zoo_crossed import LIBRARY, Outputs, Places, bce, clothes, flat
 from _zoo_defects import Pair, Reshaped, Split, Workload, put, relative, sgd, split, standardised
 from torch import nn
@@ -125,7 +125,7 @@ PLAIN = Workload(
 LINES = Workload("lines, GRU", lines, gated, 40, 2, light, 0.03, 8, 50, options=DECAY)
 HELPED = Workload("help, transformer", help_text, transformer, 32, 3, light, 0.015, 4, 32, options=RAMP)
 ABOVE = Workload("digits above four, BatchNorm", above_four, deep, 40, 13, adamax, 8e-3, 12, 100, bce)
-HEALTHY_MORE = [Case(each.name, each.make) for each in (NUCLEI, SQUARES, PLAIN, LINES, HELPED, ABOVE)]
+HEALTHY_MORE = [each.case() for each in (NUCLEI, SQUARES, PLAIN, LINES, HELPED, ABOVE)]
 
 
 # ---------------------------------------------------------------------------------------------------- broken

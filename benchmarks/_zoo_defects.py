@@ -85,6 +85,10 @@ class Workload:
         module = Crossed(self.optimizer, net=self.net(self.width), loss=self.loss, **more)
         return Run(module, train, val, self.epochs, self.batch, self.shuffle, self.settings)
 
+    def case(self, name: str = "", named: frozenset[str] = frozenset()) -> Case:
+        """What should be said of it; the larger network is four times as wide."""
+        return Case(name or self.name, self.make, named, replace(self, width=4 * self.width).make)
+
 
 Change = Callable[..., Workload]
 
@@ -387,4 +391,4 @@ def put(defect: str, *workloads: Workload, **more: Any) -> list[Case]:
         more: That its change asks for.
     """
     rules, change = DEFECTS[defect]
-    return [Case(f"{defect}: {workload.name}", change(workload, **more).make, rules) for workload in workloads]
+    return [change(workload, **more).case(f"{defect}: {workload.name}", rules) for workload in workloads]

@@ -18,6 +18,7 @@ import logging
 import math
 import tempfile
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,26 @@ def losses(module: Training, data: tuple[Tensor, Tensor]) -> list[float]:
         return [float(criterion(module(inputs), targets)) for inputs, targets in chunks]
 
 
-def diagnosed(run: Run, held_out: tuple[Tensor, Tensor] | None) -> list[Finding]:
-    """What the decision tree says of a classifier or a regression."""
+def trained(run: Run, callbacks: Sequence[pl.Callback] = (), folder: str | None = None) -> None:
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=run.epochs,
+        callbacks=[*callbacks],
+        enable_model_summary=False,
+        default_root_dir=folder,
+        **quiet,
+        **run.settings,
+    )
+    train = DataLoader(TensorDataset(*run.train), run.batch, shuffle=run.shuffle)
+    trainer.fit(run.module, train, DataLoader(TensorDataset(*run.val), 500))
+
+
+def diagnosed(
+    run: Run, held_out: tuple[Tensor, Tensor] | None, larger: Callable[[], Run | None] = lambda: None
+) -> list[Finding]:
+    """What the decision tree says of a classifier or a regression; where it asks for a larger network, it gets one."""
     module, targets = run.module, run.train[1]
     if not isinstance(module, Training) or module.loss in (bits, sigmoid_twice):
         return []
@@ -100,7 +119,20 @@ def diagnosed(run: Run, held_out: tuple[Tensor, Tensor] | None) -> list[Finding]
     if trivial <= 0:
         return []
     inputs: dict[str, Any] = {"train_inputs": run.train[0], "val_inputs": run.val[0]} if own is None else {}
-    return [diagnose(train, val, trivial_loss=trivial, held_out_loss=own, **inputs).finding]
+    inputs |= {"trivial_loss": trivial, "held_out_loss": own}
+    diagnosis = diagnose(train, val, **inputs)
+    if any("larger_train_loss" in each for each in diagnosis.cures) and (other := larger()) is not None:
+        trained(other)
+        assert isinstance(other.module, Training)  # as the smaller one
+        of_larger = losses(other.module, other.train)
+        if all(map(math.isfinite, of_larger)):
+            diagnosis = diagnose(train, val, larger_train_loss=of_larger, **inputs)
+    return [diagnosis.finding]
+
+
+def without(run: Run) -> Run:
+    """Trained on all but a hundred examples."""
+    return replace(run, train=(run.train[0][:-100], run.train[1][:-100]))
 
 
 def said(case: Case, seed: int) -> list[dict[str, Any]]:
@@ -110,7 +142,15 @@ def said(case: Case, seed: int) -> list[dict[str, Any]]:
     held_out = None
     if len(run.train[0]) > 500:  # a part is not trained on
         held_out = run.train[0][-100:], run.train[1][-100:]
-        run = replace(run, train=(run.train[0][:-100], run.train[1][:-100]))
+        run = without(run)
+
+    def larger() -> Run | None:
+        if case.larger is None:
+            return None
+        seed_all(seed)
+        other = case.larger(seed)
+        return other if held_out is None else without(other)
+
     callbacks = [
         InitialLossCheck(),
         OverfitCheck(),
@@ -119,24 +159,12 @@ def said(case: Case, seed: int) -> list[dict[str, Any]]:
         LearningCurves(),
         CriticalPointProbe(),
     ]
-    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     with tempfile.TemporaryDirectory() as folder:
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_epochs=run.epochs,
-            callbacks=callbacks,
-            enable_model_summary=False,
-            default_root_dir=folder,
-            **quiet,
-            **run.settings,
-        )
-        train = DataLoader(TensorDataset(*run.train), run.batch, shuffle=run.shuffle)
-        trainer.fit(run.module, train, DataLoader(TensorDataset(*run.val), 500))
+        trained(run, callbacks, folder)
         path = Path(folder) / "findings.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     found = [json.loads(line) for line in lines]
-    found += [finding.as_dict() for finding in diagnosed(run, held_out)]
+    found += [finding.as_dict() for finding in diagnosed(run, held_out, larger)]
     return sorted(found, key=lambda finding: SEVERITY[finding["severity"]])
 
 

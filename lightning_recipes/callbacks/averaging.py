@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from lightning_recipes.callbacks.batch_norm import recompute_, statistics
 from lightning_recipes.callbacks.learning_rates import length_of
-from lightning_recipes.callbacks.measuring import after_each_step
+from lightning_recipes.callbacks.measuring import around_each_step
 from lightning_recipes.callbacks.sharding import copied, is_sharded, load_beside, reshard_, save_beside
 from lightning_recipes.callbacks.substitute import substitute, substituted
 from lightning_recipes.callbacks.tracking import Tracked, same_tensors, share_, track
@@ -267,7 +267,7 @@ class EMAWeights(pl.Callback):
             optimizers[:] = trainer.optimizers
             for index, optimizer in enumerate(optimizers):
                 done = partial(self._update, trainer, pl_module, optimizer, index)
-                hooks.append(after_each_step(optimizer, done))
+                hooks.append(around_each_step(optimizer, done))
 
         def follow() -> None:
             if trainer.optimizers != optimizers:

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_recipes.callbacks.batch_norm import KeptStatistics
 from lightning_recipes.callbacks.measuring import (
-    after_each_step,
+    around_each_step,
     forget_norms,
     gradient_norm,
     index_of,
@@ -180,7 +180,7 @@ class PercentileGradientClipping(pl.Callback):
                     self._tell_once(trainer, index, _unobserved(index))
                 self._measured.discard(index)
 
-            self._put_back.append(after_each_step(optimizer, stepped))
+            self._put_back.append(around_each_step(optimizer, stepped))
 
     def _unwatch(self) -> None:
         while self._put_back:

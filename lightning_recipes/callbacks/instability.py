@@ -14,6 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -215,7 +216,8 @@ class InstabilityDetector(pl.Callback):
         if self._good and self._good[-1]["sizes"] != _group_sizes(trainer):  # nowhere to go back to
             self._good.clear()
             self._keeps_next = True
-        if self._keeps_next and not (self._unread and self._good):  # what is not judged may not be good
+        is_lazy_yet = self._keeps_next and any(map(is_lazy, pl_module.parameters()))
+        if self._keeps_next and not is_lazy_yet and not (self._unread and self._good):  # unjudged may not be good
             self._keeps_next = False
             self._keep(trainer, pl_module)
 
@@ -300,7 +302,7 @@ class InstabilityDetector(pl.Callback):
             note(trainer, finding)
         if decision == "raised":
             raise TrainingInstability(finding.text)
-        if decision in ("went back", "stopped"):
+        if decision in ("went back", "stopped") and self._good:
             self._back = 0 if found.kind not in JUMPS else -1
         if decision == "stopped":
             trainer.should_stop = self._stopped = True
@@ -318,8 +320,9 @@ class InstabilityDetector(pl.Callback):
         if self.action == "skip":
             return "cancelled"
         just_back = self._updates - self._kept_at <= self.keep_every and self._is_back
-        if self.action == "rewind" and (self._back is not None or (just_back and found.kind in JUMPS)):
-            return "cancelled"  # the same trouble, in the batches that follow
+        again = self._back is not None or (just_back and found.kind in JUMPS)
+        if self.action == "rewind" and (again or not self._good):
+            return "cancelled"  # the same trouble, in the batches that follow; or there is nowhere to go back to
         if self.action == "rewind":
             return "went back" if self.rewinds < self.max_rewinds else "stopped"
         return "stopped" if self.action == "stop" else "raised"

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
-from lightning_recipes.callbacks.measuring import after_each_step
+from lightning_recipes.callbacks.measuring import around_each_step
 from lightning_recipes.callbacks.substitute import substitute
 from lightning_recipes.core.learning_rates import LearningRates
 from lightning_recipes.core.per_optimizer import PerOptimizer
@@ -183,7 +183,7 @@ def take_hold(name: str, trainer: pl.Trainer, rule: PerOptimizer[LearningRates])
             )
         if optimizer not in _on:
             held = _on[optimizer] = _Held()
-            held.put_back.append(after_each_step(optimizer, held.rates.update))
+            held.put_back.append(around_each_step(optimizer, held.rates.update))
             for config in trainer.lr_scheduler_configs:
                 if getattr(config.scheduler, "optimizer", None) is optimizer:
                     held.put_back.append(_unscaled(config.scheduler, held.rates))

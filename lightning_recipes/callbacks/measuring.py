@@ -44,21 +44,26 @@ def examples_in(batch: Any) -> int:
     return 1
 
 
-def after_each_step(optimizer: Optimizer, done: Callable[[], None]) -> Callable[[], None]:
+def around_each_step(
+    optimizer: Optimizer, done: Callable[[], None], before: Callable[[Any, Any], None] | None = None
+) -> Callable[[], None]:
     """Have ``done`` called behind each step of an optimizer; once where its ``step`` calls the one that it overrides.
 
     Args:
         optimizer: A ``torch.optim.Optimizer``, which has step hooks.
         done: What to call.
+        before: What to call before, with the arguments of the step.
 
     Returns:
         What ends it.
     """
     depth = 0
 
-    def enter(*_: object) -> None:
+    def enter(_: object, args: Any, kwargs: Any) -> None:
         nonlocal depth
         depth += 1
+        if depth == 1 and before is not None:
+            before(args, kwargs)
 
     def leave(*_: object) -> None:
         nonlocal depth

@@ -5,7 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import wraps
+from functools import partial, wraps
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_recipes.callbacks.measuring import mean_over_ranks
+from lightning_recipes.callbacks.measuring import around_each_step, mean_over_ranks
 from lightning_recipes.callbacks.rehearsal import (
     first_batches,
     first_validation_batches,
@@ -278,26 +278,20 @@ class _Drive(pl.Callback):
                         self.seen.shrinks = max(self.seen.shrinks, shrinks(optimizer, group, peak_rate(group)))
                     group["weight_decay"] = 0.0
 
-            def before(
-                optimizer: Optimizer,
-                *_: object,
-                index: int = index,
-                rates: list[float] = rates,
-                warmup: int = WARMUP if warms_up else 1,
-            ) -> None:
-                warm = min(1.0, (self._steps[index] + 1) / warmup)
-                for group, rate in zip(_rated(optimizer), rates, strict=True):
-                    if isinstance(group["lr"], Tensor):
-                        group["lr"].fill_(rate * warm)
-                    else:
-                        group["lr"] = rate * warm
+            before = partial(self._warm_up, optimizer, index, rates, WARMUP if warms_up else 1)
+            around_each_step(optimizer, partial(self._note_step, optimizer, index), before)
 
-            def after(optimizer: Optimizer, *_: object, index: int = index) -> None:
-                self._steps[index] += 1
-                self._note_gradients(optimizer, index)
+    def _warm_up(self, optimizer: Optimizer, index: int, rates: list[float], warmup: int, *_: object) -> None:
+        warm = min(1.0, (self._steps[index] + 1) / warmup)
+        for group, rate in zip(_rated(optimizer), rates, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate * warm)
+            else:
+                group["lr"] = rate * warm
 
-            optimizer.register_step_pre_hook(before)
-            optimizer.register_step_post_hook(after)
+    def _note_step(self, optimizer: Optimizer, index: int) -> None:
+        self._steps[index] += 1
+        self._note_gradients(optimizer, index)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -30,7 +30,7 @@ from lightning_recipes.callbacks.ensembling import (
     with_state,
 )
 from lightning_recipes.callbacks.learning_rates import length_of, let_go, renew, take_hold
-from lightning_recipes.callbacks.measuring import after_each_step, scaler_of
+from lightning_recipes.callbacks.measuring import around_each_step, scaler_of
 from lightning_recipes.callbacks.replay import without_trace
 from lightning_recipes.callbacks.sharding import is_sharded
 from lightning_recipes.callbacks.substitute import substitute
@@ -239,7 +239,7 @@ class SnapshotEnsemble(pl.Callback):
         # Not in on_train_start: behind the hooks of all other callbacks, an average of the weights above all.
         for index, optimizer in enumerate(trainer.optimizers):
             stepped = partial(self._update, trainer, pl_module, optimizer, index)
-            self._put_back.append(after_each_step(optimizer, stepped))
+            self._put_back.append(around_each_step(optimizer, stepped))
         pass_over(trainer, self, SnapshotEnsemble, ["on_train_batch_start"])
 
     def _update(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer, index: int) -> None:

@@ -1,6 +1,7 @@
 """Watch how much each update changes the weights."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,10 +13,9 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_recipes.callbacks.measuring import index_of, loss_of_update, mean_over_ranks
+from lightning_recipes.callbacks.measuring import around_each_step, index_of, loss_of_update, mean_over_ranks
 from lightning_recipes.callbacks.sharding import is_sharded, shard_group
 from lightning_recipes.callbacks.telling import log_scalars, show, tell, time_to_log
 from lightning_recipes.callbacks.tracking import parameters_of
@@ -140,7 +140,7 @@ class UpdateRatioMonitor(pl.Callback):
         self.log_all = check_flag("log_all", log_all)
         self.turns = check_count("turns", turns, 1)
         self.rule: PerOptimizer[UpdateRatioRule] = PerOptimizer(UpdateRatioRule)
-        self._handles: list[RemovableHandle] = []
+        self._put_back: list[Callable[[], None]] = []
         self._forget()
 
     def _forget(self) -> None:
@@ -155,9 +155,8 @@ class UpdateRatioMonitor(pl.Callback):
 
     def _let_go(self) -> None:
         """Let go of what belongs to the training."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        while self._put_back:
+            self._put_back.pop()()
         self._layouts: dict[int, _Layout] = {}
         self._meters: dict[int, tuple[_Layout, UpdateMeter]] = {}
         self._waiting: set[int] = set()  # optimizers in a step whose gradient is still to be computed
@@ -182,10 +181,9 @@ class UpdateRatioMonitor(pl.Callback):
         for index, optimizer in enumerate(trainer.optimizers):
             self._updates.setdefault(index, 0)
             if hasattr(optimizer, "register_step_post_hook"):
-                before = partial(self._before_step, trainer, index)
-                after = partial(self._after_step, trainer, index)
-                self._handles.append(optimizer.register_step_pre_hook(before))
-                self._handles.append(optimizer.register_step_post_hook(after))
+                before = partial(self._before_step, trainer, index, optimizer)
+                after = partial(self._after_step, trainer, index, optimizer)
+                self._put_back.append(around_each_step(optimizer, after, before))
 
     # ---------------------------------------------------------------------------------- measure
 
@@ -245,7 +243,7 @@ class UpdateRatioMonitor(pl.Callback):
         layout.names.extend(layers)
         return layout
 
-    def _after_step(self, trainer: pl.Trainer, index: int, optimizer: Optimizer, *_: Any) -> None:
+    def _after_step(self, trainer: pl.Trainer, index: int, optimizer: Optimizer) -> None:
         if self._wants_losses:
             losses = self._losses_of_update or self._losses
             self._losses_of_update, self._losses = [], []

@@ -21,9 +21,9 @@ LECTURE = "When a network fails to train: training loss first, then validation; 
 SURE = 0.975  # one-sided confidence of every comparison
 NOTHING = 0.95  # of the trivial loss: a loss above that is no better than that of a constant output
 HIGH = 0.5  # of the trivial loss: a training loss above that is high
-LOW = 0.1  # of the trivial loss: a training loss below that is low, and so is a gap
+LOW = 0.1  # of the trivial loss: a training loss below that is low, and so is a gap, or what a larger network gains
 CLOSE = 0.1  # of what the training loss is too high by: networks whose losses differ by less are alike
-HALF = 0.5  # of the gap, that the larger of its two causes has
+HALF = 0.5  # of the gap, that the larger of its two causes has; of a training loss, that a larger network gets rid of
 TOLD_APART = 0.6  # area under the ROC curve: two sets of inputs that a classifier tells apart
 
 CURES: dict[str, tuple[str, ...]] = {
@@ -184,6 +184,7 @@ class Evidence:
         trivial: Loss of the best constant prediction: the entropy of the class prior, the variance of the targets. For
             losses whose least value is 0.
         smaller: Training loss of a smaller or shallower network on the same data.
+        larger: Training loss of a larger network on the same data.
         held_out: Loss on a part of the training distribution that was not trained on.
         samples: How well the inputs of training and validation can be told apart.
         rules: Of what was told of the training, and before it of the learning rate.
@@ -196,6 +197,7 @@ class Evidence:
     target: float | None = None
     trivial: float | None = None
     smaller: Measured | None = None
+    larger: Measured | None = None
     held_out: Measured | None = None
     samples: TwoSamples | None = None
     rules: frozenset[str] = frozenset()
@@ -206,13 +208,14 @@ class Evidence:
 def decide(evidence: Evidence) -> Diagnosis:
     """Walk down the tree: first what is broken, then the training loss, then the validation loss.
 
-    What warned before the training is mended first: behind it all leaves look alike. Training loss high: model bias or
-    optimization, or nothing learnt where it, or the loss on held-out data (else on validation data), is not lower than
-    that of a constant output; low, and validation high: overfitting or mismatch; else done. A loss is high if the whole
-    of its interval is above the target. Without a target the trivial loss is the measure: a training loss above half of
-    it is high and one below a tenth low, between them it cannot be told (unless a smaller network has a lower one, or
-    validation is no better than a constant output or its gap larger than the training loss itself: then that comes
-    first); and validation is high if it is more than a tenth of the trivial loss above training.
+    What warned before the training is mended first: behind it all leaves look alike. Training loss high: optimization,
+    if a smaller network gets lower, model bias, if a larger one does, or nothing learnt where it, or the loss on
+    held-out data (else on validation data), is not lower than that of a constant output; low, and validation high:
+    overfitting or mismatch; else done. A loss is high if the whole of its interval is above the target. Without a
+    target the trivial loss is the measure: a training loss above half of it is high and one below a tenth low, between
+    them it cannot be told (unless a smaller network has a lower one, a larger one at most half of it, or validation is
+    no better than a constant output or its gap larger than the training loss itself: then that comes first); and
+    validation is high if it is more than a tenth of the trivial loss above training.
 
     Example:
         >>> decide(Evidence(Measured(0.02), Measured(0.9), target=0.1, held_out=Measured(0.05))).leaf
@@ -257,11 +260,16 @@ def decide(evidence: Evidence) -> Diagnosis:
         return _of_validation(evidence, f"low against {than}")
     if evidence.val is not None and _worse_than_that(train, evidence.val, trivial):
         return _of_validation(evidence, f"neither low nor high against {than}")
+    if evidence.larger is not None and _size_helps(evidence, evidence.larger):
+        return _of_training(evidence, f"neither low nor high against {than}")
     return _leaf(
         evidence,
         "cannot tell",
         f"The training loss is {train}, neither low nor high against {than}.",
-        ("what people or a known model reach (target_loss)", "the training loss of a smaller and of a larger network"),
+        (
+            "what people or a known model reach (target_loss)",
+            "the training loss of a smaller and of a larger network (smaller_train_loss, larger_train_loss)",
+        ),
     )
 
 
@@ -270,39 +278,58 @@ def _worse_than_that(train: Measured, val: Measured, trivial: float | None) -> b
     return (val - train).low > train.value or (trivial is not None and val.low > NOTHING * trivial)
 
 
+def _size_helps(evidence: Evidence, larger: Measured) -> bool:
+    """Whether the training loss of a larger network is lower by what matters."""
+    train, gained = evidence.train, (evidence.train - larger).low
+    if evidence.target is not None:
+        return gained > CLOSE * (train.value - evidence.target)
+    trivial = evidence.trivial or 0.0
+    return gained > LOW * trivial and (train.low > HIGH * trivial or gained > HALF * train.value)
+
+
 def _of_training(evidence: Evidence, than: str) -> Diagnosis:
-    train, smaller = evidence.train, evidence.smaller
+    train, smaller, larger = evidence.train, evidence.smaller, evidence.larger
     saw = f"The training loss is {train}, {than}"
-    of_training = _told(evidence)
-    nothing = _nothing(evidence)
-    if smaller is not None:
-        difference = train - smaller
-        too_high = train.value - (evidence.target if evidence.target is not None else 0.0)
-        if difference.low > 0 and difference.value > CLOSE * too_high:
-            return _leaf(
-                evidence,
-                "optimization",
-                f"{saw}, and a smaller network reaches {smaller}: the larger one could, too, and does not find it.",
-            )
-        if difference.high <= CLOSE * too_high and not of_training and not nothing:
-            than_smaller = "lower than" if difference.high < 0 else "no higher than"
-            return _leaf(
-                evidence,
-                "model bias",
-                f"{saw}, but {than_smaller} the {smaller} of a smaller network: size helps, or does no harm.",
-            )
-    if nothing and not of_training:
+    matters = CLOSE * (train.value - (evidence.target or 0.0))
+    over = None if smaller is None else train - smaller
+    if over is not None and over.low > 0 and over.value > matters:
+        return _leaf(
+            evidence,
+            "optimization",
+            f"{saw}, and a smaller network reaches {smaller}: the larger one could, too, and does not find it.",
+        )
+    if told := _told(evidence):
+        return _leaf(evidence, "optimization", f"{saw}, and it was told: {', '.join(told)}.")
+    if nothing := _nothing(evidence):
         return _leaf(evidence, "nothing learnt", f"{saw}: {nothing}.")
-    if of_training:
-        return _leaf(evidence, "optimization", f"{saw}, and it was told: {', '.join(of_training)}.")
-    if smaller is not None:
-        saw += f", and that of a smaller network is {smaller}: too uncertain to compare"
-        return _leaf(evidence, "cannot tell", f"{saw}.", ("both training losses with more seeds",))
+    if larger is not None:
+        if _size_helps(evidence, larger):
+            return _leaf(evidence, "model bias", f"{saw}, and a larger network reaches {larger}.")
+        return _leaf(
+            evidence,
+            "cannot tell",
+            f"{saw}, and that of a larger network is {larger}: size is not what it lacks, or not enough to tell.",
+            ("the training loss at other learning rates, and after more updates",),
+        )
+    if over is None:
+        return _leaf(
+            evidence,
+            "cannot tell",
+            f"{saw}; a network that is too small and one that is not trained well look alike.",
+            ("the training loss of a smaller and of a larger network (smaller_train_loss, larger_train_loss)",),
+        )
+    if over.high <= matters:
+        than_smaller = "lower than" if over.high < 0 else "no higher than"
+        return _leaf(
+            evidence,
+            "model bias",
+            f"{saw}, but {than_smaller} the {smaller} of a smaller network: size helps, or does no harm.",
+        )
     return _leaf(
         evidence,
         "cannot tell",
-        f"{saw}; a network that is too small and one that is not trained well look alike.",
-        ("the training loss of a smaller or shallower network on the same data (smaller_train_loss)",),
+        f"{saw}, and that of a smaller network is {smaller}: too uncertain to compare.",
+        ("both training losses with more seeds",),
     )
 
 
@@ -391,7 +418,7 @@ def _leaf(evidence: Evidence, leaf: Leaf, message: str, own: tuple[str, ...] = (
     else:
         advice = f"In this order: {'; '.join(cures)}."
     numbers: dict[str, float | str] = {}
-    for name in ("train", "val", "smaller", "held_out"):
+    for name in ("train", "val", "smaller", "larger", "held_out"):
         loss = getattr(evidence, name)
         if loss is not None:
             numbers |= {f"{name}_loss": loss.value, f"{name}_loss_error": loss.error}

@@ -44,6 +44,7 @@ def diagnose(
     target_loss: float | None = None,
     trivial_loss: float | None = None,
     smaller_train_loss: Loss | None = None,
+    larger_train_loss: Loss | None = None,
     held_out_loss: Loss | None = None,
     train_inputs: Any = None,
     val_inputs: Any = None,
@@ -55,13 +56,13 @@ def diagnose(
 
     Of a ``trainer`` whose fit is over its callbacks are asked: what they warned of before the training is to be mended
     first, and what they told during it counts. Training loss that of a constant output: nothing was learnt. High: if a
-    smaller network reaches a lower one it is optimization, if not the model is too small. Training loss low and
-    validation loss high: overfitting, if held-out data of the training distribution are as bad, mismatch, if they are
-    good; without such data a classifier is trained to tell the inputs of the two sets apart. What is high, and how
-    noise counts, says :func:`~lightning_recipes.core.diagnosis.decide`. Where the evidence does not decide, the answer
-    is ``"cannot tell"``, and what to measure next.
+    smaller network reaches a lower one it is optimization, if not, or if a larger one does, the model is too small.
+    Training loss low and validation loss high: overfitting, if held-out data of the training distribution are as bad,
+    mismatch, if they are good; without such data a classifier is trained to tell the inputs of the two sets apart. What
+    is high, and how noise counts, says :func:`~lightning_recipes.core.diagnosis.decide`. Where the evidence does not
+    decide, the answer is ``"cannot tell"``, and what to measure next.
 
-    A loss is a number, or a sample (of examples, batches or, for ``smaller_train_loss``, seeds) whose mean it is: only
+    A loss is a number, or a sample (of examples, batches or, where networks are compared, seeds) whose mean it is: only
     then is it known how sure it is.
 
     Args:
@@ -73,6 +74,7 @@ def diagnose(
             variance of the targets; above 0, for losses whose least value is 0. None for that of the trainer's
             :class:`~lightning_recipes.InitialLossCheck`.
         smaller_train_loss: Of a smaller or shallower network, trained on the same data.
+        larger_train_loss: Of a larger network, likewise.
         held_out_loss: On a part of the training distribution that was not trained on.
         train_inputs: Of examples, a tensor (N, ...) or tensors of batches; looked at if the rest does not decide.
         val_inputs: Likewise.
@@ -126,6 +128,7 @@ def diagnose(
         target_loss,
         trivial_loss,
         None if smaller_train_loss is None else measured("smaller_train_loss", smaller_train_loss),
+        None if larger_train_loss is None else measured("larger_train_loss", larger_train_loss),
         None if held_out_loss is None else measured("held_out_loss", held_out_loss),
         rules=frozenset(each.rule for each in (*of_curves, *warned) if each not in defects),
         defects=defects,

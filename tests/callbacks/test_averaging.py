@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from models import (
     Adversaries,
+    Derived,
     GivenGradients,
     Regression,
     Resumable,
@@ -683,15 +684,9 @@ def test_the_average_follows_what_is_trained(what: str, tmp_path: Path) -> None:
 
 
 def test_a_step_that_calls_the_one_it_overrides_is_one_update(tmp_path: Path) -> None:
-    torch.optim.Adam([nn.Parameter(torch.zeros(1))])  # torch puts the hooks into a class when it is first used
-
-    class Derived(torch.optim.Adam):
-        def step(self, closure: Any = None) -> Any:
-            return super().step(closure)
-
     ema = EMAWeights(0.9)
     trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[ema])
-    trainer.fit(Regression(make_optimizer=lambda parameters: Derived(parameters, 0.01)), regression_data(7))
+    trainer.fit(Regression(make_optimizer=Derived), regression_data(7))
     assert ema.rule[0].updates == 7
 
 

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from models import (
     Adversaries,
+    Derived,
     GivenGradients,
     Regression,
     fp16,
@@ -184,6 +185,25 @@ def test_an_overridden_configure_gradient_clipping_is_refused_beside_it(tmp_path
     trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[PercentileGradientClipping()])
     with pytest.raises(MisconfigurationException, match="replaces Clips.configure_gradient_clipping.*remove that"):
         trainer.fit(Clips(), regression_data())
+
+
+def test_one_that_is_called_by_hand_is_not(tmp_path: Path) -> None:
+    class Clips(Adversaries):
+        def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+            self.clip_gradients(optimizer, gradient_clip_val=1.0)
+
+    callback = PercentileGradientClipping()
+    quiet_trainer(tmp_path, max_epochs=1, callbacks=[callback]).fit(Clips(), regression_data())
+    assert callback.rule[0].count > 0
+
+
+def test_a_step_that_calls_the_one_it_overrides_is_one(tmp_path: Path) -> None:
+    callback = PercentileGradientClipping()
+    quiet_trainer(tmp_path, max_epochs=1, callbacks=[callback]).fit(
+        Regression(make_optimizer=Derived), regression_data(12)
+    )
+    assert callback.rule[0].count == 12
+    assert findings_of(tmp_path) == []
 
 
 def test_lbfgs_is_refused(tmp_path: Path) -> None:

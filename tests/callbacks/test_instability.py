@@ -567,6 +567,23 @@ def test_the_last_good_state_is_of_the_present_groups_and_has_all_buffers(action
     assert len(module.bank) == 1 + module.scale
 
 
+@pytest.mark.parametrize(
+    ("action", "bad", "decision"),
+    [("rewind", 0, "cancelled"), ("rewind", 5, "went back"), ("stop", 0, "stopped"), ("stop", 5, "stopped")],
+)
+@pytest.mark.filterwarnings("ignore:not finite")
+def test_layers_that_are_lazy_until_the_first_batch(action: Any, bad: int, decision: str, tmp_path: Path) -> None:
+    class Lazy(Troubled):
+        def configure_model(self) -> None:
+            self.net = nn.Sequential(nn.LazyLinear(16), nn.LazyBatchNorm1d(), nn.LazyLinear(1))
+
+    module = Lazy({bad: "forward"})
+    trainer = fit(tmp_path, module, InstabilityDetector(action), batches=10)
+    assert trainer.global_step == (10 if action == "rewind" else bad + 1)
+    assert [finding["evidence"]["decision"] for finding in findings_of(tmp_path)] == [decision]
+    assert all(value.isfinite().all() for value in weights_of(module).values())
+
+
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.filterwarnings("ignore:spike")
 def test_half_precision_can_cancel(fused: bool, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from models import Adversaries, Regression, WithoutRate, fp16, quiet_trainer, regression_data, same, weights_of
+from models import Adversaries, Derived, Regression, WithoutRate, fp16, quiet_trainer, regression_data, same, weights_of
 from torch import Tensor, nn
 
 from lightning_recipes import EMAWeights, PercentileGradientClipping, UpdateRatioMonitor
@@ -88,6 +88,17 @@ def test_it_is_the_true_update_of_every_optimizer(kind: Any, how: Any, settings:
     assert [step for step, *_ in told] == list(range(12))
     for (_, ratios, _), expected in zip(told, by_hand.ratios):
         assert ratios == pytest.approx(expected, rel=2e-5)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_step_that_calls_the_one_it_overrides_is_one(every: int, tmp_path: Path) -> None:
+    monitor, by_hand = watch(every), ByHand()
+    fit(tmp_path, Regression(make_optimizer=Derived), monitor, by_hand)
+    told = rule_of(monitor).told
+    assert [step for step, *_ in told] == list(range(0, 12, every))
+    for (_, ratios, loss), expected in zip(told, by_hand.ratios[::every], strict=True):
+        assert ratios == pytest.approx(expected, rel=2e-5)
+        assert loss > 0
 
 
 def test_updates_that_a_scaler_skips_are_none(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ ALIKE, APART, UNSURE = TwoSamples(0.5, 0.04, 0.04, 800), TwoSamples(0.9, 0.04, 0
 
 
 def leaf(train: Any, val: Any = None, **more: Any) -> str:
-    named = {name: measured(name, more.pop(name)) for name in ("smaller", "held_out") if name in more}
+    named = {name: measured(name, more.pop(name)) for name in ("smaller", "larger", "held_out") if name in more}
     return decide(
         Evidence(measured("train", train), None if val is None else measured("val", val), **named, **more)
     ).leaf
@@ -44,6 +44,20 @@ def leaf(train: Any, val: Any = None, **more: Any) -> str:
         ("optimization", {"train": 1.0, "target": 0.1, "rules": frozenset({"falls too slowly"})}),
         ("optimization", {"train": 1.0, "target": 0.1, "smaller": 1.5, "rules": frozenset({"decayed too early"})}),
         ("cannot tell", {"train": 1.0, "target": 0.1, "rules": frozenset({"overfitting"})}),
+        ("model bias", {"train": 2.0, "trivial": 2.3, "larger": 0.5}),
+        ("model bias", {"train": 1.0, "target": 0.5, "larger": 0.94}),
+        ("cannot tell", {"train": 1.0, "target": 0.5, "larger": 0.96}),  # not what it lacks
+        ("cannot tell", {"train": [1.0, 1.1, 1.2], "target": 0.5, "larger": [0.9, 1.0, 1.1]}),
+        ("cannot tell", {"train": 1.0, "target": 0.5, "smaller": 1.0, "larger": 1.0}),
+        ("model bias", {"train": 0.5, "trivial": 2.3, "larger": 0.24}),  # in between, and most of it gone
+        ("cannot tell", {"train": 0.5, "trivial": 2.3, "larger": 0.26}),
+        ("cannot tell", {"train": 0.25, "trivial": 2.3, "larger": 0.03}),  # a tenth of a trivial loss is little
+        ("cannot tell", {"train": 2.0, "trivial": 2.3, "larger": 1.78}),
+        ("model bias", {"train": 2.0, "trivial": 2.3, "larger": 1.76}),
+        ("mismatch", {"train": 0.4, "val": 1.5, "trivial": 2.3, "held_out": 0.5, "larger": 0.1}),  # the gap first
+        ("optimization", {"train": 2.0, "trivial": 2.3, "smaller": 0.5, "larger": 0.1}),
+        ("optimization", {"train": 2.0, "trivial": 2.3, "larger": 0.1, "rules": frozenset({"falls too slowly"})}),
+        ("nothing learnt", {"train": 1.9, "val": 2.4, "trivial": 2.3, "larger": 0.1}),  # more of it by heart
         ("cannot tell", {"train": 0.01, "target": 0.1}),  # and validation?
         ("done", {"train": 0.01, "val": 0.05, "target": 0.1}),
         ("done", {"train": 0.01, "val": [0.05, 0.15, 0.14, 0.12], "target": 0.1}),  # not surely above
@@ -126,7 +140,7 @@ def test_a_sample_is_as_sure_as_it_is() -> None:
 
 
 def test_what_was_given_is_the_evidence_and_what_is_missing_is_to_be_measured() -> None:
-    given = Evidence(Measured(2.0), Measured(2.1), 0.1, 2.3, Measured(2.0, 1.0), Measured(2.1), ALIKE)
+    given = Evidence(Measured(2.0), Measured(2.1), 0.1, 2.3, Measured(2.0, 1.0), None, Measured(2.1), ALIKE)
     diagnosis = decide(given)
     losses = {"train_loss": 2.0, "val_loss": 2.1, "smaller_loss": 2.0, "held_out_loss": 2.1}
     errors = {f"{name}_error": 1.0 if name == "smaller_loss" else 0.0 for name in losses}
@@ -139,6 +153,13 @@ def test_what_was_given_is_the_evidence_and_what_is_missing_is_to_be_measured() 
     assert "smaller_train_loss" in alone.cures[0]
     for smaller, said in ((2.5, "lower than the 2.5"), (2.0, "no higher than the 2")):
         assert said in decide(Evidence(Measured(2.0), target=0.1, smaller=Measured(smaller))).finding.message
+    for larger, said in (
+        (0.5, "and a larger network reaches 0.5."),
+        (2.0, "that of a larger network is 2: size is not"),
+    ):
+        diagnosis = decide(Evidence(Measured(2.0), target=0.1, larger=Measured(larger)))
+        assert said in diagnosis.finding.message
+        assert diagnosis.finding.evidence["larger_loss"] == larger
     done = decide(Evidence(Measured(0.1), Measured(0.1), target=0.1)).finding
     assert (done.severity, done.advice[:15]) == ("info", "Nothing to cure")
     assert done.message.endswith("which is not high either.")

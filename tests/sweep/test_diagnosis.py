@@ -69,6 +69,10 @@ def test_a_network_that_is_too_small() -> None:
     diagnosis = diagnose(losses(net, data), losses(net, digits()["val"]), 0.1, smaller_train_loss=smaller)
     assert diagnosis.leaf == "model bias"
     assert "larger" in diagnosis.cures[0]
+    larger = of_seeds(lambda: perceptron(64, 16, 10), data)
+    assert diagnose(losses(net, data), trivial_loss=math.log(10), larger_train_loss=larger).leaf == "model bias"
+    for_larger = diagnose(larger, trivial_loss=math.log(10), larger_train_loss=losses(healthy(), data))
+    assert for_larger.leaf != "model bias"
 
 
 def test_a_deep_network_that_does_not_train_while_a_shallow_one_does() -> None:
