@@ -166,6 +166,7 @@ class InstabilityDetector(pl.Callback):
         self._good: deque[dict[str, Any]] = deque(maxlen=KEPT)
         self._statistics = KeptStatistics()  # of BatchNorm
         self._batch: Any = None
+        self._batch_idx = 0
         self._forget()
 
     def _forget(self) -> None:
@@ -212,7 +213,7 @@ class InstabilityDetector(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._batch, self._last = batch, None
+        self._batch, self._batch_idx, self._last = batch, batch_idx, None
         if self._good and self._good[-1]["sizes"] != _group_sizes(trainer):  # nowhere to go back to
             self._good.clear()
             self._keeps_next = True
@@ -248,7 +249,7 @@ class InstabilityDetector(pl.Callback):
             rate=0.0 if isinstance(rate, Tensor) and not free_to_read(rate) else float(rate),
             step=self._updates,
             epoch=trainer.current_epoch,
-            batch_idx=trainer.fit_loop.epoch_loop.batch_idx,
+            batch_idx=self._batch_idx,
             has_loss=self._last is not None,
         )
         self._updates += 1

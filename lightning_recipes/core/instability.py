@@ -57,6 +57,7 @@ HOT_DRIFT, HOT_DRIFTED = 0.2, 3.0  # likewise while the learning rate is higher 
 HOT, BACK = 1.3, 30  # above 1.3 times its highest value up to thirty updates ago
 SKIPS, OF_LAST = 10, 20  # updates that a GradScaler skipped, a storm
 NOTHING = math.log(1e-30)  # log norm of no gradient at all
+MOST = 700.0  # log norm of which there is a norm
 OFTEN = 5  # jumps in the last hundred updates, apart from each other: no accident
 
 
@@ -163,6 +164,7 @@ class InstabilityRule:
         self.best = math.inf  # lowest level since the training has settled
         self.settling = SETTLED
         self.losses, self.norms = _Window(), _Window()
+        self.striking = 0.0  # a norm from which a gradient may have exploded; 0 if that is not known at the moment
         self.flagged: deque[bool] = deque(maxlen=3)
         self.beyond = 0  # updates in a row that were flagged
         self.jumps: deque[bool] = deque(maxlen=WINDOW)  # which of the last updates had one
@@ -177,10 +179,12 @@ class InstabilityRule:
 
         So are the first, those that are not finite, and those with a norm from which a gradient may have exploded.
         """
-        if len(self.norms.ascending) < ENOUGH or not (math.isfinite(loss) and math.isfinite(norm)):
-            return True
-        bound = self.norms.median + FAR * max(self.norms.deviation, SPREAD)
-        return _log(norm) > bound
+        if norm < self.striking and abs(loss) < math.inf:
+            return False
+        if len(self.norms.ascending) >= ENOUGH:
+            bound = self.norms.median + FAR * max(self.norms.deviation, SPREAD)
+            self.striking = math.exp(min(bound, MOST))
+        return not (norm < self.striking and abs(loss) < math.inf)
 
     def update(
         self, loss: float, norm: float, rate: float = 0.0, scaled: bool = False, examples: float = 0
@@ -194,7 +198,7 @@ class InstabilityRule:
             scaled: Whether a GradScaler skips an update whose gradient is not finite, which is normal.
             examples: That it is made of; 0 if that is not known.
         """
-        step, self.step = self.step, self.step + 1
+        step, self.step, self.striking = self.step, self.step + 1, 0.0
         skipped = scaled and math.isfinite(loss) and not math.isfinite(norm)
         self.skips.append(skipped)
         if skipped:
