@@ -7,9 +7,10 @@ watched by the same callbacks with default arguments, and asked about by ``diagn
 found if one of the first two findings that say more than that all is well names it, the severer ones first. Healthy
 runs should have none above "info". Rules were mended on "broken" and "healthy"; "fresh", "later" and "healthy-later",
 then "unseen", and then "last" and "healthy-last" were written when the rules stood, and run once before any rule was
-mended on them. "crossed", "elsewhere", "more", "rest" and "eight" put the usual defects into other trainings, those in
-order are "healthy-crossed", "healthy-more" and "healthy-eight"; rules were mended on "crossed", one on "elsewhere", and
-a few on the others once they had been run.
+mended on them. "crossed", "elsewhere", "more", "rest", "eight" and "nine" put the usual defects into other trainings,
+those in order are "healthy-crossed", "healthy-more", "healthy-eight" and "healthy-nine"; rules were mended on
+"crossed", one on "elsewhere", and a few on "more", "rest" and "eight" once they had been run. "nine" and "healthy-nine"
+were written without a look at the rules.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from _zoo import BROKEN, FRESH, HEALTHY, Case, Run, Training, bits, sigmoid_twic
 from _zoo_crossed import CROSSED, ELSEWHERE, HEALTHY_CROSSED
 from _zoo_crossed_eight import EIGHT, HEALTHY_EIGHT
 from _zoo_crossed_more import HEALTHY_MORE, MORE, REST
+from _zoo_crossed_nine import HEALTHY_NINE, NINE
 from _zoo_last import HEALTHY_LAST, LAST
 from _zoo_later import HEALTHY_LATER, LATER, broadcast
 from _zoo_unseen import UNSEEN
@@ -59,12 +61,14 @@ PARTS = {
     "more": MORE,
     "rest": REST,
     "eight": EIGHT,
+    "nine": NINE,
     "healthy": HEALTHY,
     "healthy-later": HEALTHY_LATER,
     "healthy-last": HEALTHY_LAST,
     "healthy-crossed": HEALTHY_CROSSED,
     "healthy-more": HEALTHY_MORE,
     "healthy-eight": HEALTHY_EIGHT,
+    "healthy-nine": HEALTHY_NINE,
 }
 REGRESSION = (functional.mse_loss, functional.huber_loss, functional.smooth_l1_loss, functional.l1_loss, broadcast)
 BINARY = functional.binary_cross_entropy_with_logits
