@@ -9,7 +9,7 @@ from itertools import pairwise
 from math import cos, pi
 
 import torch
-from _zoo import Case, mlp
+from _zoo import mlp
 from _zoo_crossed import LIBRARY, Outputs, bce, clothes
 from _zoo_defects import Pair, Reshaped, Split, Workload, put, relative, sgd, split, standardised
 from torch import Tensor, nn
@@ -281,7 +281,7 @@ COMMENTS = Workload(
 )
 SERUM = Workload("serum, ASGD", serum, swish, 32, 5, asgd, 0.1, 20, 6, functional.mse_loss)
 WORKLOADS = (NAMES, FINER, TURNED, MIXER, OVERLAID, SPACES, COMMENTS, SERUM)
-HEALTHY_NINE = [Case(each.name, each.make) for each in WORKLOADS]
+HEALTHY_NINE = [each.case() for each in WORKLOADS]
 
 
 # ---------------------------------------------------------------------------------------------------- broken
