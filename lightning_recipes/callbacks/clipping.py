@@ -301,7 +301,7 @@ def _unobserved(index: int) -> Finding:
 
 
 def _nonfinite(rule: PercentileThreshold, index: int, skipped: bool) -> Finding:
-    fate = "were cancelled" if skipped else "clipping left as they were"
+    fate = "were cancelled" if skipped else "clipping cannot mend"
     cure = "warm the learning rate up or cut it" if skipped else "skip_nonfinite=True cancels such updates"
     return Finding(
         rule="gradient not finite",
