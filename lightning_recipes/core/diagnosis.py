@@ -213,9 +213,10 @@ def decide(evidence: Evidence) -> Diagnosis:
     held-out data (else on validation data), is not lower than that of a constant output; low, and validation high:
     overfitting or mismatch; else done. A loss is high if the whole of its interval is above the target. Without a
     target the trivial loss is the measure: a training loss above half of it is high and one below a tenth low, between
-    them it cannot be told (unless a smaller network has a lower one, a larger one at most half of it, or validation is
-    no better than a constant output or its gap larger than the training loss itself: then that comes first); and
-    validation is high if it is more than a tenth of the trivial loss above training.
+    them it cannot be told (unless a smaller network has a lower one, or a larger one at most half of it); and
+    validation is high if it is more than a tenth of the trivial loss above training. Where validation is no better than
+    a constant output, or its gap larger than the training loss itself, that is looked at wherever the training loss
+    does not decide.
 
     Example:
         >>> decide(Evidence(Measured(0.02), Measured(0.9), target=0.1, held_out=Measured(0.05))).leaf
@@ -254,11 +255,15 @@ def decide(evidence: Evidence) -> Diagnosis:
         high, low = train.low > HIGH * trivial, train.high < LOW * trivial
         than = f"the trivial loss of {trivial:.3g}"
     beaten = evidence.smaller is not None and (train - evidence.smaller).low > 0
+    worse = evidence.val is not None and _worse_than_that(train, evidence.val, trivial)
     if high or (beaten and not low):
-        return _of_training(evidence, f"{'high' if high else 'not low'} against {than}")
+        than = f"{'high' if high else 'not low'} against {than}"
+        found = _of_training(evidence, than)
+        instead = _of_validation(evidence, than) if worse and found.leaf == "cannot tell" else found
+        return found if instead.leaf == "cannot tell" else instead
     if low:
         return _of_validation(evidence, f"low against {than}")
-    if evidence.val is not None and _worse_than_that(train, evidence.val, trivial):
+    if worse:
         return _of_validation(evidence, f"neither low nor high against {than}")
     if evidence.larger is not None and _size_helps(evidence, evidence.larger):
         return _of_training(evidence, f"neither low nor high against {than}")

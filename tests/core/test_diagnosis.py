@@ -36,7 +36,10 @@ def leaf(train: Any, val: Any = None, **more: Any) -> str:
         ("nothing learnt", {"train": 2.28, "target": 0.1, "rules": frozenset({"training loss does not fall"})}),
         ("nothing learnt", {"train": 1.9, "val": 2.4, "trivial": 2.3}),  # by heart
         ("nothing learnt", {"train": 1.9, "val": 2.4, "held_out": 2.4, "trivial": 2.3}),
-        ("cannot tell", {"train": 1.9, "val": 2.4, "held_out": 2.0, "trivial": 2.3}),  # validation is another matter
+        ("mismatch", {"train": 1.9, "val": 2.4, "held_out": 2.0, "trivial": 2.3}),
+        ("cannot tell", {"train": 1.9, "val": 2.1, "held_out": 1.9, "trivial": 2.3}),  # which is the lesser trouble
+        ("mismatch", {"train": 1.8, "val": 4.6, "held_out": 1.8, "trivial": 3.2}),
+        ("model bias", {"train": 1.8, "val": 4.6, "held_out": 1.8, "trivial": 3.2, "larger": 0.9}),  # first
         ("optimization", {"train": [1.9, 2.0, 2.1], "target": 0.1, "smaller": [0.5, 0.4, 0.6]}),
         ("cannot tell", {"train": [1.0, 2.0, 3.0], "target": 0.1, "smaller": [0.5, 2.4, 1.0]}),  # too uncertain
         ("model bias", {"train": 1.0, "target": 0.1, "smaller": 1.5}),
