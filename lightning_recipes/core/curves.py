@@ -217,7 +217,7 @@ class Reading:
         if checks.values and math.isinf(checks.values[-1]):
             since = 1 + max((at for at, value in enumerate(checks.values) if math.isfinite(value)), default=-1)
             message = f"{self.monitor} is not finite since step {checks.steps[since]:,}."
-            return self.found("diverged", "error", message, advice, PLAYBOOK)
+            return self.found("diverged", "error", message, advice, PLAYBOOK, since=checks.steps[since])
         if not self.readable:
             return None
         threes = [losses[at : at + 3] for losses in (self.rule.first, self.means) for at in range(len(losses) - 2)]

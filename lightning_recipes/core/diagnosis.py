@@ -188,7 +188,7 @@ class Evidence:
         held_out: Loss on a part of the training distribution that was not trained on.
         samples: How well the inputs of training and validation can be told apart.
         rules: Of what was told of the training, and before it of the learning rate.
-        defects: What else warned before it, the severest first.
+        defects: What else warned before it, the severest first, or of values that are not finite since.
         step: Optimizer updates done.
     """
 
@@ -208,15 +208,15 @@ class Evidence:
 def decide(evidence: Evidence) -> Diagnosis:
     """Walk down the tree: first what is broken, then the training loss, then the validation loss.
 
-    What warned before the training is mended first: behind it all leaves look alike. Training loss high: optimization,
-    if a smaller network gets lower, model bias, if a larger one does, or nothing learnt where it, or the loss on
-    held-out data (else on validation data), is not lower than that of a constant output; low, and validation high:
-    overfitting or mismatch; else done. A loss is high if the whole of its interval is above the target. Without a
-    target the trivial loss is the measure: a training loss above half of it is high and one below a tenth low, between
-    them it cannot be told (unless a smaller network has a lower one, or a larger one at most half of it); and
-    validation is high if it is more than a tenth of the trivial loss above training. Where validation is no better than
-    a constant output, or its gap larger than the training loss itself, that is looked at wherever the training loss
-    does not decide.
+    What warned before the training, or of a loss that is not finite any more, is mended first: behind it all leaves
+    look alike. Training loss high: optimization, if a smaller network gets lower, model bias, if a larger one does, or
+    nothing learnt where it, or the loss on held-out data (else on validation data), is not lower than that of a
+    constant output; low, and validation high: overfitting or mismatch; else done. A loss is high if the whole of its
+    interval is above the target. Without a target the trivial loss is the measure: a training loss above half of it is
+    high and one below a tenth low, between them it cannot be told (unless a smaller network has a lower one, or a
+    larger one at most half of it); and validation is high if it is more than a tenth of the trivial loss above
+    training. Where validation is no better than a constant output, or its gap larger than the training loss itself,
+    that is looked at wherever the training loss does not decide.
 
     Example:
         >>> decide(Evidence(Measured(0.02), Measured(0.9), target=0.1, held_out=Measured(0.05))).leaf
@@ -230,12 +230,12 @@ def decide(evidence: Evidence) -> Diagnosis:
     train, target, trivial = evidence.train, evidence.target, evidence.trivial
     if evidence.defects:
         first, *others = evidence.defects
+        when = f"at step {first.step:,}" if first.step else "before the training"
         beside = f" ({listing([each.rule for each in others])} beside it)" if others else ""
         return _leaf(
             evidence,
             "defect",
-            f"The training loss is {train}, but before the training there was a warning of {first.rule}{beside}:"
-            f" {first.message}",
+            f"The training loss is {train}, and {when} there was a warning of {first.rule}{beside}: {first.message}",
             tuple(each.advice for each in evidence.defects),
         )
     if target is None and trivial is None:
@@ -425,7 +425,7 @@ def _leaf(evidence: Evidence, leaf: Leaf, message: str, own: tuple[str, ...] = (
     numbers: dict[str, float | str] = {}
     for name in ("train", "val", "smaller", "larger", "held_out"):
         loss = getattr(evidence, name)
-        if loss is not None:
+        if loss is not None and math.isfinite(loss.value):
             numbers |= {f"{name}_loss": loss.value, f"{name}_loss_error": loss.error}
     for name in ("target", "trivial"):
         if getattr(evidence, name) is not None:

@@ -27,6 +27,7 @@ from lightning_recipes.core.trends import BLOCKS, trend
 Loss = float | Sequence[float] | Tensor | Measured
 
 NOT_CHECKED = "not checked"  # says nothing of the training
+NOT_FINITE = ("not finite", "gradient not finite")
 FOLDS = 5
 MOST = 2000  # examples of each set that are looked at
 FEWEST = 20  # examples of each set
@@ -105,10 +106,6 @@ def diagnose(
         measured(name, given) if given is not None else own
         for name, given, own in zip(("train_loss", "val_loss"), (train_loss, val_loss), read, strict=True)
     )
-    if train is None:
-        raise TypeError(
-            "there must be a training loss: give train_loss, or a trainer with LearningCurves of at least 100 batches"
-        )
     if target_loss is not None:
         check_real("target_loss", target_loss, -math.inf, math.inf)
     if trivial_loss is not None:
@@ -122,6 +119,14 @@ def diagnose(
     warned = [each for severity in ("error", "warning") for each in findings if each.severity == severity]
     of_curves = rule.findings() if rule is not None else []
     defects = tuple(each for each in warned if not each.step and each.rule not in OF_OPTIMIZATION)
+    lost = [each for each in of_curves if each.rule == "diverged" and "since" in each.evidence]
+    if lost and train_loss is None:
+        train = Measured(math.nan)
+        defects += (*[each for each in warned if each.rule in NOT_FINITE][:1], *lost)
+    if train is None:
+        raise TypeError(
+            "there must be a training loss: give train_loss, or a trainer with LearningCurves of at least 100 batches"
+        )
     evidence = Evidence(
         train,
         val,

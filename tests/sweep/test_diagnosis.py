@@ -14,7 +14,7 @@ from models import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_recipes import InitialLossCheck, LearningCurves, UpdateRatioMonitor
+from lightning_recipes import InitialLossCheck, InstabilityDetector, LearningCurves, UpdateRatioMonitor
 from lightning_recipes.callbacks.telling import tell
 from lightning_recipes.core.curves import CurvesRule
 from lightning_recipes.core.findings import Finding
@@ -166,6 +166,20 @@ def test_losses_and_readings_come_from_the_curves(tmp_path: Path) -> None:
         diagnose(trivial_loss=2.3, trainer=with_curves(tmp_path, CurvesRule()))
 
 
+@pytest.mark.parametrize("what", ["train", "val"])
+@pytest.mark.parametrize("from_", [0.0, 0.5, 0.97])
+def test_what_is_not_finite_at_the_end_is_mended_first(what: str, from_: float, tmp_path: Path) -> None:
+    sound, breaks = (lambda share: 0.05), (lambda share: 0.05 if share < from_ else math.nan)
+    rule = curves(breaks if what == "train" else sound, breaks)
+    diagnosis = diagnose(trivial_loss=2.3, trainer=with_curves(tmp_path, rule))
+    assert diagnosis.leaf == "defect"
+    assert "not" in diagnosis.finding.message
+    assert "finite since step" in diagnosis.finding.message
+    assert diagnosis.finding.advice.startswith("Mend that first: ")
+    best = diagnose(0.05, 0.05, trivial_loss=2.3, trainer=with_curves(tmp_path, rule))  # of a checkpoint, say
+    assert best.leaf == "done"
+
+
 class Digits(pl.LightningModule):
     def __init__(self, rate: float, last: nn.Module) -> None:
         super().__init__()
@@ -189,6 +203,20 @@ def fitted(folder: Path, module: pl.LightningModule, *callbacks: pl.Callback, ma
     trainer = quiet_trainer(folder, max_epochs=max_epochs, callbacks=list(callbacks))
     trainer.fit(module, *loaders)
     return trainer
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_where_it_began_is_known_to_the_detector(tmp_path: Path) -> None:
+    class Breaks(Digits):
+        def training_step(self, batch: Split, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) * (math.nan if self.global_step == 150 else 1)
+
+    trainer = fitted(tmp_path, Breaks(0.02, nn.Identity()), LearningCurves(), InstabilityDetector(), max_epochs=8)
+    diagnosis = diagnose(trainer=trainer, trivial_loss=2.3)
+    assert diagnosis.leaf == "defect"
+    assert "at step 150 there was a warning of not finite (diverged beside it)" in diagnosis.finding.message
+    trainer = fitted(tmp_path, Breaks(0.02, nn.Identity()), LearningCurves(), InstabilityDetector("skip"), max_epochs=8)
+    assert diagnose(trainer=trainer, trivial_loss=2.3).leaf == "done"
 
 
 @pytest.mark.filterwarnings("ignore")  # which is what is tested
