@@ -222,7 +222,7 @@ class PercentileGradientClipping(pl.Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for index in self.rule:
-            self._tell(trainer, index)
+            self._tell(trainer, index, ended=True)
             self._show(trainer, index)
             if self.measure_only:
                 self._tell_once(trainer, index, _recommendation(self.rule[index], index))
@@ -257,11 +257,12 @@ class PercentileGradientClipping(pl.Callback):
             self._doublings[index] = _doublings(rule.count)
             self._show(trainer, index)
 
-    def _tell(self, trainer: pl.Trainer, index: int) -> None:
-        """Say what there is to say about an optimizer's norms."""
+    def _tell(self, trainer: pl.Trainer, index: int, ended: bool = False) -> None:
+        """Say what there is to say about an optimizer's norms; how many are not finite at first, and in the end."""
         rule = self.rule[index]
         rule.flush()
-        if rule.nonfinite >= max(1, 10 * self._nonfinite_told.get(index, 0)):
+        told = self._nonfinite_told.get(index, 0)
+        if rule.nonfinite >= (10 * told if ended and told else 1) and (ended or not told):
             self._nonfinite_told[index] = rule.nonfinite
             tell(trainer, _nonfinite(rule, index, self.skip_nonfinite))
         fraction = rule.clipped_fraction()

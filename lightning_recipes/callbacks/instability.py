@@ -294,7 +294,7 @@ class InstabilityDetector(pl.Callback):
         where = self._locate(pl_module, optimizer, update, found) if optimizer is not None else ""
         if optimizer is not None and found.kind == "not finite":
             where = _first_of_all(trainer, where)
-        finding = _finding(update, found, decision, where, rivals=len(trainer.optimizers) > 1)
+        finding = _finding(update, found, decision, where, len(trainer.optimizers) > 1, scaler_of(trainer) is not None)
         since = update.step - self._seen.get(found.kind, -AGAIN)
         self._seen[found.kind] = update.step
         if since >= AGAIN or decision not in ("told", "cancelled"):
@@ -525,7 +525,19 @@ def _first_of_all(trainer: pl.Trainer, where: str) -> str:
     return f"first on rank {rank}, {where.removeprefix('first ')}" if len(set(said)) > 1 else where
 
 
-def _finding(update: _Update, found: Instability, decision: str, where: str, rivals: bool) -> Finding:
+def _cure(found: Instability, decision: str, where: str, scaled: bool) -> str:
+    if found.kind != "not finite":
+        return CURES[found.kind]
+    if "in the weights:" in where:
+        return "The weights were lost before: go on from a checkpoint, or with a new model."
+    cure = "Repair or leave out such data." if "in the batch:" in where else CURES[found.kind]
+    lost = decision == "told" and not scaled  # a GradScaler skips such an update
+    return cure + (' From this update on no weight is of use; action="skip" cancels such updates.' if lost else "")
+
+
+def _finding(
+    update: _Update, found: Instability, decision: str, where: str, rivals: bool, scaled: bool = False
+) -> Finding:
     towards = "down" if found.kind == "vanishing gradient" else "up"
     bound = "" if math.isinf(found.expected) else f", where {towards} to {found.expected:.3g} would have been normal"
     if found.kind == "no progress":
@@ -545,7 +557,7 @@ def _finding(update: _Update, found: Instability, decision: str, where: str, riv
         severity="info" if rivals and found.kind in ("divergence", "early instability") else "warning",
         message=f"The {'smoothed ' if smoothed else ''}{found.signal} was {found.value:.3g} at batch"
         f" {update.batch_idx} of epoch {update.epoch}{bound}{f'; {where}' if where else ''}.{did}",
-        advice=CURES[found.kind],
+        advice=_cure(found, decision, where, scaled),
         step=update.step,
         evidence={
             "optimizer": update.optimizer,

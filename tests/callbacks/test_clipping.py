@@ -170,6 +170,12 @@ def test_skip_nonfinite_cancels_the_update(free_to_read: bool, tmp_path: Path, m
     assert findings_of(tmp_path)[0]["evidence"]["decision"] == "cancelled"
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_gradients_that_are_not_finite_any_more_are_told_once_and_counted_in_the_end(tmp_path: Path) -> None:
+    steps_of([1.0] * 5 + [math.nan] * 55, PercentileGradientClipping(), tmp_path, log_every_n_steps=1)
+    assert [finding["evidence"]["nonfinite"] for finding in findings_of(tmp_path)] == [1, 55]
+
+
 @pytest.mark.parametrize("value", [0.5, 1])
 def test_gradient_clip_val_is_refused_beside_it(value: float, tmp_path: Path) -> None:
     trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[PercentileGradientClipping()], gradient_clip_val=value)

@@ -185,7 +185,23 @@ def test_what_happened_is_told_with_the_place_the_numbers_and_the_cure(
     assert (evidence["epoch"], evidence["batch_idx"], evidence["decision"]) == (0, 60, "cancelled")
     assert where in evidence["where"]
     assert evidence["learning_rate"] == 0.01
-    assert finding["advice"]
+    assert finding["advice"].startswith("Repair" if trouble == "batch" else "Look" if kind == "not finite" else "If it")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_warning_says_that_the_weights_are_lost_and_what_would_have_saved_them(tmp_path: Path) -> None:
+    module = Troubled({60: "forward"})
+    fit(tmp_path / "warned", module, InstabilityDetector())
+    (finding,) = findings_of(tmp_path / "warned")
+    assert finding["advice"].endswith('no weight is of use; action="skip" cancels such updates.')
+    module.trouble.clear()
+    fit(tmp_path / "again", module, InstabilityDetector("skip"))
+    finding = findings_of(tmp_path / "again")[0]
+    assert finding["step"] == 0
+    assert finding["evidence"]["where"].startswith("first in the weights")
+    assert finding["advice"] == "The weights were lost before: go on from a checkpoint, or with a new model."
+    fit(tmp_path / "scaled", Troubled({60: "forward"}), InstabilityDetector(), plugins=[fp16()])
+    assert "no weight is of use" not in findings_of(tmp_path / "scaled")[0]["advice"]
 
 
 @pytest.mark.parametrize(
