@@ -39,6 +39,7 @@ def test_schedules_are_their_definitions() -> None:
     close(Cosine(final=0.1), lambda t: 0.1 + 0.9 * (1 + math.cos(math.pi * t / T)) / 2)
     close(Linear(final=0.5), lambda t: 1 - 0.5 * t / T)
     close(Polynomial(power=3), lambda t: (1 - t / T) ** 3)
+    close(Polynomial(power=3, final=0.2), lambda t: 0.2 + 0.8 * (1 - t / T) ** 3)
     close(InverseSquareRoot(), lambda t: 1 / math.sqrt(t + 1))  # the lecture's a0 / sqrt(t), counted from 1
     close(StepDecay(interval=20), lambda t: 1.0 if t < 20 else 0.1 if t < 40 else 0.01)
     close(StepDecay(interval=0.25, gamma=0.5), lambda t: 0.5 ** (t // 15))

@@ -225,6 +225,14 @@ def test_the_level_is_that_of_the_layers_with_a_matrix() -> None:
     assert rule.summary == {}
 
 
+def test_the_level_and_the_peak_are_of_medians_over_the_layers() -> None:
+    rule = UpdateRatioRule()
+    for step in range(40):
+        rule.update(step, {"a": 1e-4, "b": 1e-3, "c": 5e-3 if 10 <= step < 30 else 1.0}, matrices=["a", "b", "c"])
+    assert rule.level() == pytest.approx(1e-3)
+    assert rule.peak() == pytest.approx(1e-3)
+
+
 def test_layers_that_never_move() -> None:
     rule = UpdateRatioRule()
     for step in range(30):
