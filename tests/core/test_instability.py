@@ -250,6 +250,17 @@ def test_what_is_not_finite_or_explodes_is_striking_and_little_else(seed: int) -
             exploded += 1
     assert exploded > 0
     assert struck < exploded + 45
+    for _ in range(2):  # looked at again before the next update
+        assert not rule.is_striking(loss, rule_norm(rule))
+        for broken in (math.inf, -math.inf, math.nan):
+            assert rule.is_striking(broken, rule_norm(rule))
+        assert rule.is_striking(loss, math.inf)
+        assert rule.is_striking(loss, math.nan)
+
+
+def rule_norm(rule: InstabilityRule) -> float:
+    """A usual one."""
+    return math.exp(rule.norms.median)
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.05, 0.2, 0.5])
