@@ -262,7 +262,7 @@ class PercentileGradientClipping(pl.Callback):
         rule = self.rule[index]
         rule.flush()
         told = self._nonfinite_told.get(index, 0)
-        if rule.nonfinite >= (10 * told if ended and told else 1) and (ended or not told):
+        if rule.nonfinite >= max(1, 10 * told) and (ended or not told):
             self._nonfinite_told[index] = rule.nonfinite
             tell(trainer, _nonfinite(rule, index, self.skip_nonfinite))
         fraction = rule.clipped_fraction()
