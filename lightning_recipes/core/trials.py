@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 BLOWN_UP = 100.0  # times the first loss above it
 FEW = 4  # losses whose changes are the scale where the first one is near 0
 GIVEN_BACK = 0.3  # of what the loss had gained: a trial that ends so is unstable
-NOISE = 1.5  # standard deviations of a loss, by which it has to have risen besides
+NOISE = 3.0  # standard deviations of a loss, by which it has to have risen besides
 SHORT = 10  # losses that a level is the median of
 STUCK = ("vanishing gradient", "no progress")  # from which a training does not come back
 SETTLED = 30  # updates before a gradient that falls to a fifth means anything
@@ -92,8 +92,8 @@ class TrialRule:
     It is unstable, at once, where one of them is not finite, the loss is a hundred times the first one above it (or a
     hundred times by what the first four differ: a loss may begin near 0), or the training is stuck (dead units, a loss
     that does not move; see :class:`~lightning_recipes.core.instability.InstabilityRule`); and in the end, where the
-    loss has risen above the first one or gives back a third of what it had gained. One that rises for a while and comes
-    back is stable.
+    loss has risen above the first one or gives back a third of what it had gained, by three standard deviations of its
+    noise besides: one that stands is stable, and so is one that rises for a while and comes back.
 
     Args:
         steps: Updates of the trial.

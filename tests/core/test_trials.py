@@ -44,10 +44,18 @@ def test_a_loss_that_falls_is_stable_whatever_its_zero_is(seed: int, shift: floa
     assert outcome.steps == 100
 
 
+@pytest.mark.parametrize("steps", [20, 100, 200])
+def test_a_loss_that_does_not_move_is_stable_however_noisy(steps: int) -> None:
+    chance = random.Random(0)
+    stable = sum(judged([2.3 + 0.2 * chance.gauss(0, 1) for _ in range(steps)]).stable for _ in range(200))
+    assert stable >= 199
+
+
 @pytest.mark.parametrize("seed", range(20))
-def test_a_loss_that_does_not_move_is_stable_however_noisy(seed: int) -> None:
+def test_a_loss_that_has_risen_beyond_its_noise_is_not_stable(seed: int) -> None:
     chance = random.Random(seed)
-    assert judged([2.3 + 0.2 * chance.gauss(0, 1) for _ in range(100)]).stable
+    risen = judged([2.3 + 0.02 * chance.gauss(0, 1) + 0.15 * min(1, step / 50) for step in range(100)])
+    assert "above the first one" in risen.reason
 
 
 def test_the_first_certain_sign_ends_it() -> None:
