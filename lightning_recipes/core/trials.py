@@ -27,6 +27,7 @@ GIVEN_BACK = 0.3  # of what the loss had gained: a trial that ends so is unstabl
 NOISE = 3.0  # standard deviations of a loss, by which it has to have risen besides
 SHORT = 10  # losses that a level is the median of
 STUCK = ("vanishing gradient", "no progress")  # from which a training does not come back
+QUIET = 0.01  # of what the loss has gained: by so little it wobbles where a training has gone to its minimum
 SETTLED = 30  # updates before a gradient that falls to a fifth means anything
 POINTS = 300  # of a curve that are kept
 BLOCK = 10  # updates that are read back from the device, and judged, together
@@ -91,9 +92,11 @@ class TrialRule:
 
     It is unstable, at once, where one of them is not finite, the loss is a hundred times the first one above it (or a
     hundred times by what the first four differ: a loss may begin near 0), or the training is stuck (dead units, a loss
-    that does not move; see :class:`~lightning_recipes.core.instability.InstabilityRule`); and in the end, where the
-    loss has risen above the first one or gives back a third of what it had gained, by three standard deviations of its
-    noise besides: one that stands is stable, and so is one that rises for a while and comes back.
+    that does not move; see :class:`~lightning_recipes.core.instability.InstabilityRule`). It is unstable in the end,
+    where it was stuck with the loss at its lowest, which wobbles by more than a hundredth of its gain: without noise it
+    has gone to its minimum; or where the loss has risen above the first one or gives back a third of what it had
+    gained, by three standard deviations of its noise besides. A loss that stands is stable, and so is one that rises
+    for a while and comes back.
 
     Args:
         steps: Updates of the trial.
@@ -113,6 +116,7 @@ class TrialRule:
         self.reason = ""
         self._rule = InstabilityRule()
         self._scale = math.inf  # of the loss
+        self._stuck = ""  # what looks so, with the loss at its lowest
 
     def update(self, loss: float, norm: float, rate: float = 0.0, scaled: bool = False) -> bool:
         """Take in an update that is about to be made and say whether the trial is unstable and over.
@@ -132,7 +136,11 @@ class TrialRule:
         elif loss - first > BLOWN_UP * self._scale:
             self.reason = f"the loss rose from {first:.3g} to {loss:.3g} at step {step}"
         elif found is not None and found.kind in STUCK and step >= SETTLED:
-            self.reason = f"{found.kind} at step {step}"
+            stuck = f"{found.kind} at step {step}"
+            if statistics.median(self.losses[-SHORT:]) > self.best + QUIET * (self._first - self.best):
+                self.reason = stuck
+            else:
+                self._stuck = self._stuck or stuck
         if step == FEW - 1:
             self._scale = max(abs(first), statistics.median(abs(a - b) for a, b in pairwise(self.losses)))
         if step % SHORT == SHORT - 1:
@@ -144,16 +152,23 @@ class TrialRule:
         done, losses = len(self.losses), self.losses
         loss = math.nan
         if not self.reason and losses:
+            first = self._first
             loss = statistics.fmean(losses[-max(SHORT, self.steps // 10) :])
             margin = NOISE * min(statistics.pstdev(losses[:SHORT]), _deviation(losses[-4 * SHORT :]))
-            first = max(losses[0], statistics.median(losses[: SHORT // 2]))  # one batch alone may be an easy one
-            if loss > first + margin and done > SHORT:
+            if self._stuck and _deviation(losses[-SHORT:]) > QUIET * (first - loss):
+                self.reason = self._stuck
+            elif loss > first + margin and done > SHORT:
                 self.reason = f"the loss ended at {loss:.3g}, above the first one, {first:.3g}"
             elif loss > self.best + GIVEN_BACK * max(first - self.best, 0.0) + margin:
                 self.reason = f"the loss ended at {loss:.3g} after it had been down at {self.best:.3g}"
         every = math.ceil(done / POINTS) if done else 1
         kept = tuple(losses[::every])
         return Outcome(not self.reason, math.nan if self.reason else loss, done, self.reason, kept, val_loss)
+
+    @property
+    def _first(self) -> float:
+        """Of the losses: one batch alone may be an easy one."""
+        return max(self.losses[0], statistics.median(self.losses[: SHORT // 2]))
 
 
 class Readings:

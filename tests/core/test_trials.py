@@ -111,6 +111,29 @@ def test_a_training_that_is_stuck_is_over_before_its_end() -> None:
     assert outcome.steps < 200
 
 
+@pytest.mark.parametrize("steps", [60, 100, 500])
+@pytest.mark.parametrize("seed", [0, 2, 3, 4, 5])
+def test_one_batch_for_ever_is_learnt_and_not_stuck(seed: int, steps: int) -> None:
+    torch.manual_seed(seed)
+    model = torch.nn.Linear(8, 1)
+    inputs, targets = torch.randn(64, 8), torch.randn(64, 1)
+    optimizer, rule = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9), TrialRule(steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.mse_loss(model(inputs), targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = float(torch.nn.utils.get_total_norm([each.grad for each in model.parameters() if each.grad is not None]))
+        assert not rule.update(float(loss.detach()), norm, 1.0)
+        optimizer.step()
+    assert rule.outcome().stable
+
+
+def test_dead_units_at_the_lowest_loss_are_stuck() -> None:
+    chance = random.Random(1)
+    losses = [2.3 + 0.6 * math.exp(-step / 10) + 0.02 * chance.gauss(0, 1) for step in range(150)]
+    assert judged(losses, [1.0] * 60 + [0.002] * 90).reason.startswith("vanishing gradient at step ")
+
+
 def test_a_rise_that_comes_back_is_stable_and_one_that_stays_is_not() -> None:
     bump = [loss + (6 if 40 <= step < 60 else 0) for step, loss in enumerate(falling(150))]
     assert judged(bump).stable
