@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from lightning_recipes.core.arguments import check_count, check_real
+from lightning_recipes.core.arguments import check_count, check_list, check_real
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.trials import Outcome, SweepResult, Trial
 
@@ -71,7 +71,7 @@ class LearningRateSearch:
     max_steps: int = 500
 
     def __post_init__(self) -> None:
-        for rate in self.learning_rates:
+        for rate in check_list("learning_rates", self.learning_rates, "numbers"):
             check_real("learning_rates", rate, 0, math.inf)
         if len(self.learning_rates) < 2 or [*self.learning_rates] != sorted({*self.learning_rates}):
             raise ValueError(f"learning_rates must rise and be at least two, got {self.learning_rates!r}")

@@ -11,7 +11,7 @@ from lightning_recipes.core.capacity import CapacityComparison, compare
 from lightning_recipes.core.criteria import Watch
 from lightning_recipes.core.initial_loss import InitialLossRule
 from lightning_recipes.core.trials import Outcome, Trial
-from lightning_recipes.sweep.running import Make, trials_of
+from lightning_recipes.sweep.running import Make, refuse_unknown, trials_of
 
 FIRST = 10  # updates whose targets the best constant output is taken from
 
@@ -44,7 +44,7 @@ def compare_capacity(
         trainer_settings: For a LightningModule, arguments of the Trainers: ``accelerator``, ``precision``...
 
     Raises:
-        TypeError: If an argument is not of its kind.
+        TypeError: If an argument is not of its kind, or one that a Trainer has not.
         ValueError: If it is out of its range.
 
     Example:
@@ -66,6 +66,7 @@ def compare_capacity(
     """
     check_count("steps", steps, 20)
     check_count("seeds", seeds, 2)
+    refuse_unknown(compare_capacity, trainer_settings)
     losses = []
     constant = math.nan
     for each in (make, baseline):

@@ -7,9 +7,10 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lightning_recipes.callbacks.trials import progress
+from lightning_recipes.core.arguments import check_list
 from lightning_recipes.core.learning_rate import GRID, LearningRateSearch
 from lightning_recipes.core.trials import SweepResult
-from lightning_recipes.sweep.running import Make, Runner, in_this_process, refuse_data, trials_of
+from lightning_recipes.sweep.running import Make, Runner, in_this_process, refuse_data, refuse_unknown, trials_of
 
 
 def learning_rate_sweep(
@@ -51,7 +52,7 @@ def learning_rate_sweep(
         max_steps: Updates of the long ones, at least 20: the length of the run, if that can be afforded.
         monitor: For a LightningModule: a validation loss that it logs, ``"val_loss"``; None for the training loss.
         train_dataloaders: For a LightningModule, as for ``Trainer.fit``.
-        val_dataloaders: Likewise, with a ``monitor``.
+        val_dataloaders: Likewise, with a ``monitor``; None for those of the data module or of the module.
         datamodule: Likewise.
         path: A JSON file that has all outcomes after each trial: a sweep that was cut goes on with those.
         runner: Who runs the trials: see :mod:`lightning_recipes.sweep.running`.
@@ -61,9 +62,9 @@ def learning_rate_sweep(
             ``max_epochs`` is for modules that make a schedule of it; a trial ends by its steps.
 
     Raises:
-        TypeError: If an argument is not of its kind.
-        ValueError: If it is out of its range; if there are ``val_dataloaders`` and no ``monitor``; if all learning
-            rates of the optimizer are 0; if the file is none of a sweep.
+        TypeError: If an argument is not of its kind, or one that a Trainer has not.
+        ValueError: If it is out of its range; if there are ``val_dataloaders`` and no ``monitor``, or a ``monitor`` and
+            no validation; if all learning rates of the optimizer are 0; if the file is none of a sweep.
 
     Example:
         >>> import torch
@@ -77,7 +78,8 @@ def learning_rate_sweep(
         Godbole et al., Deep Learning Tuning Playbook, 2023: https://github.com/google-research/tuning_playbook
     """
     refuse_data("learning_rates", learning_rates)
-    search = LearningRateSearch(tuple(learning_rates), steps, seeds, max_steps)
+    refuse_unknown(learning_rate_sweep, trainer_settings)
+    search = LearningRateSearch(check_list("learning_rates", learning_rates, "numbers"), steps, seeds, max_steps)
     train = trials_of(make, train_dataloaders, datamodule, trainer_settings, val_dataloaders, monitor)
     with progress("learning-rate sweep", search.most_steps, show_progress) as told:
         return search.result(runner(search, train, path, told))

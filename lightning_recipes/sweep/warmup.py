@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from lightning_recipes.callbacks.trials import progress
 from lightning_recipes.core.trials import SweepResult
 from lightning_recipes.core.warmup import WarmupSearch
-from lightning_recipes.sweep.running import Make, Runner, in_this_process, refuse_data, trials_of
+from lightning_recipes.sweep.running import Make, Runner, in_this_process, refuse_data, refuse_unknown, trials_of
 
 
 def warmup_sweep(
@@ -50,7 +50,7 @@ def warmup_sweep(
             ``gradient_clip_val``... Of ``callbacks`` each trial has copies: give those that the gradients go through.
 
     Raises:
-        TypeError: If an argument is not of its kind.
+        TypeError: If an argument is not of its kind, or one that a Trainer has not.
         ValueError: If it is out of its range.
 
     Example:
@@ -65,6 +65,7 @@ def warmup_sweep(
         Godbole et al., Deep Learning Tuning Playbook, 2023: https://github.com/google-research/tuning_playbook
     """
     refuse_data("max_steps", max_steps)
+    refuse_unknown(warmup_sweep, trainer_settings)
     train = trials_of(make, train_dataloaders, datamodule, trainer_settings)
     search = WarmupSearch(
         train.learning_rate,

@@ -1,6 +1,8 @@
 import json
 import logging
 import math
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,8 +14,8 @@ from models import Fragile, Regression, regression_data, same, weights_of
 
 from lightning_recipes import PercentileGradientClipping
 from lightning_recipes.core.learning_rate import LearningRateSearch
-from lightning_recipes.core.trials import Trial
-from lightning_recipes.sweep import learning_rate_sweep, warmup_sweep
+from lightning_recipes.core.trials import SweepResult, Trial
+from lightning_recipes.sweep import compare_capacity, learning_rate_sweep, warmup_sweep
 
 QUIET: dict[str, Any] = {"accelerator": "cpu", "devices": 1}
 
@@ -345,5 +347,56 @@ def test_what_cannot_be_trained_is_refused() -> None:
             warmup_sweep(Fragile(), data)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="learning_rates must rise"):
         learning_rate_sweep(quadratic, [0.1, 0.01])
+    with pytest.raises(TypeError, match=r"learning_rates must be a list of numbers, got 0\.1"):
+        learning_rate_sweep(quadratic, 0.1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="steps must be a whole number of at least 20"):
         learning_rate_sweep(quadratic, steps=5)
+
+
+@pytest.mark.parametrize(
+    ("sweep", "wrong", "message"),
+    [
+        (learning_rate_sweep, "train_dataloader", "neither learning_rate_sweep nor a Trainer: did you mean train_data"),
+        (learning_rate_sweep, "seed", "neither learning_rate_sweep nor a Trainer: did you mean seeds?"),
+        (partial(warmup_sweep, max_steps=1000), "acelerator", "nor a Trainer: did you mean accelerator?"),
+        (partial(compare_capacity, baseline=quadratic), "qxz", "qxz is an argument of neither compare_capacity"),
+    ],
+)
+def test_an_argument_that_nobody_has_is_refused_by_name(
+    sweep: Any, wrong: str, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(TypeError, match=re.escape(message)):
+        sweep(Fragile(), **{wrong: 3})
+    assert "steps at most" not in caplog.text
+
+
+def test_a_monitor_needs_a_validation() -> None:
+    class Data(pl.LightningDataModule):
+        def train_dataloader(self) -> Any:
+            return regression_data(7)
+
+    class Validating(Data):
+        def val_dataloader(self) -> Any:
+            return regression_data(2)
+
+    class Whole(Regression):
+        def val_dataloader(self) -> Any:
+            return regression_data(2)
+
+    class Training(Regression):
+        validation_step = pl.LightningModule.validation_step
+
+    def sweep(module: Any, **data: Any) -> SweepResult:
+        return learning_rate_sweep(module, [0.01, 0.1], 20, max_steps=30, monitor="val_loss", **QUIET, **data)
+
+    for module in (Regression(make_optimizer=sgd), lambda _: Regression(make_optimizer=sgd)):
+        for data in ({"train_dataloaders": regression_data(7)}, {"datamodule": Data()}):
+            with pytest.raises(ValueError, match="monitor='val_loss' needs validation data: give val_dataloaders, or"):
+                sweep(module, **data)
+    with pytest.raises(ValueError, match="monitor='val_loss' needs a validation_step, which Training has not"):
+        sweep(Training(), datamodule=Validating())
+    validated = (
+        sweep(Regression(make_optimizer=sgd), datamodule=Validating()),
+        sweep(Whole(make_optimizer=sgd), train_dataloaders=regression_data(7)),
+    )
+    assert all("The validation loss" in each.finding.message for each in validated)
