@@ -82,7 +82,7 @@ def test_the_warmup_makes_a_high_rate_stable() -> None:
     lines = run("do_i_need_warmup.py", *SMALL["do_i_need_warmup.py"]).splitlines()
     low, high, warmed = (float(line.split()[-1].rstrip("%")) for line in lines if line.startswith("learning"))
     assert warmed < low < high
-    assert sum("**best**" in line for line in lines) == 1
+    assert sum("**recommended**" in line for line in lines) == 1
 
 
 def test_a_rate_that_is_too_high_is_called_so_and_a_better_one_found() -> None:

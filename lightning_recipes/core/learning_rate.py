@@ -185,8 +185,12 @@ class LearningRateSearch:
         best, loss, lowest, edge = evidence.values()
         where = "" if edge == math.inf else f"; from {edge:.3g} on the training is unstable"
         message = f"The {kind} loss after {self.max_steps:,} steps is lowest at a learning rate of {lowest:.3g}{where}."
-        beside = "" if best == lowest else ", whose neighbours are better"
-        advice = f"Train at {best:.3g} (a loss of {loss:.4g}{beside}); a much longer run may be best at a lower one."
+        advice = f"Train at {best:.3g} (a loss of {loss:.4g}); a much longer run may be best at a lower one."
+        if best != lowest:
+            advice += (
+                f" It is the safer choice: the rates next to {best:.3g} end lower on average than those next to"
+                f" {lowest:.3g}, whose own loss may be luck."
+            )
         rule = "learning rate found"
         if lowest in (self.learning_rates[0], self.learning_rates[-1]):
             side = "higher" if lowest == self.learning_rates[-1] else "lower"

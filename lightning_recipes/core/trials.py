@@ -268,7 +268,7 @@ class SweepResult:
             lines.append(
                 f"| {row['learning_rate']:.3g} | {row['warmup_steps']} | {row['steps']} |"
                 f" {row['stable']} of {row['trials']} | {' | '.join(losses)} |"
-                f" {'**best**' if row['best'] else row['reason']} |"
+                f" {'**recommended**' if row['best'] else row['reason']} |"
             )
         return "\n".join([*lines, "", f"{self.finding.message} {self.finding.advice}"])
 
@@ -383,7 +383,7 @@ def _draw_rates(result: SweepResult, rows: list[dict[str, Any]], ax: Any) -> Non
         if row["stable"] < row["trials"]:
             ax.axvline(row["learning_rate"], color="C3", linewidth=0.8, linestyle=":")
     if result.best is not None:
-        ax.axvline(result.best.learning_rate, color="black", linewidth=0.8, linestyle="--", label="best")
+        ax.axvline(result.best.learning_rate, color="black", linewidth=0.8, linestyle="--", label="recommended")
         ax.legend()
     ax.set(xscale="log", xlabel="learning rate (dotted: unstable)", ylabel="loss")
     if all(row["loss"] > 0 for row in stable):

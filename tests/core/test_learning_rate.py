@@ -121,7 +121,12 @@ def test_what_is_said_of_the_best_rate_and_of_the_edge() -> None:
     }
     found, _ = searched(EARLY, [9, 9, 9, 9, 3, 2, 1, math.nan, 9, 9])
     assert found.finding.rule == "best at the edge of stability"
-    assert found.finding.advice.startswith("Train at 0.05 (a loss of 2, whose neighbours are better); ")
+    assert found.finding.advice.startswith(
+        "Train at 0.05 (a loss of 2); a much longer run may be best at a lower one. It is the safer choice: the rates"
+        " next to 0.05 end lower on average than those next to 0.1, whose own loss may be luck. The best lies"
+    )
+    assert "| 0.05 | 0 | 500 | 1 of 1 | 2 | **recommended** |" in found.to_markdown()
+    assert "**best**" not in found.to_markdown()
     assert found.summary["at_edge"] == 1
     found, _ = searched([*reversed(RATES)], [*reversed(RATES)])
     assert found.finding.advice == "It is the last one of the grid: try higher ones."

@@ -216,7 +216,7 @@ def test_a_result_says_everything_in_a_table() -> None:
         (1.0, 100, 1, 1),
     ]
     assert made.table()[0]["loss"] == pytest.approx(0.6)
-    assert "| 1 | 100 | 300 | 1 of 1 | 0.2 | **best** |" in made.to_markdown()
+    assert "| 1 | 100 | 300 | 1 of 1 | 0.2 | **recommended** |" in made.to_markdown()
     assert "| 1 | 10 | 100 | 0 of 1 |  | not finite at step 6 |" in made.to_markdown()
     assert made.to_markdown().endswith("A warmup helps. Use it.")
     assert made._repr_html_().count("<tr>") == 4
@@ -269,7 +269,7 @@ def test_the_curves_are_drawn_where_they_were() -> None:
     assert drawn["training, 100 steps"].get_xydata().tolist() == [[0.01, 3.0], [0.1, 0.5]]
     assert drawn["training, 500 steps"].get_xydata() == pytest.approx(torch.tensor([[0.1, 0.3]]).numpy())
     assert drawn["validation, 500 steps"].get_xydata() == pytest.approx(torch.tensor([[0.1, 0.5]]).numpy())
-    assert list(drawn["best"].get_xdata()) == [0.1, 0.1]
+    assert list(drawn["recommended"].get_xdata()) == [0.1, 0.1]
     dotted = [line for line in axes.lines if line.get_linestyle() == ":"]
     assert [list(line.get_xdata()) for line in dotted] == [[1.0, 1.0]]
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
