@@ -124,7 +124,8 @@ def verdict(run: Run) -> tuple[str, str, str]:
         return (
             _how(run),
             f"Error: {', '.join(lost[:3])} {'was' if len(lost) == 1 else 'were'} not finite at the end.",
-            "Lower the learning rate or warm up longer; lightning_recipes.InstabilityDetector() says where it began.",
+            "Look at the data and the loss first: an overflow, a division, a logarithm. If both are sound, lower the"
+            " learning rate or warm up longer. lightning_recipes.InstabilityDetector() says where it began.",
         )
     if groups:
         first = groups[0].latest
@@ -180,14 +181,14 @@ def events(run: Run, rates: Mapping[str, Series]) -> list[Event]:
         if letter == "N" and exact and "decision" not in finding.evidence:
             continue  # a count of what has its own marks
         if letter and (letter != "W" or 0 < finding.step < run.updates):  # neither before the training nor in its end
-            found.append(Event(finding.step, letter, f"{KINDS[letter]} at {finding.step:,}: {finding.rule}"))
+            why = "" if finding.rule == KINDS[letter] else f": {finding.rule}"
+            found.append(Event(finding.step, letter, f"{KINDS[letter]} at {finding.step:,}{why}"))
     for series in rates.values():
         found += _jumps([each for each in series.bins if each.count], cuts)
         break  # the others are those of further groups
     broken = run.series.get(STEP_LOSS)
-    first = next((each for each in broken.bins if each.bad), None) if broken else None
-    if first is not None and not any(event.letter == "N" for event in found):
-        found.append(Event(first.step, "N", f"loss not finite from about {shown(round(first.step))}"))
+    if broken is not None and not exact and not any(event.letter == "N" for event in found):
+        found += _losses_not_finite(broken)
     return sorted(found, key=lambda event: event.step)
 
 
@@ -286,6 +287,18 @@ def _letter(finding: Finding) -> str:
     if decision is not None:
         return "I"
     return "W" if finding.severity != "info" else ""
+
+
+def _losses_not_finite(losses: Series) -> list[Event]:
+    """Where the loss was not finite first, and whether it stayed so."""
+    bad = [each for each in losses.bins if each.bad]
+    if not bad:
+        return []
+    where, first = shown(round(bad[0].step)), bad[0]
+    if not any(each.count for each in losses.bins if each.first > first.last) and losses.newest is None:
+        return [Event(first.step, "N", f"loss not finite from about {where} on")]
+    often = f" first, {losses.bad:,} times in all" if losses.bad > 1 else ""
+    return [Event(first.step, "N", f"loss not finite at about {where}{often}")]
 
 
 def _jumps(bins: Sequence[Bin], told: Sequence[int]) -> list[Event]:

@@ -244,6 +244,33 @@ def test_what_happened_once_is_marked_once() -> None:
     assert [(event.letter, event.step) for event in events(run, {"lr-SGD": rate})] == [("C", 98), ("N", 120)]
 
 
+@pytest.mark.parametrize(
+    ("losses", "label"),
+    [
+        ([1.0] * 40 + [math.nan] * 60, "loss not finite from about 40 on"),
+        ([1.0] * 40 + [math.nan] + [1.0] * 59, "loss not finite at about 40"),
+        ([1.0] * 40 + [math.nan] + [1.0] * 58 + [math.nan], "loss not finite at about 40 first, 2 times in all"),
+        ([1.0] * 40 + [math.nan] * 3 + [1.0] * 57, "loss not finite at about 40 first, 3 times in all"),
+    ],
+)
+def test_a_loss_that_is_finite_again_is_not_said_to_have_stayed_so(losses: list[float], label: str) -> None:
+    run = Run(series={STEP_LOSS: series(losses, every=1)})
+    assert [(event.letter, event.label) for event in events(run, {})] == [("N", label)]
+    skipped = [finding("not finite", step=40, decision="cancelled")]
+    run.findings = skipped
+    assert [(event.letter, event.label) for event in events(run, {})] == [("S", "update skipped at 40: not finite")]
+
+
+def test_a_kind_of_event_is_said_once() -> None:
+    told = [finding("not finite", step=96, decision="told")]
+    assert [event.label for event in events(Run(findings=told), {})] == ["not finite at 96"]
+
+
+def test_a_lost_loss_points_to_data_and_loss_before_the_rate() -> None:
+    advice = verdict(Run(ended="finished", series={"train_loss": series([1.0, math.nan])}))[2]
+    assert advice.index("data") < advice.index("logarithm") < advice.index("learning rate")
+
+
 def test_letters_have_their_key_without_curves_too() -> None:
     run = Run(series={"grad_norm": falling()}, findings=[finding(decision="cancelled", step=31)])
     read = page(run)
