@@ -51,8 +51,8 @@ class EarlyStopping(LightningEarlyStopping):
 
     Attributes:
         rule: The curve of all checks, an :class:`~lightning_recipes.core.early_stopping.EarlyStoppingRule`.
-        best_score: The metric at the last improvement.
-        wait_count: Checks since then.
+        best_score: The metric at its best, with the weights that are kept.
+        wait_count: Checks since the last improvement that exceeded the noise, or ``min_delta``.
         stopped_epoch: The epoch in which the training was stopped, 0 if it was not.
         stopping_reason: Lightning's ``EarlyStoppingReason``; ``PATIENCE_EXHAUSTED`` for every criterion.
         stopping_reason_message: The same in words.
@@ -293,13 +293,16 @@ class EarlyStopping(LightningEarlyStopping):
         self.min_delta = self._signed(self.rule.least_improvement)
         before = self.stopping_reason if self.stop_wish else EarlyStoppingReason.NOT_STOPPED
         should_stop, reason = super()._evaluate_stopping_criteria(current)
+        curve, improved = self.rule.curve, self.wait_count == 0
+        self.best_score = current.new_tensor(curve.values[curve.best] * (1 if self.mode == "min" else -1))
+        self.wait_count = len(curve.values) - 1 - curve.improvements[-1]
         if not self._now["counts"]:
             self.wait_count, verdict, should_stop = 0, None, False
         if should_stop and self.stopping_reason != EarlyStoppingReason.PATIENCE_EXHAUSTED:
             return True, reason  # not finite, or one of the thresholds
         if verdict is None:
             self.stopping_reason = before
-            return False, reason if self.wait_count == 0 else None
+            return False, reason if improved else None
         self.stopping_reason = EarlyStoppingReason.PATIENCE_EXHAUSTED
         return True, f"Monitored metric {self.monitor} {verdict}. Best score: {self.best_score:.3f}."
 

@@ -82,6 +82,21 @@ class Curve:
         """The check with the lowest value, the first of several."""
         return min(range(len(self.values)), key=self.values.__getitem__)
 
+    @property
+    def improvements(self) -> list[int]:
+        """For each check the last one until then that was an improvement on the one before it that was; the first is.
+
+        Example:
+            >>> Curve([3.0, 2.0, 2.5, 1.0]).improvements
+            [0, 1, 1, 3]
+        """
+        found: list[int] = []
+        for check, value in enumerate(self.values):
+            reference = self.values[found[-1]] if found else math.inf
+            improves = not found or value < reference - self.least_improvement(reference)
+            found.append(check if improves else found[-1])
+        return found
+
     def least_improvement(self, reference: float) -> float:
         """What a value has to be lower by than ``reference`` to be an improvement."""
         share = abs(reference) if self.relative and math.isfinite(reference) else 1.0
@@ -127,14 +142,13 @@ class Patience(Criterion):
     @override
     def verdict(self, curve: Curve) -> str | None:
         clock: Sequence[float] = range(len(curve.values)) if self.unit == "checks" else getattr(curve, self.unit)
-        reference, since, waited = math.inf, 0, 0.0
-        for check, value in enumerate(curve.values):
-            if value < reference - curve.least_improvement(reference) or check == 0:
-                reference, since, waited = value, check, 0.0
-            elif check < curve.start:
+        since, waited = 0, 0.0
+        for check, since in enumerate(curve.improvements):
+            if since == check or check < curve.start:
                 waited = 0.0
             else:
-                waited += _clearness(value - reference, curve.noise) * (clock[check] - clock[check - 1])
+                excess = curve.values[check] - curve.values[since]
+                waited += _clearness(excess, curve.noise) * (clock[check] - clock[check - 1])
         last = len(curve.values) - 1
         if since == last or last < curve.start or waited < self.amount * (1 - 1e-9):
             return None

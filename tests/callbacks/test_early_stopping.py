@@ -2,7 +2,7 @@ import copy
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import pytest
@@ -22,7 +22,7 @@ class Scripted(Regression):
 
     def __init__(self, losses: list[float], at_the_end_of: str = "validation", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.losses, self.checks, self.at_the_end_of = losses, 0, at_the_end_of
+        self.losses, self.checks, self.at_the_end_of, self.name = losses, 0, at_the_end_of, "val_loss"
 
     def validation_step(self, batch: Any, batch_idx: int) -> None: ...
 
@@ -35,7 +35,7 @@ class Scripted(Regression):
             self._report()
 
     def _report(self) -> None:
-        self.log("val_loss", self.losses[min(self.checks, len(self.losses) - 1)])
+        self.log(self.name, self.losses[min(self.checks, len(self.losses) - 1)])
         self.checks += 1
 
 
@@ -213,6 +213,20 @@ def test_noise_is_the_least_improvement_by_default(tmp_path: Path) -> None:
     assert -0.15 < stopping.min_delta < -0.03
     plain = EarlyStopping("val_loss", 0.0, 2)
     assert fit(tmp_path, Scripted([*wobbling[:2], 0.97, 0.98]), plain).current_epoch == 4
+
+
+@pytest.mark.filterwarnings("ignore:overfitting")
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_the_best_score_is_that_of_the_weights_that_are_kept(mode: Literal["min", "max"], tmp_path: Path) -> None:
+    falling = [2.05, 1.15, 0.7, 0.44, 0.24, 0.15, 0.09, 0.05, 0.06, 0.09, 0.11, 0.13, 0.15, 0.17]
+    scores = falling if mode == "min" else [-loss for loss in falling]
+    module, stopping, remember = Scripted(scores), EarlyStopping("scripted", mode=mode), Remember()
+    module.name = "scripted"
+    fit(tmp_path, module, stopping, remember, epochs=14)
+    assert stopping.best_score == torch.tensor(scores[7]) == stopping.state_dict()["best_score"]
+    assert f"Best score: {scores[7]:.3f}" in str(stopping.stopping_reason_message)
+    assert f"in the last {stopping.wait_count} checks" in str(stopping.stopping_reason_message)
+    assert same(weights_of(module), remember.validated[7])
 
 
 def test_a_criterion_of_several_decides_in_the_place_of_patience(tmp_path: Path) -> None:
