@@ -21,7 +21,7 @@ from lightning_recipes.callbacks.substitute import substitute
 from lightning_recipes.callbacks.telling import tell
 from lightning_recipes.callbacks.unused import pass_over_unused
 from lightning_recipes.core.arguments import check_choice, check_count, check_flag, check_name, check_real
-from lightning_recipes.core.early_stopping import Criterion, EarlyStoppingRule, Patience, reading
+from lightning_recipes.core.early_stopping import Criterion, EarlyStoppingRule, Patience, doubt, reading
 from lightning_recipes.core.findings import Finding
 
 BEST = "best_weights"  # beside state_dict in a checkpoint
@@ -45,9 +45,9 @@ class EarlyStopping(LightningEarlyStopping):
     kept on the CPU (one copy of the ``state_dict``, made whenever the metric is better than before) and saved in
     checkpoints, which hold the trained weights as ever.
 
-    At the end it tells what the curves say, if the noise lets them: overfitting and since when, a training loss that
-    rises, a run far too long or too short. Costs an addition a step, for the mean of the training loss, and host reads
-    at the checks alone.
+    At the start it tells of a ``mode`` that the name of the metric speaks against; at the end, what the curves say, if
+    the noise lets them: overfitting and since when, a training loss that rises, a run far too long or too short. Costs
+    an addition a step, for the mean of the training loss, and host reads at the checks alone.
 
     Attributes:
         rule: The curve of all checks, an :class:`~lightning_recipes.core.early_stopping.EarlyStoppingRule`.
@@ -177,6 +177,9 @@ class EarlyStopping(LightningEarlyStopping):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        doubtful = doubt(self.monitor, self.mode)
+        if doubtful is not None:
+            tell(trainer, doubtful)
         if not self.restore_best_weights:
             return
         if is_sharded(trainer):
@@ -185,8 +188,7 @@ class EarlyStopping(LightningEarlyStopping):
                 f" ({type(trainer.strategy).__name__}): set restore_best_weights=False and take them from a"
                 f" ModelCheckpoint(monitor={self.monitor!r}, mode={self.mode!r})"
             )
-        every = [each for each in trainer.early_stopping_callbacks if isinstance(each, EarlyStopping)]
-        restoring = [each for each in every if each.restore_best_weights]
+        restoring = _restoring(trainer)
         if restoring[:1] == [self] and len({each.state_key for each in restoring}) > 1:
             tell(trainer, _several([each.monitor for each in restoring], trainer.global_step))
         self._finish()
@@ -229,7 +231,8 @@ class EarlyStopping(LightningEarlyStopping):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        finding = reading(self.rule.curve, self.monitor, self.mode, self.stop_wish)
+        restored = self._best_weights is not None and _restoring(trainer)[:1] == [self]
+        finding = reading(self.rule.curve, self.monitor, self.mode, self.stop_wish, restored=restored)
         if finding is not None:
             tell(trainer, finding)
 
@@ -361,6 +364,12 @@ class EarlyStopping(LightningEarlyStopping):
     ) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
             self._best_weights = checkpoint.get(BEST, {}).get(self.state_key)
+
+
+def _restoring(trainer: pl.Trainer) -> list[EarlyStopping]:
+    """Those that restore their best weights; the first of them has the last word."""
+    every = [each for each in trainer.early_stopping_callbacks if isinstance(each, EarlyStopping)]
+    return [each for each in every if each.restore_best_weights]
 
 
 def _several(monitors: list[str], step: int) -> Finding:

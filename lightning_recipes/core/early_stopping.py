@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from lightning_recipes.core.arguments import check_choice, check_count, check_list, check_real
 from lightning_recipes.core.findings import Finding
+from lightning_recipes.core.names import better
 
 PLAYBOOK = "Deep Learning Tuning Playbook, training curves: https://github.com/google-research/tuning_playbook"
 RECENT = 20  # checks that the noise is estimated from
@@ -457,14 +458,34 @@ def _parse_min_delta(min_delta: object) -> tuple[float, bool]:
     return float(min_delta), False
 
 
-def reading(curve: Curve, monitor: str, mode: str = "min", stopped: bool = False, least: float = 0.0) -> Finding | None:
+def doubt(monitor: str, mode: str) -> Finding | None:
+    """Whether the name of a metric says that the other ``mode`` is meant."""
+    meant = better(monitor)
+    if meant in ("", mode):
+        return None
+    return Finding(
+        rule="mode looks wrong",
+        severity="warning",
+        message=f"By its name {monitor} is better when {'lower' if meant == 'min' else 'higher'}, but EarlyStopping has"
+        f" mode={mode!r}: it would stop while the metric improves, and keep the worst weights.",
+        advice=f"Set mode={meant!r}.",
+        step=0,
+        evidence={"monitor": monitor, "mode": mode},
+    )
+
+
+def reading(
+    curve: Curve, monitor: str, mode: str = "min", stopped: bool = False, least: float = 0.0, restored: bool = False
+) -> Finding | None:
     """What the curves of a finished run say, if the noise lets them say anything.
 
     In this order: the training loss rises; the best check lies in the first tenth of the run; the metric has got worse
     while the training loss was still falling (and, if it is a loss by its name, is above it: where dropout or
     augmentation keep the training loss above the validation, a gap below zero is no overfitting); the best check lies
     in the last quarter. Two levels (medians of several checks) differ if they do by more than two standard deviations
-    of the noise.
+    of the noise. Where the name of the metric says that the other mode is meant, only the training loss is read; where
+    it says nothing, and the best check is the first or early, the advice names the other mode, and a run that was
+    stopped is read even if it had few checks.
 
     Args:
         curve: Of all checks.
@@ -472,11 +493,13 @@ def reading(curve: Curve, monitor: str, mode: str = "min", stopped: bool = False
         mode: ``"min"`` or ``"max"``, for the sign of what is told.
         stopped: Whether the run was stopped early.
         least: By how much the metric has to be worse to have got worse, at least; a third of that is a gain.
+        restored: Whether the model gets the weights of the best check.
     """
-    checks = len(curve.values)
-    if checks < READABLE or not all(map(math.isfinite, curve.values)):
+    checks, named = len(curve.values), better(monitor)
+    if not checks or not all(map(math.isfinite, curve.values)):
         return None
     sign, best, last = 1 if mode == "min" else -1, curve.best, checks - 1
+    other = f"If {'higher' if mode == 'min' else 'lower'} is better, set mode={'max' if mode == 'min' else 'min'!r}."
     when = f"{monitor} was best at step {curve.steps[best]:,} of {curve.steps[last]:,} (epoch {curve.epochs[best]:.3g})"
     evidence: dict[str, float | str] = {
         "best_step": curve.steps[best],
@@ -485,12 +508,23 @@ def reading(curve: Curve, monitor: str, mode: str = "min", stopped: bool = False
     }
     found = partial(Finding, step=curve.steps[last], evidence=evidence, source=PLAYBOOK)
     noise, train_noise = noise_of(curve.values), noise_of(curve.train)
+    if checks < READABLE:
+        worse = curve.values[last] - curve.values[0]
+        if not stopped or named or best or worse <= SIGNIFICANT * noise or not curve.train[last] < curve.train[0]:
+            return None
+        return found(
+            "best at the start",
+            "warning",
+            f"{when}, the first check, and has got worse by {worse:.3g} since, while the training loss fell from"
+            f" {curve.train[0]:.3g} to {curve.train[last]:.3g}.",
+            f"{other} Else lower the learning rate.",
+        )
     since = slice(min((best + last) // 2 + 1, last), None)  # the later half of the checks since the best
     worse = statistics.median(curve.values[since]) - _level(curve.values, best)
     got_worse = worse > max(SIGNIFICANT * noise, least) and worse > 0
     has_train = all(map(math.isfinite, curve.train))
     rises = rise(curve.train, curve.steps) if has_train else None
-    if rises is not None:
+    if rises is not None or named not in ("", mode):
         return rises
     fall = _level(curve.train, best) - _level(curve.train, last) if has_train else 0.0
     meanwhile = f"while the training loss fell from {_level(curve.train, best):.3g} to {_level(curve.train, last):.3g}"
@@ -499,13 +533,14 @@ def reading(curve: Curve, monitor: str, mode: str = "min", stopped: bool = False
     overfits = got_worse and fall > SIGNIFICANT * train_noise and fall > 0 and (gap > 0 or not has_gap)
     if overfits:
         evidence |= {"got_worse_by": worse, "train_fell_by": fall} | ({"gap": gap} if has_gap else {})
+    shorter = "Train far shorter, and tune again: the learning rate may be too high for so many steps."
     if got_worse and curve.steps[best] <= 0.1 * curve.steps[last]:
         return found(
             "best at the start",
             "warning",
             f"{when}, in the first tenth of the run, and got worse by {worse:.3g}"
-            + (f", {meanwhile}: overfitting." if overfits else "."),
-            "Train far shorter, and tune again: the learning rate may be too high for so many steps.",
+            + (f", {meanwhile}{': overfitting' if named else ''}." if overfits else "."),
+            shorter if named or not overfits else f"{shorter} {other}",
         )
     if overfits:
         return found(
@@ -513,7 +548,9 @@ def reading(curve: Curve, monitor: str, mode: str = "min", stopped: bool = False
             "warning",
             f"{when} and has got worse by {worse:.3g} since, {meanwhile}"
             + (f": a gap of {gap:.3g}." if has_gap else "."),
-            "Regularise (weight decay, dropout, augmentation), get more data, or keep the weights of that step.",
+            "Regularise (weight decay, dropout, augmentation)"
+            + (" or get more data. " if restored else ", get more data, or keep the weights of that step.")
+            + ("The model has the weights of that step." if restored else ""),
         )
     before = [_level(curve.values, check) for check in range(checks) if curve.steps[check] < 0.75 * curve.steps[last]]
     gain = min(before, default=-math.inf) - _level(curve.values, best)

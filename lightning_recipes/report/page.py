@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from markupsafe import Markup
 
 from lightning_recipes.core.files import put
+from lightning_recipes.core.names import split
 from lightning_recipes.core.series import Series
 from lightning_recipes.report import story
-from lightning_recipes.report.names import split
 from lightning_recipes.report.numbers import shown
 from lightning_recipes.report.run import STEP_LOSS, Run
 from lightning_recipes.report.svg import STYLES, Event, Line, Point, chart, histogram

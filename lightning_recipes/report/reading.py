@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from lightning_recipes.core.findings import Finding
+from lightning_recipes.core.names import trains
 from lightning_recipes.core.report import Record
-from lightning_recipes.report.names import trains
 from lightning_recipes.report.numbers import duration
 from lightning_recipes.report.run import LARGEST_STEP, Run, finding_of
 from lightning_recipes.report.story import read_curves

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_recipes.core.findings import Finding
+from lightning_recipes.core.names import trains
 from lightning_recipes.core.series import Series
-from lightning_recipes.report.names import trains
 
 STEP_LOSS = "loss of training_step"  # the series of every step, which no logger has
 

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 
 from lightning_recipes.core.early_stopping import Curve, reading
 from lightning_recipes.core.findings import Finding
+from lightning_recipes.core.names import HIGHER, LOWER, base, split, tokens
 from lightning_recipes.core.series import Bin, Series
-from lightning_recipes.report.names import base, split, tokens
 from lightning_recipes.report.numbers import shown
 from lightning_recipes.report.run import STEP_LOSS, Run
 from lightning_recipes.report.svg import Event
 
 SEVERITIES = ("error", "warning", "info")
-LOWER = {"loss", "error", "err", "mse", "mae", "rmse", "nll", "perplexity", "ppl", "wer", "cer", "fid"}
-HIGHER = {"acc", "accuracy", "f1", "auc", "auroc", "precision", "recall", "iou", "miou", "dice", "bleu", "map", "psnr"}
 KINDS = {
     "B": "best",
     "C": "learning rate cut",

@@ -364,6 +364,7 @@ def test_evaluation_does_not_forget_the_fit(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------------- checkpoints
 
 
+@pytest.mark.filterwarnings("ignore:mode looks wrong")
 @pytest.mark.parametrize("step", [6, 11, 13, 19])
 def test_a_resumed_run_ends_bit_for_bit_where_the_other_ends(step: int, tmp_path: Path) -> None:
     class SaveAt(pl.Callback):
@@ -430,6 +431,23 @@ def test_at_the_end_it_tells_what_the_curves_say(tmp_path: Path) -> None:
     (finding,) = findings_of(tmp_path)
     assert "val_loss was best at step 12 of 44 (epoch 3)" in finding["message"]
     assert finding["evidence"]["best"] == 3.0
+
+
+def test_a_mode_that_the_name_speaks_against_is_told_at_the_start(tmp_path: Path) -> None:
+    module = Scripted([0.1, 0.5, 0.6, 0.7, 0.75, 0.8, 0.83, 0.85, 0.86, 0.87])
+    module.name = "val_acc"
+    with pytest.warns(UserWarning, match="mode looks wrong at step 0: By its name val_acc is better when higher"):
+        fit(tmp_path, module, EarlyStopping("val_acc", patience=20))
+    (finding,) = findings_of(tmp_path)
+    assert finding["advice"] == "Set mode='max'."
+
+
+@pytest.mark.parametrize("restore", [True, False])
+def test_weights_that_are_restored_are_not_asked_for(restore: bool, tmp_path: Path) -> None:
+    rising = [5.0, 4.0, 3.0, 3.5, *(3.6 + 0.1 * check for check in range(8))]
+    stopping = EarlyStopping("val_loss", 0.0, 8, restore_best_weights=restore)
+    with pytest.warns(UserWarning, match="The model has the weights" if restore else "or keep the weights"):
+        fit(tmp_path, Scripted(rising), stopping, epochs=12)
 
 
 def test_a_short_run_is_told_nothing(tmp_path: Path) -> None:

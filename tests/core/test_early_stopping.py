@@ -16,6 +16,7 @@ from lightning_recipes.core.early_stopping import (
     Patience,
     ProgressQuotient,
     SuccessiveRises,
+    doubt,
     noise_of,
     reading,
 )
@@ -255,6 +256,50 @@ def test_overfitting_is_told_with_the_gap_and_since_when() -> None:
     assert f"best at step {10 * best} of 800 (epoch {best})" in finding.message
     assert finding.evidence["gap"] > finding.evidence["got_worse_by"] > 0
     assert finding.evidence["train_fell_by"] > 0
+
+
+def test_what_is_advised_depends_on_whose_weights_the_model_has() -> None:
+    run = RECORDED["digits"][0]
+    curve = Curve(run["validation"][:45], run["train"][:45], list(range(1, 46)), list(range(1, 46)))
+    for restored in (True, False):
+        finding = reading(curve, "val_loss", restored=restored)
+        assert finding is not None
+        assert ("The model has the weights of that step" in finding.advice) == restored
+        assert ("or keep the weights" in finding.advice) != restored
+
+
+@pytest.mark.parametrize(
+    ("monitor", "mode", "meant"),
+    [
+        ("val_acc", "min", "max"),
+        ("val/topAcc_1", "min", "max"),
+        ("val_loss", "max", "min"),
+        ("val_acc", "max", None),
+        ("val_loss", "min", None),
+        ("val_f1_loss", "max", None),
+        ("neg_mse", "max", None),
+        ("val_score", "min", None),
+    ],
+)
+def test_a_mode_is_doubted_where_the_name_says_so(monitor: str, mode: str, meant: str | None) -> None:
+    finding = doubt(monitor, mode)
+    assert (finding.advice if finding else None) == (meant and f"Set mode={meant!r}.")
+
+
+@pytest.mark.parametrize("checks", [4, 200])
+def test_a_metric_that_only_gets_worse_is_no_overfitting_if_the_mode_may_be_wrong(checks: int) -> None:
+    accuracy = [1 - 0.5 * 0.9**check for check in range(checks)]
+    train = [2 * 0.9**check for check in range(checks)]
+    curve = Curve(accuracy, train, list(range(10, 10 * checks + 1, 10)), list(range(1, checks + 1)))
+    found = reading(curve, "val_score", stopped=True)
+    assert found is not None
+    assert "If higher is better, set mode='max'." in found.advice
+    assert "overfitting" not in str(found)
+    assert reading(curve, "val_acc", stopped=True) is None
+    known = reading(curve, "val_loss", stopped=True)
+    assert known is None if checks < 8 else "overfitting" in str(known)
+    curve.values = [0.5] * checks
+    assert reading(curve, "val_score", stopped=True) is None
 
 
 @pytest.mark.parametrize("stop", [45, 200])

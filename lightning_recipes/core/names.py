@@ -4,6 +4,9 @@ import re
 from typing import Literal
 
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+LOWER = {"loss", "error", "err", "mse", "mae", "rmse", "nll", "perplexity", "ppl", "wer", "cer", "fid"}
+HIGHER = {"acc", "accuracy", "f1", "auc", "auroc", "precision", "recall", "iou", "miou", "dice", "bleu", "map", "psnr"}
+TURNED = {"neg", "negative", "minus", "inverse"}
 
 
 def tokens(name: str) -> list[str]:
@@ -43,3 +46,17 @@ def base(name: str) -> str:
     while len(words) > 1 and words[-1] in ("step", "epoch", "raw"):
         words.pop()
     return " ".join(words) or name
+
+
+def better(name: str) -> Literal["min", "max", ""]:
+    """Whether lower or higher is better of a metric, where its name says so and says nothing else.
+
+    Example:
+        >>> better("val_loss"), better("val/topAcc_1"), better("f1_loss"), better("neg_mse"), better("score")
+        ('min', 'max', '', '', '')
+    """
+    words = {*tokens(name)}
+    lower, higher = bool(words & LOWER), bool(words & HIGHER)
+    if lower == higher or words & TURNED:
+        return ""
+    return "min" if lower else "max"
