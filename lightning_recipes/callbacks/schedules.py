@@ -64,7 +64,8 @@ class LearningRateSchedule(pl.Callback):
 
     A :class:`~lightning_recipes.core.schedules.ReduceOnPlateau` watches a validation metric (its mean over the ranks).
     The schedule it makes is written to ``schedule.yaml`` in the run's folder, for LightningCLI: with it another run has
-    exactly the same learning rates. Costs two microseconds an update and no memory.
+    exactly the same learning rates. It tells of a warmup overlaid on a run that is too short for it. Costs
+    two microseconds an update and no memory.
 
     Attributes:
         rule: The :class:`~lightning_recipes.core.learning_rates.LearningRates` of each optimizer.
@@ -99,7 +100,7 @@ class LearningRateSchedule(pl.Callback):
         steps: int | None = None,
     ) -> None:
         if isinstance(schedule, str):
-            schedule = SCHEDULES[check_choice("schedule", schedule, tuple(SCHEDULES))]
+            schedule = _named(schedule)
         elif not isinstance(schedule, Schedule | ReduceOnPlateau):
             raise TypeError(f"schedule must be one of lightning_recipes.core.schedules, or a name, got {schedule!r}")
         if warmup_steps != 0:
@@ -142,6 +143,10 @@ class LearningRateSchedule(pl.Callback):
         run, whole = self._run(trainer), self._whole
         if self.plateau is not None and not trainer.enable_validation:
             tell(trainer, _never(self.plateau.asked))
+        warmup, steps = whole.overlaid_steps(run), length_of(trainer).steps
+        settings: Any = trainer  # connectors set some attributes
+        if 0 < steps <= warmup and not settings.fast_dev_run:
+            tell(trainer, _too_long(warmup, int(steps)))
         moves = whole.momentum(0, run) is not None
         for optimizer in trainer.optimizers:
             if moves and not {"momentum", "betas"} & {*optimizer.param_groups[0]}:
@@ -235,6 +240,16 @@ class LearningRateSchedule(pl.Callback):
             self.plateau.load_state_dict(state_dict["plateau"])
 
 
+def _named(name: str) -> Schedule:
+    try:
+        return SCHEDULES[check_choice("schedule", name, tuple(SCHEDULES))]
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. One with arguments of its own is given as an object, such as"
+            " lightning_recipes.core.schedules.ReduceOnPlateau('val_loss')"
+        ) from None
+
+
 def _never(asked: ReduceOnPlateau) -> Finding:
     return Finding(
         rule="learning rate never cut",
@@ -242,6 +257,18 @@ def _never(asked: ReduceOnPlateau) -> Finding:
         message=f"There is no validation, at the end of which {asked.monitor} is looked at: no plateau will be seen.",
         advice="Give the Trainer validation data, or a schedule that goes by steps.",
         step=0,
+    )
+
+
+def _too_long(warmup: int, steps: int) -> Finding:
+    return Finding(
+        rule="warmup longer than the run",
+        severity="warning",
+        message=f"A warmup of {warmup:,} updates lies over a run of {steps:,}: the learning rate will reach no more"
+        f" than {steps / (warmup + 1):.0%} of its peak.",
+        advice="Make the warmup shorter, such as '0.05 of the run', or prepend it: that makes the run longer.",
+        step=0,
+        evidence={"warmup_steps": warmup, "steps": steps},
     )
 
 

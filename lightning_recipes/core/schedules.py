@@ -67,6 +67,10 @@ class Schedule(ABC):
         """By how many updates the schedule makes the run longer."""
         return 0
 
+    def overlaid_steps(self, run: Run) -> int:
+        """How many of the run's own updates a warmup takes."""
+        return 0
+
     def check(self, run: Run) -> None:
         """Raise the error that the schedule would meet in such a run.
 
@@ -315,7 +319,11 @@ class WarmupStableDecay(Schedule):
         decay = _length(run, "decay_steps", self.decay_steps)
         into = min(1.0, max(0.0, (step - (run.steps - decay)) / decay)) if decay else 0.0
         fallen = into if self.shape == "linear" else math.sqrt(into)
-        return warmth(step, _length(run, "warmup_steps", self.warmup_steps)) * (1 - (1 - self.final) * fallen)
+        return warmth(step, self.overlaid_steps(run)) * (1 - (1 - self.final) * fallen)
+
+    @override
+    def overlaid_steps(self, run: Run) -> int:
+        return _length(run, "warmup_steps", self.warmup_steps)
 
 
 @dataclass(frozen=True)
@@ -482,6 +490,10 @@ class Warmup(Schedule):
     @override
     def added_steps(self, run: Run) -> int:
         return (self._length(run) if self.kind == "prepended" else 0) + self.schedule.added_steps(run)
+
+    @override
+    def overlaid_steps(self, run: Run) -> int:
+        return max(self._length(run) if self.kind == "overlaid" else 0, self.schedule.overlaid_steps(run))
 
     def _length(self, run: Run) -> int:
         return run.length("warmup_steps", self.warmup_steps)

@@ -24,6 +24,7 @@ from lightning_recipes.core.schedules import (
     ReduceOnPlateau,
     Run,
     Warmup,
+    WarmupStableDecay,
 )
 
 SCHEDULERS: dict[str, Any] = {
@@ -356,6 +357,38 @@ def test_a_plateau_that_will_not_be_seen_is_told(tmp_path: Path) -> None:
         fit(tmp_path, Scheduled(), LearningRateSchedule(ReduceOnPlateau()), limit_val_batches=0)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "steps"),
+    [
+        (LearningRateSchedule("cosine", warmup_steps=1000, warmup="overlaid"), "1,000"),
+        (LearningRateSchedule("cosine", warmup_steps="2 of the run", warmup="overlaid"), "72"),
+        (LearningRateSchedule(Warmup(36, Cosine(), "overlaid")), "36"),
+        (LearningRateSchedule(WarmupStableDecay(warmup_steps=100)), "100"),
+        (LearningRateSchedule("constant", "1 of the run", "overlaid", steps=50), "50"),
+    ],
+)
+def test_a_warmup_that_the_run_is_too_short_for_is_told_once(
+    schedule: LearningRateSchedule, steps: str, tmp_path: Path
+) -> None:
+    with pytest.warns(UserWarning, match=f"A warmup of {steps} updates lies over a run of 36: .* of its peak") as told:
+        fit(tmp_path, Scheduled(), schedule)
+    assert len([each for each in told if "warmup longer" in str(each.message)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("schedule", "settings"),
+    [
+        (LearningRateSchedule("cosine", warmup_steps=1000, warmup="overlaid"), {"fast_dev_run": True}),
+        (LearningRateSchedule("cosine", warmup_steps=35, warmup="overlaid"), {}),
+        (LearningRateSchedule("cosine", warmup_steps=50), {}),
+    ],
+)
+def test_a_warmup_that_fits_is_no_news(
+    schedule: LearningRateSchedule, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    fit(tmp_path, Scheduled(), schedule, **settings)
+
+
 def test_two_schedules_make_a_product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Other(LearningRateSchedule):
         """Of another state key."""
@@ -498,6 +531,7 @@ def test_what_cannot_be_is_refused_when_fit_starts(tmp_path: Path) -> None:
     ("arguments", "error", "message"),
     [
         ({"schedule": "cosin"}, ValueError, "schedule must be 'constant' or 'cosine'"),
+        ({"schedule": "reduce on plateau"}, ValueError, r"core.schedules.ReduceOnPlateau\('val_loss'\)"),
         ({"schedule": 0.1}, TypeError, "schedule must be one of lightning_recipes.core.schedules, or a name"),
         ({"warmup_steps": -1}, ValueError, "warmup_steps must be a number above 0"),
         ({"warmup_steps": "long"}, ValueError, "warmup_steps must be a number of updates"),
