@@ -55,6 +55,17 @@ def test_it_stops_when_the_ends_that_are_wanted_are_found() -> None:
     assert largest.largest == pytest.approx(100, rel=1e-3)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_it_stops_as_soon_as_both_ends_are_within_the_tolerance(seed: int) -> None:
+    matrix = torch.diag(torch.cat([torch.linspace(0, 1, 98), torch.tensor([-2.0, 3.0])]).double())
+    found = extreme_eigenvalues(lambda vector: matrix @ vector, start(100, seed))
+    sooner = extreme_eigenvalues(lambda vector: matrix @ vector, start(100, seed), found.products - 1)
+    assert found.products < 20  # from there on not every product is looked at
+    for each, within in ((found, True), (sooner, False)):
+        low, high = each.smallest_error / abs(each.smallest), each.largest_error / abs(each.largest)
+        assert (max(low, high) <= 0.003) == within
+
+
 @pytest.mark.parametrize("factor", [0.0, 3.0, -3.0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_an_invariant_subspace_is_exact(factor: float, dtype: torch.dtype) -> None:

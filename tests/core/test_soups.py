@@ -162,6 +162,8 @@ def test_a_bowl_has_no_barrier() -> None:
     assert found.height < 0
     assert not found.beyond_noise
     assert barrier(basin(), first, first).height == pytest.approx(0, abs=1e-6)
+    level = barrier(lambda state: torch.ones(10), first, second, points=3)
+    assert (level.height, level.error, level.beyond_noise) == (0.0, 0.0, False)
 
 
 def test_a_loss_that_is_no_number_is_a_barrier() -> None:

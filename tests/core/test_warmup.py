@@ -177,3 +177,8 @@ def test_trials_bisect_and_confirm_in_half_the_time() -> None:
     result = sweep(search, lambda trial: trial.warmup_steps >= 100)
     by_seed = [{t.warmup_steps: t.steps for t in result.outcomes if t.seed == seed} for seed in range(3)]
     assert by_seed == [{0: 100, 10: 100, 30: 100, 100: 300}, {100: 150}, {100: 150}]
+
+
+def test_no_warmup_is_longer_than_a_tenth_of_the_run() -> None:
+    assert WarmupSearch(0.1, 1000).warmups == [10, 30, 100]
+    assert WarmupSearch(0.1, 999).warmups == [10, 30]
