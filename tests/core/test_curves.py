@@ -239,9 +239,11 @@ def test_a_validation_that_shows_nothing_of_what_is_learned() -> None:
         lambda share: 150.0,
         lambda share: 2e4 - 900 * share,
     ):
-        for checks in (3, 30):
+        for checks in (2, 3, 30):
             rule = trained(falls, 0.1, rate=lambda share: 1 - share, validation=validation, checks=checks, jump=0.05)
             assert rules_of(rule)[0] == "validation never improves"
+    once = trained(falls, 0.1, rate=lambda share: 1 - share, validation=lambda share: 2.3, checks=1)
+    assert "validation never improves" not in rules_of(once)
     slowly = trained(lambda share: 2.3 - share, 0.1, rate=lambda share: 0.1, validation=lambda share: 2.3 + share)
     assert rules_of(slowly) == ["validation never improves"]
     overfits = trained(falls, 0.1, rate=lambda share: 1 - share, validation=lambda share: 1.2 + 2 * (share - 0.3) ** 2)
@@ -298,7 +300,7 @@ def test_jumps_are_told_without_a_training_loss() -> None:
     rule, chance = CurvesRule(), random.Random(0)
     for check in range(30):
         rule.check(2 * math.exp(-check / 3) + chance.gauss(0, 0.2), check)
-    assert rules_of(rule) == ["validation jumps"]
+    assert [(each.rule, each.step) for each in rule.findings()] == [("validation jumps", 0)]  # no update was told
 
 
 def test_a_loss_that_stays_where_it_was() -> None:
@@ -510,3 +512,29 @@ def test_the_numbers_are_those_of_validation_too() -> None:
     jumpy = told(rule, "validation jumps")
     assert jumpy.evidence["noise"] == pytest.approx(0.48, abs=0.05)
     assert jumpy.evidence["fall"] == pytest.approx(2.2 + 0.2, abs=0.05)
+
+
+def test_underfitting_is_told_of_a_gap_within_the_noise_of_validation() -> None:
+    for jump, told_of in ((0.0, False), (0.1, True)):
+        rule = trained(
+            lambda share: 0.3 + 2 * math.exp(-20 * share), 0.02, rate=lambda share: 1 - share,
+            validation=lambda share: 0.34 + 2 * math.exp(-20 * share), jump=jump, target_loss=0.1, seed=1,
+        )  # fmt: skip
+        assert ("underfitting" in rules_of(rule)) is told_of
+
+
+@pytest.mark.parametrize(("share", "told_of"), [(0.18, True), (0.22, False)])
+def test_a_rate_that_is_dead_for_four_fifths_of_a_run(share: float, told_of: bool) -> None:
+    def arrives(over: float) -> float:
+        return 0.3 + 2 * math.exp(-100 * over)
+
+    rule = trained(arrives, 0.1, rate=lambda over: 0.1 if over < share else 0.0009)
+    assert ("decayed too early" in rules_of(rule)) is told_of
+    alive = trained(arrives, 0.1, rate=lambda over: 0.1 if over < share else 0.0011)
+    assert "decayed too early" not in rules_of(alive)
+
+
+@pytest.mark.parametrize(("rise", "told_of"), [(1.45, False), (1.55, True)])
+def test_a_rate_that_ends_half_as_high_again(rise: float, told_of: bool) -> None:
+    rule = trained(learned, 0.1, rate=lambda share: 0.1 if share < 0.8 else 0.1 * rise)
+    assert ("learning rate rises" in rules_of(rule)) is told_of
