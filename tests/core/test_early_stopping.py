@@ -19,6 +19,7 @@ from lightning_recipes.core.early_stopping import (
     doubt,
     noise_of,
     reading,
+    rise,
 )
 
 # Of perceptrons that overfit digits and breast cancer for 200 epochs, and of a deep one with sigmoids that stays on a
@@ -337,3 +338,100 @@ def test_bad_arguments_are_refused(make: Any, message: str) -> None:
 def test_a_min_delta_of_another_kind_is_refused() -> None:
     with pytest.raises(TypeError, match="min_delta must be .* got None"):
         EarlyStoppingRule(None)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------------ the bounds it names
+
+
+@pytest.mark.parametrize(
+    ("values", "has_noise"),
+    [
+        ([1.0, 2.0, 1.5, 1.4], False),  # turns once
+        ([1.0, 2.0, 1.5, 3.0], True),
+        ([1.0, 2.0, 1.0, 3.0], False),  # two are equal
+        ([1.0, 2.0, 3.0, 4.5, 3.0, 2.5, 2.0], False),
+        ([1.0, 2.0, 3.0, 4.5, 3.0, 2.5, 1.5, 0.7], True),  # eight are enough
+        ([1.0, math.nan, 2.0, math.inf, 1.5, 3.0], True),
+        ([0.0, 5.0] * 10 + [1.0] * 20, False),  # the last twenty count
+        ([0.0, 5.0] * 10 + [1.0] * 7, True),
+    ],
+)
+def test_few_values_have_noise_only_if_they_turn_and_differ(values: list[float], has_noise: bool) -> None:
+    assert (noise_of(values) > 0) == has_noise
+
+
+def test_a_check_counts_in_full_from_eight_deviations_on_and_at_least_a_tenth() -> None:
+    for value, checks, stops in ((1.8, 2, True), (1.79, 2, False), (1.4, 4, True), (1.4, 3, False)):
+        assert (Patience(2).verdict(Curve([1.0] + [value] * checks, noise=0.1)) is not None) == stops
+    for checks, stops in ((19, False), (20, True)):
+        assert (Patience(2).verdict(Curve([1.0] * (1 + checks), noise=0.1)) is not None) == stops
+    assert Patience(0).verdict(Curve([1.0, 0.91], noise=0.1)) is not None  # no improvement
+    assert Patience(0).verdict(Curve([1.0, 0.89], noise=0.1)) is None
+
+
+@pytest.mark.parametrize(("wobble", "counts"), [(0.09, False), (0.11, True)])
+@pytest.mark.parametrize("first", [2.0, -2.0])
+def test_no_check_counts_within_a_tenth_of_the_first_value(wobble: float, counts: bool, first: float) -> None:
+    shares = [share * 0.999**check for check in range(15) for share in (1.0, 0.3)]  # that do not repeat themselves
+    values = [first, *(first + abs(first) * wobble * share for share in shares)]
+    assert (stops_at(Patience(3), values) < len(values)) == counts
+
+
+def shape(best: int, after: float = 0.01, last: int = 100) -> Curve:
+    """Falls by 0.01 a check up to the best one and rises behind it, while the training loss falls."""
+    values = [1.0 + (0.01 * (best - step) if step < best else after * (step - best)) for step in range(1, last + 1)]
+    steps = list(range(1, last + 1))
+    return Curve(values, [0.9 - 0.005 * step for step in steps], steps, [float(step) for step in steps])
+
+
+@pytest.mark.parametrize(
+    ("curve", "expected"),
+    [
+        (shape(10), "best at the start"),
+        (shape(11), "overfitting"),
+        (shape(74, after=0.0), None),
+        (shape(75, after=0.0), "best at the end"),
+        (shape(100), "best at the end"),
+        (shape(7, last=7), None),  # too few to be read
+        (shape(8, last=8), "best at the end"),
+    ],
+)
+def test_where_the_best_check_lies(curve: Curve, expected: str | None) -> None:
+    finding = reading(curve, "val_loss")
+    assert (finding and finding.rule) == expected
+    stopped = reading(curve, "val_loss", stopped=True)
+    assert (stopped and stopped.rule) == (None if expected == "best at the end" else expected)
+
+
+def test_a_metric_is_worse_by_the_least_or_has_gained_a_third_of_it() -> None:
+    worse = reading(shape(40), "val_loss")
+    assert worse is not None
+    by = float(worse.evidence["got_worse_by"])
+    gain = 0.01  # from the level of step 74 to that of the best
+    for curve, least, told in (
+        (shape(40), 0.99 * by, True),
+        (shape(40), 1.01 * by, False),
+        (shape(75, after=0.0), 2.97 * gain, True),
+        (shape(75, after=0.0), 3.03 * gain, False),
+    ):
+        assert (reading(curve, "val_loss", least=least) is not None) == told
+
+
+WOBBLE = [0.0, 1.0, 0.0, -1.0, 0.0] * 4  # the median of each five is 0
+
+
+@pytest.mark.parametrize(
+    ("train", "told"),
+    [
+        ([2.0] * 10 + [1.0] * 10 + [1.09] * 10, False),  # a tenth of the lowest
+        ([2.0] * 10 + [1.0] * 10 + [1.11] * 10, True),
+        ([2.1] * 10 + [0.1] * 10 + [0.19] * 10, False),  # a twentieth of the fall
+        ([2.1] * 10 + [0.1] * 10 + [0.21] * 10, True),
+        ([*WOBBLE, *(3.9 * noise_of(WOBBLE) + each for each in WOBBLE)], False),
+        ([*WOBBLE, *(4.1 * noise_of(WOBBLE) + each for each in WOBBLE)], True),
+        ([0.0] * 3 + [1.0] * 4, False),  # too few
+        ([0.0] * 4 + [1.0] * 4, True),
+    ],
+)
+def test_a_training_loss_rises_beyond_its_noise_a_tenth_and_a_twentieth(train: list[float], told: bool) -> None:
+    assert (rise(train, range(len(train))) is not None) == told

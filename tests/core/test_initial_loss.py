@@ -378,3 +378,47 @@ def test_a_few_classes_have_no_favourite() -> None:
         shift = torch.tensor([5.0, 0.0, 0.01, -0.01][:outputs])
         rule = judge(CROSS, classes(outputs), outputs=outputs, scale=0.001, shift=shift)
         assert (favoured in said(rule, "initial loss high")) == (outputs > 3)
+
+
+@pytest.mark.parametrize(
+    ("times", "first"),
+    [
+        (0.89, ("initial loss low", "info")),
+        (0.91, ("initial loss as expected", "info")),
+        (1.09, ("initial loss as expected", "info")),
+        (1.11, ("initial loss high", "info")),
+        (1.59, ("initial loss high", "info")),
+        (1.61, ("initial loss high", "warning")),
+    ],
+)
+def test_the_bounds_are_a_tenth_and_six_tenths(times: float, first: tuple[str, str]) -> None:
+    """All examples are off by the same, so that there is no noise."""
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        wrong = (functional.one_hot(1 - targets, 2) - 0.5) * math.log(2**times - 1)
+        return CROSS(outputs * 0 + wrong, targets)
+
+    balanced = in_batches(torch.arange(640) % 2)
+    assert rules(judge(loss, balanced, outputs=2))[0] == first
+    rule = InitialLossRule(expected=1.0)
+    for _ in range(3):
+        rule.update(torch.tensor(times), [])
+    name, severity = first
+    assert rules(rule) == [(name if "expected" in name else "initial loss off", severity)]
+
+
+def test_targets_of_a_single_example_without_a_batch_are_shares_or_not() -> None:
+    for sum_of_shares, told in ((1.0, False), (3.0, True)):
+        rule = InitialLossRule()
+        with Watch() as watch:
+            loss = CROSS(torch.zeros(10, requires_grad=True), torch.full((10,), sum_of_shares / 10))
+        rule.update(loss, watch.part_of(loss))
+        assert ("targets do not sum to 1" in dict(rules(rule))) is told
+
+
+def test_of_few_labels_of_many_classes_none_are_rare() -> None:
+    """Their entropy is low by chance."""
+    few = itertools.cycle(torch.arange(20).split(2))
+    assert "imbalanced classes" not in dict(rules(judge(CROSS, lambda: next(few), outputs=50)))
+    many = itertools.cycle(torch.arange(20).repeat(32)[torch.randperm(640, generator=CHANCE)].split(64))
+    assert "imbalanced classes" in dict(rules(judge(CROSS, lambda: next(many), outputs=50)))

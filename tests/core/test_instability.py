@@ -335,3 +335,49 @@ def test_rounding_is_no_noise() -> None:
     """Nothing moves at a learning rate of 0, but the last digit."""
     waits = [(2.3 + 1e-7 * (step % 2), 1.0) for step in range(60)]
     assert judged([*waits, (2.3 + 8e-7, 1.0), (2.3 + 9e-7, 1.0), (2.3 + 8e-7, 1.0)]) == []
+
+
+def settled(steps: int = 200) -> list[tuple[float, float]]:
+    """A loss of 2 that falls to 1 at once: a gain of 1, and noise of a hundredth of it."""
+    chance = random.Random(0)
+    return [(2.0 if step < 5 else 1 + 0.01 * chance.gauss(0, 1), 1.0) for step in range(steps)]
+
+
+@pytest.mark.parametrize(
+    ("before", "then", "expected"),
+    [
+        (settled(), [(3.05, 1.0)], "spike"),  # twice the gain
+        (settled(), [(2.95, 1.0)], None),
+        (settled(), [(2.95, 1.0)] * 2, "burst"),  # two high above
+        (settled(), [(2.1, 1.0)] * 2, None),
+        (settled(), [(2.1, 1.0), (1.0, 1.0), (2.1, 1.0), (2.1, 1.0)], "burst"),  # three of four
+        (settled(), [(2.1, 1.0), (1.0, 1.0), (2.1, 1.0), (1.0, 1.0), (2.1, 1.0)], None),
+        (settled(), [(1.33, 1.0)] * 80, "divergence"),  # a third of the gain given back
+        (settled(), [(1.27, 1.0)] * 80, None),
+        (settled(), [(loss, 0.19) for loss, _ in settled(50)[5:]], "vanishing gradient"),  # to a fifth
+        (settled(), [(loss, 0.21) for loss, _ in settled(50)[5:]], None),
+        (settled(), [(loss / 10, 0.019) for loss, _ in settled(50)[5:]], "vanishing gradient"),  # of what the loss does
+        (settled(), [(loss / 10, 0.021) for loss, _ in settled(50)[5:]], None),
+        ([(1.0, 1.0)] * 5, [(5.1, 1.0)] * 20, "early instability"),  # fivefold
+        ([(1.0, 1.0)] * 5, [(4.9, 1.0)] * 20, None),
+    ],
+)
+def test_the_bounds_are_those_of_the_table(
+    before: list[tuple[float, float]], then: list[tuple[float, float]], expected: str | None
+) -> None:
+    kinds = [each.kind for each in judged(before + then)]
+    assert expected in kinds if expected else kinds == []
+
+
+@pytest.mark.parametrize(("skips", "storm"), [(9, False), (10, True)])
+def test_a_storm_is_ten_of_the_last_twenty(skips: int, storm: bool) -> None:
+    values = [(loss, math.inf if step < skips else norm) for step, (loss, norm) in enumerate(healthy(40))]
+    assert ([each.kind for each in judged(values[::-1], scaled=True)] == ["GradScaler storm"]) == storm
+
+
+@pytest.mark.parametrize(("examples", "seen"), [(15, False), (16, True)])
+def test_an_update_of_half_the_usual_examples_is_judged(examples: int, seen: bool) -> None:
+    rule = InstabilityRule()
+    for value in healthy(150):
+        rule.update(*value, examples=32)
+    assert (rule.update(60.0, 500.0, examples=examples) is not None) == seen
