@@ -416,9 +416,9 @@ def test_targets_of_a_single_example_without_a_batch_are_shares_or_not() -> None
         assert ("targets do not sum to 1" in dict(rules(rule))) is told
 
 
-def test_of_few_labels_of_many_classes_none_are_rare() -> None:
-    """Their entropy is low by chance."""
-    few = itertools.cycle(torch.arange(20).split(2))
-    assert "imbalanced classes" not in dict(rules(judge(CROSS, lambda: next(few), outputs=50)))
-    many = itertools.cycle(torch.arange(20).repeat(32)[torch.randperm(640, generator=CHANCE)].split(64))
-    assert "imbalanced classes" in dict(rules(judge(CROSS, lambda: next(many), outputs=50)))
+@pytest.mark.parametrize(("seen", "each", "told"), [(20, 1, False), (19, 5, False), (17, 6, True), (20, 32, True)])
+def test_few_labels_of_many_classes_are_no_imbalance(seen: int, each: int, told: bool) -> None:
+    """The entropy of n labels of c classes is too low by (c - 1) / 2n: Miller and Madow."""
+    following = itertools.cycle(torch.arange(seen).repeat(each).chunk(10))
+    rule = judge(CROSS, lambda: next(following), outputs=50)
+    assert ("imbalanced classes" in dict(rules(rule))) is told

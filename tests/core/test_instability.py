@@ -56,6 +56,7 @@ def test_each_kind_is_told_from_the_others_and_soon(name: str, at: int) -> None:
     first, *_ = judged(with_event(at, change))
     assert (first.kind, first.signal) == (kind, signal)
     assert 0 <= first.step - at <= soon
+    assert kind == "not finite" or (first.value < first.expected) == (kind == "vanishing gradient")
 
 
 @pytest.mark.parametrize("name", ["spike", "burst", "explosion", "divergence"])
@@ -286,7 +287,10 @@ def test_a_gradient_that_vanishes_without_a_gain_is_told_however_quiet_the_loss_
 def test_what_is_cancelled_thirty_times_in_a_row_is_what_the_training_is_now() -> None:
     rule = InstabilityRule(cancels=True)
     values = [(loss + 6 if step >= 150 else loss, norm) for step, (loss, norm) in enumerate(healthy(350))]
-    kinds = [found and found.kind for found in (rule.update(*value) for value in values)]
+    every = [rule.update(*value) for value in values]
+    kinds = [found and found.kind for found in every]
+    given_back = 0.6 + 0.3 * (2.3 - 0.6)  # a third of the gain, above the level before the first of them
+    assert every[179].expected == pytest.approx(given_back, abs=0.1)  # type: ignore[union-attr]
     assert kinds[150:179] == ["spike"] * 29
     assert (kinds[179], set(kinds[180:])) == ("divergence", {None})
     assert not rule.gave_up  # a hundred updates had no jump
@@ -343,6 +347,11 @@ def settled(steps: int = 200) -> list[tuple[float, float]]:
     return [(2.0 if step < 5 else 1 + 0.01 * chance.gauss(0, 1), 1.0) for step in range(steps)]
 
 
+def fading(updates: int) -> list[tuple[float, float]]:
+    """A norm that falls to a seventh in so many updates, and stays there."""
+    return [(loss, (1 / 7) ** min(1.0, t / updates)) for t, (loss, _) in enumerate(settled(100)[5:])]
+
+
 @pytest.mark.parametrize(
     ("before", "then", "expected"),
     [
@@ -358,6 +367,8 @@ def settled(steps: int = 200) -> list[tuple[float, float]]:
         (settled(), [(loss, 0.21) for loss, _ in settled(50)[5:]], None),
         (settled(), [(loss / 10, 0.019) for loss, _ in settled(50)[5:]], "vanishing gradient"),  # of what the loss does
         (settled(), [(loss / 10, 0.021) for loss, _ in settled(50)[5:]], None),
+        (settled(), fading(45), "vanishing gradient"),
+        (settled(), fading(65), None),  # more than fifty
         ([(1.0, 1.0)] * 5, [(5.1, 1.0)] * 20, "early instability"),  # fivefold
         ([(1.0, 1.0)] * 5, [(4.9, 1.0)] * 20, None),
     ],
