@@ -538,3 +538,14 @@ def test_a_rate_that_is_dead_for_four_fifths_of_a_run(share: float, told_of: boo
 def test_a_rate_that_ends_half_as_high_again(rise: float, told_of: bool) -> None:
     rule = trained(learned, 0.1, rate=lambda share: 0.1 if share < 0.8 else 0.1 * rise)
     assert ("learning rate rises" in rules_of(rule)) is told_of
+
+
+@pytest.mark.parametrize(("end", "told_of"), [(0.92, True), (0.88, False)])
+@pytest.mark.parametrize("start", [0.02, 2.0, 200.0])
+def test_a_loss_that_was_far_above_its_start_has_diverged_unless_it_ends_a_tenth_below(
+    start: float, end: float, told_of: bool
+) -> None:
+    def level(share: float) -> float:
+        return start * (1.0 if share < 0.02 else 4.0 if share < 0.3 else end)
+
+    assert ("diverged" in rules_of(trained(level, 0.001 * start))) is told_of

@@ -392,3 +392,13 @@ def test_an_update_of_half_the_usual_examples_is_judged(examples: int, seen: boo
     for value in healthy(150):
         rule.update(*value, examples=32)
     assert (rule.update(60.0, 500.0, examples=examples) is not None) == seen
+
+
+def test_a_divergence_within_the_first_hundred_updates_is_an_early_instability() -> None:
+    kinds = {}
+    for onset in range(65, 75):
+        rises = [(2.5, norm) if step >= onset else (loss, norm) for step, (loss, norm) in enumerate(settled())]
+        found = [each for each in judged(rises) if each.kind not in ("spike", "burst")]
+        kinds[found[0].step] = found[0].kind
+    assert (kinds[99], kinds[100]) == ("early instability", "divergence")
+    assert all((kind == "early instability") == (step < 100) for step, kind in kinds.items())
