@@ -422,3 +422,14 @@ def test_few_labels_of_many_classes_are_no_imbalance(seen: int, each: int, told:
     following = itertools.cycle(torch.arange(seen).repeat(each).chunk(10))
     rule = judge(CROSS, lambda: next(following), outputs=50)
     assert ("imbalanced classes" in dict(rules(rule))) is told
+
+
+@pytest.mark.parametrize(("outputs", "told"), [(2, True), (3, False)])
+def test_rare_classes_of_many_positions_are_told_of_two_only(outputs: int, told: bool) -> None:
+    """Tokens are never equally frequent; of a mask one may start at its share."""
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        return CROSS(logits[:, :, None].expand(-1, -1, 12), targets)
+
+    rule = judge(loss, lambda: (torch.rand(64, 12, generator=CHANCE) < 0.05).long(), outputs=outputs)
+    assert ("imbalanced classes" in dict(rules(rule))) is told
