@@ -111,9 +111,10 @@ class InstabilityRule:
     =================== ================================================================================================
     not finite          the loss or the gradient norm is NaN or infinite
     spike               one loss ten deviations above the median and twice the gain above the best level
-    burst               three of four losses six deviations up, or two high above; for thirty updates, then a divergence
+    burst               three of four losses six deviations up, or two of which one is 1.2 gains above the best level
+                        too; for thirty updates, then a divergence
     exploding gradient  log norm six deviations above its median while the loss is up, too, or twelve and tenfold
-    divergence          the level of the loss gives back a third of the gain; or loss and norm drift up together (two
+    divergence          the level of the loss gives back 0.3 of the gain; or loss and norm drift up together (two
                         cumulative sums), watched more closely while the learning rate is higher than ever before
     early instability   the same within the first hundred updates, or a fivefold rise within the first thirty
     vanishing gradient  within fifty updates the norm falls to a fifth, and five times as far as the loss: dead units
