@@ -88,6 +88,7 @@ def losses(module: Training, data: tuple[Tensor, Tensor]) -> list[float]:
 
 
 def trained(run: Run, callbacks: Sequence[pl.Callback] = (), folder: str | None = None) -> None:
+    """Train its module, which leaves nothing but what callbacks write into the folder."""
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -103,9 +104,7 @@ def trained(run: Run, callbacks: Sequence[pl.Callback] = (), folder: str | None 
     trainer.fit(run.module, train, DataLoader(TensorDataset(*run.val), 500))
 
 
-def diagnosed(
-    run: Run, held_out: tuple[Tensor, Tensor] | None, larger: Callable[[], Run | None] = lambda: None
-) -> list[Finding]:
+def diagnosed(run: Run, held_out: tuple[Tensor, Tensor] | None, larger: Callable[[], Run | None]) -> list[Finding]:
     """What the decision tree says of a classifier or a regression; where it asks for a larger network, it gets one."""
     module, targets = run.module, run.train[1]
     if not isinstance(module, Training) or module.loss in (bits, sigmoid_twice):

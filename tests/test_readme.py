@@ -95,10 +95,11 @@ def test_yaml_blocks_configure_a_training(text: str, tmp_path: Path, monkeypatch
 def assert_within(asked: object, written: object) -> None:
     """All that was asked for is in what was used."""
     if isinstance(asked, dict):
-        if "class_path" in asked and "class_path" not in written:  # type: ignore[operator]
+        assert isinstance(written, dict)
+        if "class_path" in asked and "class_path" not in written:
             asked = asked["init_args"]  # jsonargparse writes a dataclass by its fields
         for key, value in asked.items():
-            assert_within(value, written[key])  # type: ignore[index]
+            assert_within(value, written[key])
     elif isinstance(asked, list):
         for value, other in zip(asked, written, strict=True):  # type: ignore[call-overload]
             assert_within(value, other)

@@ -217,8 +217,8 @@ class InstabilityDetector(pl.Callback):
         if self._good and self._good[-1]["sizes"] != _group_sizes(trainer):  # nowhere to go back to
             self._good.clear()
             self._keeps_next = True
-        is_lazy_yet = self._keeps_next and any(map(is_lazy, pl_module.parameters()))
-        if self._keeps_next and not is_lazy_yet and not (self._unread and self._good):  # unjudged may not be good
+        unjudged = self._unread and self._good  # what is not judged may not be good
+        if self._keeps_next and not unjudged and not any(map(is_lazy, pl_module.parameters())):
             self._keeps_next = False
             self._keep(trainer, pl_module)
 

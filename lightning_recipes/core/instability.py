@@ -111,8 +111,8 @@ class InstabilityRule:
     =================== ================================================================================================
     not finite          the loss or the gradient norm is NaN or infinite
     spike               one loss ten deviations above the median and twice the gain above the best level
-    burst               three of four losses six deviations up, or two of which one is 1.2 gains above the best level
-                        too; for thirty updates, then a divergence
+    burst               three of four losses six deviations up, or two, the second 1.2 gains above the best level; for
+                        thirty updates, then a divergence
     exploding gradient  log norm six deviations above its median while the loss is up, too, or twelve and tenfold
     divergence          the level of the loss gives back 0.3 of the gain; or loss and norm drift up together (two
                         cumulative sums), watched more closely while the learning rate is higher than ever before
@@ -360,7 +360,8 @@ class InstabilityRule:
         return slows and loss - min(falls) <= little and noise_of([each for each, _ in self.short]) <= little
 
     def state_dict(self) -> dict[str, Any]:
-        seen = {name: value for name, value in vars(self).items() if name != "cancels"}  # is configuration
+        left_out = ("cancels", "striking")  # one is configuration, the other comes of the norms
+        seen = {name: value for name, value in vars(self).items() if name not in left_out}
         state = {name: value for name, value in seen.items() if isinstance(value, int | float)}
         kept = (list, deque, tuple)
         lists = {name: list(value) for name, value in seen.items() if isinstance(value, kept)}

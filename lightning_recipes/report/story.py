@@ -292,7 +292,8 @@ def _losses_not_finite(losses: Series) -> list[Event]:
     bad = [each for each in losses.bins if each.bad]
     if not bad:
         return []
-    where, first = shown(round(bad[0].step)), bad[0]
+    first = bad[0]
+    where = shown(round(first.step))
     if not any(each.count for each in losses.bins if each.first > first.last) and losses.newest is None:
         return [Event(first.step, "N", f"loss not finite from about {where} on")]
     often = f" first, {losses.bad:,} times in all" if losses.bad > 1 else ""
