@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 
 import pytest
 
@@ -55,3 +56,15 @@ def test_the_difference_is_paired_by_seed() -> None:
 def test_one_seed_tells_nothing(losses: tuple[list[float], list[float]]) -> None:
     with pytest.raises(ValueError, match="two losses or more"):
         compare(*losses)
+
+
+def test_each_verdict_is_told_word_for_word(word_for_word: Callable[..., None]) -> None:
+    low, high, constant = [0.4, 0.5, 0.5], [0.9, 0.8, 1.0], [2.3] * 3
+    pairs = (
+        (high, low),
+        (low, high),
+        ([0.4, 0.9, 0.5], [0.5, 0.6, 0.7]),
+        (constant, constant),
+        ([math.inf] * 3, constant),
+    )
+    word_for_word(*(compare(*pair, 2.3, 100).finding for pair in pairs))
