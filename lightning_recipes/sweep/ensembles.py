@@ -27,7 +27,7 @@ from lightning_recipes.core.files import replaced
 from lightning_recipes.core.selection import Report
 from lightning_recipes.core.soups import Soup, greedy_soup
 from lightning_recipes.core.trials import Outcome, Trial, load_outcomes, save_outcomes
-from lightning_recipes.sweep.running import Runner, in_this_process
+from lightning_recipes.sweep.running import Runner, in_this_process, refuse_unknown
 
 LAST = 50  # losses whose mean is the training loss in the end
 FILE = "ensemble.json"
@@ -156,11 +156,12 @@ def train_ensemble(
         trainer_settings: Arguments of the Trainers: ``max_epochs``, ``callbacks`` (each run has copies)...
 
     Raises:
-        TypeError: If a batch is no pair and nothing was given that makes one.
+        TypeError: If a batch is no pair and nothing was given that makes one, or a Trainer does not have an argument.
         ValueError: If ``seeds`` is out of its range, or there is no validation data.
         FileNotFoundError: If weights are gone that the runner knows to be trained.
     """
     check_count("seeds", seeds, 1)
+    refuse_unknown(train_ensemble, trainer_settings)
     if val_dataloaders is None and datamodule is None:
         raise ValueError("networks are weighed on validation data: give val_dataloaders or a datamodule")
     folder = Path(folder)

@@ -16,6 +16,7 @@ from lightning_recipes.callbacks.unchanged import isolate_rng
 from lightning_recipes.core.arguments import check_count, check_real
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.instability import Instability
+from lightning_recipes.sweep.running import refuse_unknown
 
 PLAYBOOK = "Deep Learning Tuning Playbook, unstable workloads: https://github.com/google-research/tuning_playbook"
 
@@ -67,7 +68,7 @@ def early_instability_probe(
             Of ``callbacks`` the training has copies: give those that the gradients go through.
 
     Raises:
-        TypeError: If an argument is not of its kind.
+        TypeError: If an argument is not of its kind, or one that a Trainer does not have.
         ValueError: If it is out of its range.
 
     Example:
@@ -81,6 +82,7 @@ def early_instability_probe(
     """
     check_real("factor", factor, 0, float("inf"))
     check_count("steps", steps, 1)
+    refuse_unknown(early_instability_probe, trainer_settings)
     watch = _Watch(factor)
     with isolate_rng(), quiet(), unmade_folder() as folder:
         trainer = pl.Trainer(

@@ -15,7 +15,13 @@ from models import Fragile, Regression, regression_data, same, weights_of
 from lightning_recipes import PercentileGradientClipping
 from lightning_recipes.core.learning_rate import LearningRateSearch
 from lightning_recipes.core.trials import SweepResult, Trial
-from lightning_recipes.sweep import compare_capacity, learning_rate_sweep, warmup_sweep
+from lightning_recipes.sweep import (
+    compare_capacity,
+    early_instability_probe,
+    learning_rate_sweep,
+    train_ensemble,
+    warmup_sweep,
+)
 
 QUIET: dict[str, Any] = {"accelerator": "cpu", "devices": 1}
 
@@ -360,6 +366,8 @@ def test_what_cannot_be_trained_is_refused() -> None:
         (learning_rate_sweep, "seed", "neither learning_rate_sweep nor a Trainer: did you mean seeds?"),
         (partial(warmup_sweep, max_steps=1000), "acelerator", "nor a Trainer: did you mean accelerator?"),
         (partial(compare_capacity, baseline=quadratic), "qxz", "qxz is an argument of neither compare_capacity"),
+        (early_instability_probe, "step", "neither early_instability_probe nor a Trainer: did you mean steps?"),
+        (partial(train_ensemble, folder="all"), "max_epoch", "nor a Trainer: did you mean max_epochs?"),
     ],
 )
 def test_an_argument_that_nobody_has_is_refused_by_name(
