@@ -74,7 +74,7 @@ class EMAWeights(pl.Callback):
         buffers: Where the persistent floating-point buffers that go with the average come from: ``"average"`` them
             too; ``"copy"`` the live ones; ``"recompute"`` the statistics of BatchNorm in a pass over at most 100
             training batches whenever the average comes into use after an update, other buffers as with ``"copy"``.
-            Integer buffers are always the live ones.
+            Integer buffers are always the live ones. What a validation writes into a buffer stays.
         device: Where to keep the average, ``"cpu"`` say; None for where the weights are.
         validate_raw: Validate the raw weights too, before the average, and log what the module logs with ``_raw``
             behind its name; doubles the time of validation. Callbacks do not see that pass.
@@ -122,6 +122,7 @@ class EMAWeights(pl.Callback):
         self._follow_optimizers: Callable[[], None] = _nothing
         self._put_back: list[Callable[[], None]] = []  # takes away hooks and substitutes when fit ends
         self._statistics: dict[str, Tensor] = {}  # of BatchNorm, those that the model does not hold at the moment
+        self._shown: list[tuple[Tensor, Tensor]] = []  # the buffers of the average, and copies, during a validation
         self._recomputed_at = -1  # updates at which those of the average were recomputed
         self._left: Tensor | None = None  # norms of the weights as the last fit left them
         self._loaded: dict[str, Tensor] | None = None  # averages from a checkpoint, until training starts
@@ -306,11 +307,17 @@ class EMAWeights(pl.Callback):
             if getattr(trainer.model, "broadcast_buffers", False):  # as DDP does with those that it finds in validation
                 share_(pl_module.buffers())
             self._hold_together(trainer, pl_module)
+            self._shown = [(buffer, buffer.clone()) for tracked in self._tracked for *_, buffer in tracked.buffers]
 
     @override
+    @torch.no_grad()
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            written = [(buffer, buffer != shown, buffer.clone()) for buffer, shown in self._shown]
+            self._shown = []
             self._hold(pl_module, average=False)
+            for buffer, where, value in written:  # a threshold, say, which is then of the raw weights, too
+                buffer.copy_(torch.where(where, value, buffer))
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -334,7 +341,7 @@ class EMAWeights(pl.Callback):
         while self._put_back:
             self._put_back.pop()()
         self._follow_optimizers = _nothing
-        self._tracked = []
+        self._tracked, self._shown = [], []
         for index in self.rule:
             self.rule[index].forget()
 

@@ -115,6 +115,33 @@ def test_copied_buffers_are_the_live_ones(tmp_path: Path) -> None:
         assert not torch.equal(validated["net.1.weight"], raw_after["net.1.weight"])
 
 
+class Calibrated(Regression):
+    """Finds a threshold at each validation, as others do on a ROC curve."""
+
+    def __init__(self) -> None:
+        super().__init__(batch_norm=True)
+        self.register_buffer("thresholds", torch.tensor([0.5, 7.0]))
+        self.in_training: list[float] = []
+
+    def on_validation_epoch_end(self) -> None:
+        self.thresholds[0] = self.global_step
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.in_training.append(float(self.thresholds[0]))
+
+
+@pytest.mark.parametrize("settings", [{"buffers": "average"}, {"buffers": "copy"}, {"validate_raw": True}])
+def test_what_a_validation_writes_into_a_buffer_stays(settings: dict[str, Any], tmp_path: Path) -> None:
+    module, plain, follow = Calibrated(), Calibrated(), Follow()
+    trainer = fit(tmp_path, module, EMAWeights(0.9, **settings), follow, epochs=3)
+    fit(tmp_path, plain, other := Follow(), epochs=3)
+    assert module.in_training == plain.in_training == [0.0] * 12 + [12.0] * 12 + [24.0] * 12
+    assert same(follow.raw, other.raw)  # the rest is trained as without the average
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    for state in (module.state_dict(), checkpoint_of(tmp_path / "a.ckpt")["state_dict"]):
+        assert state["thresholds"].tolist() == [36, 7]
+
+
 class Attention(Regression):
     """Buffers of every kind: a mask with infinities, one that is not persistent, one that is replaced each step."""
 
