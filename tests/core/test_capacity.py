@@ -63,7 +63,7 @@ def test_each_verdict_is_told_word_for_word(word_for_word: Callable[..., None]) 
     pairs = (
         (high, low),
         (low, high),
-        ([0.4, 0.9, 0.5], [0.5, 0.6, 0.7]),
+        ([0.5, 1.0, 0.5], [0.5, 0.5, 0.75]),
         (constant, constant),
         ([math.inf] * 3, constant),
     )

@@ -2,6 +2,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightning_recipes.core.criteria import Watch
+from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.initial_loss import InitialLossRule
 
 CHANCE = torch.Generator()
@@ -433,3 +435,70 @@ def test_rare_classes_of_many_positions_are_told_of_two_only(outputs: int, told:
 
     rule = judge(loss, lambda: (torch.rand(64, 12, generator=CHANCE) < 0.05).long(), outputs=outputs)
     assert ("imbalanced classes" in dict(rules(rule))) is told
+
+
+WAVE = (torch.arange(256) % 7 - 3).view(64, 4) / 10  # outputs, the same on each machine
+ALTERNATE = torch.arange(64) % 4
+
+
+def told(
+    loss: Any, outputs: Tensor = WAVE, targets: Tensor = ALTERNATE, inputs: Tensor = WAVE, expected: float | None = None
+) -> list[Finding]:
+    """What is said of eight batches: every other one with twice the outputs, and with its part of the targets."""
+    rule = InitialLossRule(expected)
+    for batch, (wanted, _) in enumerate(zip(itertools.cycle(targets.split(64)), range(8), strict=False)):
+        with Watch() as watch:
+            value = loss((outputs * (1 + batch % 2)).requires_grad_(), wanted)
+        rule.update(value, watch.part_of(value), [inputs])
+    (*_, last) = rule.results() or [None]
+    findings = rule.findings(7)
+    assert all(each.evidence == asdict(last) for each in findings if each.evidence and last)
+    return [replace(each, evidence=dict.fromkeys(each.evidence, "")) for each in findings]  # names are enough here
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_everything_is_told_word_for_word(word_for_word: Callable[..., None]) -> None:
+    mse, logits = functional.mse_loss, functional.binary_cross_entropy_with_logits
+    sums, large, zeros = {"reduction": "sum"}, 100 * torch.ones(8, 4), torch.zeros(64, 4)
+    favours, knows = torch.tensor([2.0, 0.0, 0.01, -0.01]), 2.0 * functional.one_hot(ALTERNATE, 4)
+    ends = torch.where(torch.arange(8) < 4, ALTERNATE.view(64, 1) % 3, 3).repeat(4, 1)
+    by_class, by_size = torch.arange(512) // 128, torch.arange(512) / 128
+    word_for_word(
+        *told(lambda o, t: CROSS(o, t) * math.nan),
+        *told(lambda o, t: CROSS(o, t) * math.nan, inputs=large * math.inf),
+        *told(lambda o, t: o.sum() * 0 + 0.5),
+        *told(lambda o, t: None),
+        *told(CROSS),
+        *told(lambda o, t: CROSS(o[:, :2], t % 2) + 0.25, inputs=large),
+        *told(lambda o, t: CROSS(o, t) - 1.5),
+        *told(lambda o, t: CROSS(o, t) + 3),
+        *told(lambda o, t: -CROSS(o, t)),
+        *told(lambda o, t: logits(o.sigmoid(), t), targets=(WAVE > 0).float()),
+        *told(functional.nll_loss),
+        *told(lambda o, t: CROSS(o.softmax(1), t)),
+        *told(lambda o, t: CROSS(o.tanh(), t)),
+        *told(lambda o, t: CROSS(o, t, **sums)),
+        *told(lambda o, t: CROSS(o, t, reduction="none").sum()),
+        *told(lambda o, t: mse(o, t, **sums), targets=WAVE.flip(0)),
+        *told(CROSS, outputs=knows),
+        *told(lambda o, t: o.square().mean() + 1, expected=1.0),
+        *told(lambda o, t: o.square().mean() + 1, expected=1.25),
+        *told(lambda o, t: o.square().mean() + 1, expected=0.5),
+        *told(CROSS, outputs=5 * WAVE),
+        *told(CROSS, outputs=10 * WAVE),
+        *told(CROSS, outputs=10 * WAVE, inputs=large),
+        *told(lambda o, t: CROSS(o, t), outputs=favours + 0.001 * WAVE),
+        *told(lambda o, t: CROSS(o, t, weight=torch.arange(1.0, 5)), outputs=5 * WAVE),
+        *told(mse, outputs=10 * WAVE, targets=WAVE.flip(0)),
+        *told(lambda o, t: CROSS(o.relu(), t), outputs=10 * WAVE, inputs=large),
+        *told(mse, outputs=WAVE[:, :1], targets=WAVE[:, 0]),
+        *told(lambda o, t: CROSS(o[:, :, None].expand(-1, -1, 8), t), targets=ends),
+        *told(CROSS, targets=by_class),
+        *told(lambda o, t: mse(o[:, 0], t), targets=by_size),
+        *told(lambda o, t: logits(o[:, 0], t), targets=torch.ones(64)),
+        *told(CROSS, targets=(WAVE > 0).float()),
+        *told(mse, targets=WAVE + 2),
+        *told(mse, targets=zeros + 1),
+        *told(lambda o, t: CROSS(o[:, :2], t), targets=(torch.arange(64) == 5).long()),
+        *told(CROSS, outputs=zeros),
+    )

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -275,3 +276,76 @@ def test_layers_in_evaluation_mode_and_names() -> None:
     assert ("frozen parameters", "info") not in found([LEARNT], frozen=1000)
     assert "50% of the parameters are frozen; 16 examples were not learnt" in messages([FAILED], frozen=1000)
     assert nothing_to_train(1234).message == "None of the 1,234 parameters requires a gradient."
+
+
+def test_every_outcome_is_told_word_for_word(word_for_word: Callable[..., None]) -> None:
+    inputs, blind = replace(GIVEN, alike=True), replace(GIVEN, used=False)
+    everything = Symptoms(
+        examples=16,
+        known=True,
+        optimizers=2,
+        trainable=3000,
+        frozen=1000,
+        untrained=["body"],
+        unowned={"head.weight": True, "teacher.weight": False},
+        shared=["head.bias"],
+        without_gradient=["a", "b", "c", "d"],
+        unmoved=["norm"],
+        asleep=["norm", "dropout"],
+        dead=("net.1", 30, 32),
+        repeats=Repeats(9, 90, 4, 25),
+        column=2,
+        drops=0.95,
+        shrinks=0.0001,
+        alone=0.75,
+        carried=True,
+        batch_norm=True,
+        dependence=replace(GIVEN, mixed=True, future=True, copied=True),
+    )
+    more = replace(
+        HEALTHY,
+        examples=0,
+        without_gradient=["a"],
+        zeros=["a"],
+        asleep=["norm"],
+        awake=True,
+        repeats=Repeats(9, 90),
+        drops=1.0,
+        shrinks=0.25,
+        leaked=True,
+        dependence=replace(GIVEN, in_turn=True),
+    )
+    tenth, lower = replace(FAILED, factor=10.0, excess=0.3, steps=120), replace(FAILED, factor=0.1)
+    cases: list[tuple[list[Fit], Symptoms]] = [
+        ([LEARNT], everything),
+        ([FAILED], replace(more, shrinks=0.02)),
+        ([LEARNT], replace(HEALTHY, examples=0)),
+        ([FAILED], replace(HEALTHY, dead=("", 32, 32), dependence=blind)),
+        ([FAILED], replace(HEALTHY, without_gradient=["a"], dependence=replace(GIVEN, mixed=True))),
+        ([LEARNT], replace(HEALTHY, frozen=1000, untrained=["head"])),
+        ([replace(FAILED, first_excess=math.nan)], HEALTHY),
+        ([FAILED], replace(HEALTHY, one_label=True)),
+        ([RISES], HEALTHY),
+        ([replace(LEARNT, excess=-1.0, last_loss=-0.9)], HEALTHY),
+        ([replace(LEARNT, most_excess=40.0)], HEALTHY),
+        ([FAILED], replace(HEALTHY, dependence=inputs)),
+        ([FAILED], replace(HEALTHY, dependence=blind)),
+        ([FAILED], replace(HEALTHY, activation="softmax")),
+        ([FAILED], replace(HEALTHY, activation="relu")),
+        ([replace(FAILED, first_excess=50.0)], replace(HEALTHY, far=True)),
+        ([FAILED, tenth], HEALTHY),
+        ([FAILED, lower, replace(LEARNT, factor=0.01)], HEALTHY),
+        ([FAILED, TEN], replace(HEALTHY, known=False)),
+        ([SLOW, TEN], HEALTHY),
+        ([SLOW], HEALTHY),
+        ([FAILED], replace(HEALTHY, narrowest=("a", 2), outputs=10)),
+        ([FAILED], replace(HEALTHY, carried=True)),
+        ([FAILED], replace(HEALTHY, optimizers=2)),
+        ([FAILED], replace(HEALTHY, dependence=replace(GIVEN, targets_given=False))),
+        ([FAILED], replace(HEALTHY, penalty=0.1)),
+        ([FAILED], replace(HEALTHY, frozen=3000)),
+        ([FAILED], replace(HEALTHY, trainable=31)),
+        ([FAILED, tenth], replace(HEALTHY, trainable=31)),
+        ([replace(FAILED, excess=math.inf, last_loss=3.0), lower, replace(lower, factor=0.01)], HEALTHY),
+    ]
+    word_for_word(nothing_to_train(1234, 5), *(finding for case in cases for finding in judge(*case, 7)))
