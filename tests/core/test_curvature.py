@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -167,3 +168,25 @@ def test_a_shallow_way_out_is_no_reason_to_act() -> None:
     finding = judge(replace(POINT, spectrum=BENT, escape={0.1: -1e-3, -0.1: -1e-3}), 0, True)
     assert (finding.rule, finding.severity) == ("saddle", "info")
     assert "shallow" in finding.advice
+
+
+def test_each_verdict_is_told_word_for_word(word_for_word: Callable[..., None]) -> None:
+    noisy = replace(POINT, slope=Estimate(4.0, 0.5), spectrum=BENT, products=42)
+    ahead, gain = {1.0: 0.25, 0.3: -0.125, 0.1: -0.5}, Estimate(0.5, 0.25)
+    sharp = Spectrum(-0.5, 0.125, 8.0, 0.25, -0.75, torch.ones(1), 20, 0.0)
+    points = (
+        replace(noisy, over_limit=Estimate(2.5, 0.5), spectrum=sharp),
+        replace(noisy, over_limit=Estimate(2.5, 0.5), ahead={1.0: -0.5, 0.3: -0.25}),
+        replace(noisy, over_limit=Estimate(20.0), ahead=ahead),
+        replace(noisy, ahead=ahead),
+        replace(POINT, spectrum=BENT, escape={0.1: -0.2, -0.1: -0.1, 0.3: 0.1, -0.3: -0.4}),
+        replace(POINT, spectrum=BENT, escape={0.1: -0.002, -0.1: -0.001}),
+        POINT,
+        replace(POINT, spectrum=replace(FLAT, floor=-math.inf), over_limit=Estimate(3.0, 1.0)),
+        replace(noisy, gain=gain, loss_to_noise=0.5),
+        replace(noisy, gain=gain, loss_to_noise=0.0, over_limit=Estimate(0.05)),
+        replace(noisy, gain=Estimate(0.5), loss_to_noise=0.0625, loss=-2.0),
+        replace(noisy, over_limit=Estimate(math.nan)),
+        replace(noisy, slope=Estimate(-4.0, 5.0)),
+    )
+    word_for_word(*(judge(point, 7, is_flat=True) for point in points))

@@ -1,4 +1,6 @@
 import math
+import re
+from typing import Any
 
 import pytest
 
@@ -57,3 +59,53 @@ def test_a_length_that_nobody_knows_is_an_error_that_says_what_to_do(unknown: fl
     with pytest.raises(ValueError, match=r"'0.1 of the run' needs the length of the run"):
         Duration(0.1, "runs").in_updates(10, unknown)
     assert Duration(7, "updates").in_updates(unknown, unknown) == 7
+
+
+@pytest.mark.parametrize(
+    ("said", "read"),
+    [
+        (" 3 steps ", Duration(3, "updates")),
+        ("3UPDATES", Duration(3, "updates")),
+        ("1 update", Duration(1, "updates")),
+        ("1 epoch", Duration(1, "epochs")),
+        ("1.e-1", Duration(0.1, "runs")),
+        ("2E+1 epochs", Duration(20, "epochs")),
+        ("3 of the run", Duration(3, "runs")),
+        ("10% OF THE RUN", Duration(0.1, "runs")),
+        ("200%", Duration(2, "runs")),
+        (0.999, Duration(0.999, "runs")),
+    ],
+)
+def test_the_unit_of_a_duration(said: float | str, read: Duration) -> None:
+    assert parse_duration("half_life", said) == read
+
+
+@pytest.mark.parametrize(
+    ("duration", "text"),
+    [
+        (Duration(1000.0, "updates"), "1000 updates"),
+        (Duration(2, "epochs"), "2 epochs"),
+        (Duration(0.1, "runs"), "0.1 of the run"),
+    ],
+)
+def test_a_duration_in_words(duration: Duration, text: str) -> None:
+    assert duration.text == text
+    if duration.unit != "updates":
+        length = "the run" if duration.unit == "runs" else "an epoch"
+        problem = (
+            f"'{text}' needs the length of {length}, which is not known here (a loader without length, or no max_steps)"
+            ": give it in updates"
+        )
+        with pytest.raises(ValueError, match=f"^{re.escape(problem)}$"):
+            duration.in_updates(math.inf, math.inf)
+
+
+def test_what_is_refused_is_named() -> None:
+    rule = "warmup must be a number of updates, '2 epochs' or '0.1 of the run', got '2 weeks'"
+    with pytest.raises(ValueError, match=f"^{re.escape(rule)}$"):
+        parse_duration("warmup", "2 weeks")
+    with pytest.raises(ValueError, match=r"^warmup must be a number above 0, got 0\.0$"):
+        parse_duration("warmup", "0 %")
+    nothing: Any = None
+    with pytest.raises(TypeError, match="^warmup must be a number above 0, got None$"):
+        parse_duration("warmup", nothing)

@@ -1,5 +1,8 @@
+import errno
+import hashlib
 import json
 import os
+import re
 import resource
 import signal
 from collections.abc import Iterator
@@ -81,3 +84,62 @@ def test_lines_on_a_full_disk(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="File too large"):
             append_line(path, json.dumps("b" * 80))
     assert json.loads(path.read_text().splitlines()[0]) == "a" * 40
+
+
+@pytest.mark.parametrize(("length", "beside"), [(249, ".{name}.part"), (250, ".{digest}.part")])
+def test_a_long_name_has_a_short_one_beside_it(length: int, beside: str, tmp_path: Path) -> None:
+    name = "x" * length
+    digest = hashlib.sha256(name.encode()).hexdigest()
+    with replaced(str(tmp_path / name)) as file:
+        assert [each.name for each in tmp_path.iterdir()] == [beside.format(name=name, digest=digest)]
+        file.write(b"x")
+    assert [each.name for each in tmp_path.iterdir()] == [name]
+
+
+def test_the_file_beside_has_the_name_that_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / ".weights.rank0").write_bytes(b"left by a process that was killed")
+    with replaced(tmp_path / "weights", by="rank0") as file:
+        assert (tmp_path / ".weights.rank0").read_bytes() == b""
+        file.write(b"x")
+    assert [each.name for each in tmp_path.iterdir()] == ["weights"]
+
+
+def fail_as_torch_does() -> None:
+    try:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    except OSError:
+        raise RuntimeError("unexpected pos") from None
+
+
+def test_a_folder_that_cannot_be_made_is_told_by_the_name_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "x"
+    for write in (put, append_line):
+        with pytest.raises(OSError, match=re.escape(f"'{path}'")):
+            write(path, "text")
+    path = tmp_path / "x"
+    with pytest.raises(OSError, match=re.escape(f"[Errno 28] No space left on device: '{path}'")), replaced(path):
+        fail_as_torch_does()
+    words = OSError("the cloud has words of its own")
+    with pytest.raises(OSError, match="^the cloud has words of its own$"), replaced(path):
+        raise words
+    assert words.filename is None
+
+
+def test_what_no_file_can_have_is_written_as_a_question_mark(tmp_path: Path) -> None:
+    put(tmp_path / "x", "a\udc80b")
+    assert (tmp_path / "x").read_text() == "a?b"
+
+
+def test_folders_are_made_as_deep_as_need_be(tmp_path: Path) -> None:
+    put(tmp_path / "a" / "b" / "x", "1")
+    append_line(tmp_path / "c" / "d" / "x", "1")
+    assert (tmp_path / "a" / "b" / "x").read_text() == "1"
+    assert (tmp_path / "c" / "d" / "x").read_text() == "1\n"
+
+
+def test_each_process_has_a_file_beside_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / f".x.{os.getpid()}").mkdir()
+    with pytest.raises(IsADirectoryError):
+        put(tmp_path / "x", "text")
+    assert not (tmp_path / "x").exists()

@@ -52,3 +52,37 @@ def test_a_weight_that_is_computed_or_not_there_is_left_alone() -> None:
     assert untrained(nn.ModuleList([normed.requires_grad_(False), nn.LazyLinear(20)])) == []
     after = normed.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def even(bound: float, shape: tuple[int, ...] = (10, 10)) -> nn.Linear:
+    """A frozen layer whose weights fill an interval evenly."""
+    layer = nn.Linear(shape[1], shape[0], bias=False).requires_grad_(False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.linspace(-bound, bound, layer.weight.numel()).view(shape))
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("bound", "shape", "found"),
+    [
+        (10**-0.5, (10, 10), True),
+        (10**-0.5, (11, 9), False),  # of 99 weights it cannot be told
+        (1.0009 * 10**-0.5, (10, 10), True),
+        (1.0011 * 10**-0.5, (10, 10), False),  # beyond
+        (0.93 * 10**-0.5, (10, 10), False),  # nothing near the bound
+        (0.95 * 10**-0.5, (10, 10), True),
+        (0.95 * 100**-0.5, (100, 100), False),  # of so many weights that is too narrow
+    ],
+)
+def test_weights_as_made_fill_their_interval(bound: float, shape: tuple[int, int], found: bool) -> None:
+    assert untrained(nn.Sequential(even(bound, shape))) == (["0"] if found else [])
+
+
+def test_a_layer_is_as_made_if_all_of_its_weights_are() -> None:
+    torch.manual_seed(0)
+    layer = nn.GRU(8, 20).requires_grad_(False)
+    layer.weight_hh_l0.requires_grad_(True)
+    assert untrained(nn.Sequential(layer)) == []
+    with torch.no_grad():
+        layer.requires_grad_(False).weight_hh_l0.mul_(1.2)
+    assert untrained(nn.Sequential(layer)) == []

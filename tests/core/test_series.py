@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from lightning_recipes.core.series import BINS, Series
+from lightning_recipes.core.series import BINS, Series, bin_of
 
 
 def filled(values: list[float], most: int = BINS) -> Series:
@@ -76,3 +76,43 @@ def test_plain_rows_and_back(most: int) -> None:
         series.update(step, float(step))
         again.update(step, float(step))
     assert again.as_rows() == series.as_rows()
+
+
+def test_plain_rows_have_all_of_a_bin() -> None:
+    series = filled([2.0, 6.0, math.nan, 4.0], most=2)
+    assert series.width == 2
+    assert series.as_rows() == [[0, 1, 2, 4.0, 8.0, 2.0, 6.0, 0, 0, 1], [2, 3, 1, 4.0, 0.0, 4.0, 4.0, 1, 3, 3]]
+    again = Series.of_rows(series.as_rows(), series.width, 2, series.newest)
+    assert again.bins == series.bins
+    assert (again.width, again.most, again.newest) == (2, 2, 4.0)
+    bare = Series.of_rows([], 1)
+    assert (bare.most, bare.newest, bare.points, bare.count, bare.bad) == (BINS, None, 0, 0, 0)
+    assert BINS == Series().most == 256
+
+
+def test_the_lowest_and_the_highest_are_those_that_came_first() -> None:
+    series = filled([math.nan, -3.0, 5.0, -3.0, 5.0, -1.0, 1.0, 0.0], most=2)
+    (low, high) = series.bins
+    assert (low.low, low.low_at, low.high, low.high_at) == (-3.0, 1, 5.0, 2)
+    assert (high.low, high.low_at, high.high, high.high_at) == (-1.0, 5, 5.0, 4)
+    (only,) = series.coarse(1)
+    assert (only.low_at, only.high_at, only.bad, only.points, only.first, only.last) == (1, 2, 1, 8, 0, 7)
+    bad = filled([math.nan] * 3 + [7.0], most=2)
+    assert (bad.bins[1].low, bad.bins[1].high, bad.bins[1].mean, bad.bins[1].deviation) == (7.0, 7.0, 7.0, 0.0)
+
+
+def test_what_counts_as_finite_has_a_square_that_is() -> None:
+    for value, count in ((9e149, 1), (-9e149, 1), (1e150, 0), (-1e150, 0)):
+        point = bin_of(3, value)
+        assert (point.first, point.last, point.count, point.bad) == (3, 3, count, 1 - count)
+
+
+def test_a_bin_that_reaches_back_is_forgotten_as_a_whole() -> None:
+    series = filled([float(value) for value in range(8)], most=4)  # two points a bin
+    series.forget(6)
+    assert [each.last for each in series.bins] == [1, 3, 5]
+    series.forget(3)
+    assert [each.last for each in series.bins] == [1]
+    series.forget(0)
+    assert series.bins == []
+    assert not series.update(0, 1.0)

@@ -1,3 +1,4 @@
+import json
 import math
 import statistics
 
@@ -80,3 +81,47 @@ def test_the_state_of_a_stall_goes_on_with_another_window() -> None:
     assert other.is_flat is None
     with pytest.raises(ValueError, match="window"):
         StallRule(19)
+
+
+def test_the_state_of_a_rule_goes_on_as_if_nothing_had_been() -> None:
+    losses = losses_of(0.001, 0.05, 700, seed=3)
+    whole, resumed = StallRule(40), StallRule(40)
+    told: list[list[bool]] = [[], []]
+    for step, loss in enumerate(losses):
+        if step in (15, 333):
+            state = json.loads(json.dumps(resumed.state_dict()))
+            assert state == whole.state_dict()
+            resumed = StallRule(40)
+            resumed.load_state_dict(state)
+        for rule, answers in zip((whole, resumed), told, strict=True):
+            answers.append(rule.update(loss))
+            if answers[-1]:
+                rule.charge(3.5)
+    assert told[0] == told[1]
+    assert sum(told[0]) >= 3
+    assert resumed.state_dict() == whole.state_dict()
+
+
+def test_the_defaults_and_the_bounds_of_a_window() -> None:
+    rule = StallRule()
+    assert (rule.window, rule.every, rule.spent) == (500, 50, 0)
+    assert [step for step in range(1000) if rule.update(1.0)] == [499, 999]
+    assert rule.losses == [1.0] * 500
+    with pytest.raises(ValueError, match="^window must be a whole number of at least 20, got 19$"):
+        StallRule(19)
+
+
+def test_a_window_that_is_no_multiple_of_ten_is_judged_by_the_newest_blocks() -> None:
+    rule = StallRule(29)
+    for loss in [9.0] * 9 + [1.0] * 20:
+        rule.update(loss)
+    assert rule.every == 2
+    assert rule.is_flat
+
+
+def test_smaller_looks_wait_for_a_tenth_of_all_updates() -> None:
+    for cost, first in ((4.0, 40), (4.1, 42)):  # a look is at every second update
+        rule = StallRule(20)
+        rule.charge(cost / 2)
+        rule.charge(cost / 2)
+        assert next(step for step in range(1, 100) if rule.update(1.0)) == first

@@ -1,9 +1,11 @@
+import math
 import random
 import statistics
+from itertools import pairwise
 
 import pytest
 
-from lightning_recipes.core.trends import trend
+from lightning_recipes.core.trends import Trend, trend
 
 
 def test_the_interval_of_a_slope_has_the_truth_in_it_as_often_as_it_says() -> None:
@@ -46,3 +48,18 @@ def test_three_values_have_a_line_too() -> None:
     few = trend([1.0, 3.0, 2.0])
     assert few.change == pytest.approx(1.5)  # 0.5 from one to the next, over the length of three
     assert few.error < float("inf")
+
+
+def test_blocks_of_values_that_are_no_multiple_of_ten() -> None:
+    values = [float(place % 3) for place in range(13)]
+    edges = [0, 1, 3, 4, 5, 6, 8, 9, 10, 12, 13]
+    means = [statistics.fmean(values[low:high]) for low, high in pairwise(edges)]
+    places = [(low + high) / 26 for low, high in pairwise(edges)]
+    slope, _ = statistics.linear_regression(places, means)
+    assert trend(values).change == pytest.approx(slope)
+
+
+def test_a_line_falls_that_is_below_zero_with_its_interval() -> None:
+    for error, falls in ((0.99, True), (1.0, False), (1.01, False)):
+        assert Trend(-1.0, error, 0.0).falls is falls
+    assert trend([2.0, 1.0]).error == math.inf
