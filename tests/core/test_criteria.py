@@ -1,4 +1,5 @@
 import math
+import warnings
 import weakref
 from typing import Any
 
@@ -210,3 +211,95 @@ def test_what_a_training_step_returns() -> None:
     assert loss_of({"loss": one, "more": 1}) is one
     assert loss_of(None) is None
     assert loss_of({}) is None
+
+
+@pytest.mark.parametrize(
+    "name", ["softmax", "log_softmax", "sigmoid", "relu", "relu_", "tanh", "hardtanh", "relu6", "gelu"]
+)
+def test_these_activations_are_noted(name: str) -> None:
+    activate: Any = getattr(functional, name, None) or getattr(torch, name)
+    with Watch() as watch:
+        functional.cross_entropy(activate(outputs(5, 3) + 0, **({"dim": 1} if "soft" in name else {})), CLASSES)
+    assert watch.seen[0].activation == (name.rstrip("_") if name != "gelu" else "")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.zeros(5, dtype=torch.long),
+        lambda: torch.ones(5, dtype=torch.long),
+        lambda: torch.full((5,), 2),
+        lambda: torch.arange(5) * 0,
+        lambda: CLASSES.new_zeros(5),
+        lambda: CLASSES.new_ones(5),
+        lambda: torch.ones_like(CLASSES),
+        lambda: torch.full_like(CLASSES, 1),
+    ],
+)
+def test_these_make_targets_up(make: Any) -> None:
+    with Watch() as watch:
+        functional.cross_entropy(outputs(5, 3), make())
+        functional.cross_entropy(outputs(5, 3), torch.tensor([0, 1, 2, 2, 0]))
+    assert [each.made_up for each in watch.seen] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("function", "kind"),
+    [
+        (functional.cross_entropy, "classes"),
+        (functional.nll_loss, "classes"),
+        (functional.binary_cross_entropy_with_logits, "binary"),
+        (functional.binary_cross_entropy, "binary"),
+        (functional.mse_loss, "squares"),
+        (functional.huber_loss, "squares"),
+        (functional.smooth_l1_loss, "squares"),
+        (functional.l1_loss, "absolute"),
+    ],
+)
+def test_every_kind_of_criterion_is_called_by_name_or_by_place(function: Any, kind: str) -> None:
+    given = outputs(5, 3).sigmoid()
+    targets = CLASSES if kind == "classes" else torch.ones(5, 3)
+    with Watch() as watch:
+        function(given, targets)
+        function(target=targets, input=given)
+        functional.soft_margin_loss(given, torch.ones(5, 3))  # none of them
+    assert [(each.kind, each.name, each.reduction) for each in watch.seen] == [(kind, function.__name__, "mean")] * 2
+    assert all(each.outputs is given and each.targets is targets for each in watch.seen)
+
+
+def test_a_criterion_far_off_in_the_graph_is_not_looked_for() -> None:
+    for steps, found in ((1900, 1), (2100, 0)):
+        with Watch() as watch:
+            loss = functional.cross_entropy(outputs(5, 3), CLASSES)
+            for _ in range(steps):
+                loss = -loss
+        assert len(watch.part_of(loss)) == found
+
+
+def test_a_loss_is_one_number() -> None:
+    assert loss_of(torch.ones(1)) is not None
+    assert loss_of(torch.ones(2)) is loss_of({"loss": torch.ones(2)}) is loss_of(1.0) is loss_of({"loss": 1.0}) is None
+
+
+def test_arguments_are_those_of_the_call_and_the_defaults() -> None:
+    with Watch() as watch:
+        functional.cross_entropy(outputs(5, 3), CLASSES, None, None, 2, label_smoothing=0.5)
+    (call,) = watch.seen
+    assert (call.arguments["ignore_index"], call.arguments["label_smoothing"]) == (2, 0.5)
+    assert call.arguments["reduction"] == "mean"
+    assert {"input", "target"}.isdisjoint(call.arguments)
+    assert call.valid.tolist() == [True, True, False, False, True]
+
+
+def test_a_mean_of_single_losses_in_half_precision_is_one_in_single_precision() -> None:
+    with Watch() as watch:
+        functional.mse_loss(torch.full((3,), 1.0).half(), torch.tensor([0.0, 0.0, 0.5]).half(), reduction="none")
+    assert watch.seen[0].mean == pytest.approx((1 + 1 + 0.25) / 3, rel=1e-6)
+
+
+def test_one_output_that_several_targets_are_compared_with_has_their_shape() -> None:
+    with Watch() as watch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns, too
+        functional.mse_loss(torch.zeros(4, 1).requires_grad_(), torch.ones(4, 3))
+        constant = watch.seen[0].at(torch.tensor([1.0, 2.0, 3.0]))
+    assert float(constant) == pytest.approx((0 + 1 + 4) / 3)

@@ -214,3 +214,103 @@ def test_equal_inputs_leave_a_least_loss_to_means(reduction: str) -> None:
 def test_the_mean_of_the_losses_that_there_are() -> None:
     assert mean_loss([torch.tensor(1.0), None, torch.tensor(2.0, requires_grad=True)]) == 1.5
     assert math.isnan(mean_loss([None]))
+
+
+@pytest.mark.parametrize(
+    ("curve", "excess", "learnt"),
+    [
+        ([], math.inf, False),
+        ([0.03], 0.03, True),
+        ([0.031], 0.031, False),
+        ([9.0, 5.0, 4.0, 3.0, 2.0, 1.0], 3.0, False),
+        ([2.0, 1.0], 2.0, False),
+        ([math.nan, 5.0, 4.0, 3.0, 2.0, 1.0], 3.0, False),
+        ([5.0, math.inf, 3.0, 2.0, 1.0], math.inf, False),
+        ([math.nan, 0.0], 0.0, True),
+    ],
+)
+def test_the_excess_at_the_end(curve: list[float], excess: float, learnt: bool) -> None:
+    rule = FitRule()
+    rule.curve = curve
+    assert (rule.excess, rule.learnt) == (excess, learnt)
+
+
+@pytest.mark.parametrize(
+    ("curve", "stuck"),
+    [
+        ([0.5] * 6, False),
+        ([0.51] * 6, True),
+        ([0.4] * 7, False),  # before the last third there are not five
+        ([0.4] * 8, False),
+        ([0.4] * 9, True),
+        ([0.5] * 6 + [0.45] * 3 + [0.449] * 5, False),
+        ([0.5] * 10 + [0.45] * 5, False),
+        ([0.5] * 10 + [0.451] * 5, True),
+        ([0.1] * 15, False),
+        ([0.101] * 15, True),
+    ],
+)
+def test_the_bounds_of_being_stuck(curve: list[float], stuck: bool) -> None:
+    rule = FitRule()
+    rule.curve = curve
+    assert rule.stuck == stuck
+
+
+@pytest.mark.parametrize(
+    ("curve", "over"),
+    [
+        ([30.0] * 50, False),
+        ([30.0] * 51, True),
+        ([1.0] * 11 + [20.1] * 40, True),
+        ([1.0] * 12 + [20.1] * 39, False),
+        ([1.0] * 11 + [20.0] * 40, False),
+        ([1.0, math.nan], True),
+        ([1.0, math.inf], True),
+    ],
+)
+def test_when_a_training_is_hopeless(curve: list[float], over: bool) -> None:
+    rule = FitRule()
+    rule.known = True
+    assert [rule.follow(excess) for excess in curve][-1] is over
+    rule = FitRule()  # of a loss that nobody knows
+    assert [rule.follow(excess) for excess in curve][-1] is (over and math.isfinite(curve[-1]))
+
+
+@pytest.mark.parametrize(("most", "factors"), [(2.0, (10.0, 100.0, 0.1)), (2.1, (0.1, 0.01, 10.0))])
+def test_the_rates_that_are_tried(most: float, factors: tuple[float, ...]) -> None:
+    assert other_factors(replace(FAILED, most_excess=most)) == factors
+
+
+def test_of_a_start_below_the_constant_the_start_is_the_reference() -> None:
+    """A network that knows something is not done before it has learnt nearly all of what it did not."""
+    rule = FitRule()
+    logits = 2.0 * functional.one_hot(TARGETS, 3).float()
+    assert rule.measure(1.0, [criterion(logits)]) == pytest.approx(1.0)
+    assert rule.measure(1.0, [criterion(torch.zeros(4, 3))]) > 1.5
+
+
+@pytest.mark.parametrize(("spread", "one_label"), [(1e-6, True), (1.0, False)])
+def test_targets_of_a_regression_that_are_one_number(spread: float, one_label: bool) -> None:
+    targets = 1 + spread * torch.tensor([0.0, 1.0, 2.0, 3.0])
+    rule = FitRule()
+    rule.measure(1.0, [criterion(torch.zeros(4), targets, functional.mse_loss)])
+    assert rule.one_label is one_label
+    assert rule.measure(1.0, [criterion(torch.ones(4), targets, functional.mse_loss)]) == (
+        0.0 if one_label else pytest.approx(3.5 / 1.25)
+    )
+
+
+def test_targets_are_far_that_are_large_for_the_outputs_and_worse_than_their_mean() -> None:
+    targets = torch.tensor([99.0, 101.0, 100.0, 100.0])
+    for outputs, far in ((torch.zeros(4), True), (targets, False), (torch.tensor([0.0, 100.0, 0.0, 0.0]), True)):
+        rule = FitRule()
+        rule.measure(1.0, [criterion(outputs, targets, functional.mse_loss)])
+        assert (rule.far, rule.known) == (far, True)
+
+
+def test_a_least_loss_is_that_of_the_classes_beside_other_criteria() -> None:
+    rule, numbers = FitRule(0.2), torch.arange(4.0)
+    rule.measure(1.0, [criterion(torch.zeros(4, 3)), criterion(numbers * 0, numbers, functional.mse_loss)])
+    logits = torch.full((4, 3), math.log((math.exp(0.2) - 1) / 2))
+    logits[torch.arange(4), TARGETS] = 0.0  # a loss of 0.2 each
+    assert rule.measure(1.0, [criterion(logits)]) == pytest.approx(0.0, abs=1e-5)

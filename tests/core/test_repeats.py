@@ -102,3 +102,98 @@ def test_of_other_batches_no_column_is_told() -> None:
     assert target_column([(table[:31], LABELS[:31])]) == -1
     assert target_column([(table, LABELS, LABELS)]) == -1
     assert target_column([(table, LABELS), (table[:, 1:], LABELS)]) == -1
+
+
+@pytest.mark.parametrize(
+    ("found", "is_leak", "is_sure"),
+    [
+        (Repeats(3, 150), True, True),
+        (Repeats(3, 151), False, False),
+        (Repeats(3, 0), True, True),
+        (Repeats(2, 10), False, False),
+        (Repeats(20, 1000, 6), True, True),
+        (Repeats(20, 1000, 7), True, False),
+        (Repeats(19, 1000), False, False),
+    ],
+)
+def test_three_repeats_or_two_per_cent_are_a_leak(found: Repeats, is_leak: bool, is_sure: bool) -> None:
+    assert (found.is_leak, found.is_sure) == (is_leak, is_sure)
+
+
+def test_the_examples_of_all_batches_are_counted() -> None:
+    images = torch.arange(40.0).view(10, 2, 2)
+    again = torch.cat([images[:4], images[:3], images[7:]])
+    assert repeats([again[:4], again[4:]], [images[2:6], images[6:9]]) == Repeats(4, 10, 3, 7)
+    views = images.transpose(1, 2)  # of other strides
+    assert repeats([images], [views]).found == repeats([images], [views.contiguous()]).found
+    assert repeats([images.to_sparse(), images], [images[:3].requires_grad_()]) == Repeats(3, 10, 0, 3)
+
+
+def told_by(examples: int, columns: int, aside: int) -> int:
+    """The last of so many columns is 1 for the first class, of which there are so many examples."""
+    labels = (torch.arange(examples) < aside).long()
+    noise = torch.randn(examples, columns - 1, generator=torch.Generator().manual_seed(0))
+    return target_column([(torch.cat([noise, labels[:, None]], 1), labels)])
+
+
+@pytest.mark.parametrize(
+    ("examples", "columns", "aside", "is_told"),
+    [
+        (32, 4, 8, True),
+        (31, 4, 8, False),
+        (32, 4, 7, False),
+        (32, 4, 24, True),
+        (32, 4, 25, False),
+        (32, 100, 16, True),
+        (255, 101, 100, False),
+        (256, 101, 100, True),
+        (256, 2**14, 100, True),
+        (256, 2**14 + 1, 100, False),
+    ],
+)
+def test_how_many_examples_tell_that_a_column_is_the_target(
+    examples: int, columns: int, aside: int, is_told: bool
+) -> None:
+    assert told_by(examples, columns, aside) == (columns - 1 if is_told else -1)
+
+
+def test_two_thousand_examples_of_a_table_are_enough() -> None:
+    labels = torch.arange(4000) % 2
+    for spoilt, column in ((1999, -1), (2000, 0)):
+        table = torch.stack([labels, labels * 0], 1)
+        table[spoilt] = 5
+        batches = zip(table.split(500), labels.split(500), strict=True)
+        assert target_column(batches) == column
+    wide = torch.cat([(torch.arange(512) % 2)[:, None], torch.zeros(512, 100)], 1)
+    wide[256] = 5  # of so many columns 256 are enough
+    assert target_column(zip(wide.split(128), labels[:512].split(128), strict=True)) == 0
+
+
+@pytest.mark.parametrize(("kinds", "column"), [(8, -1), (9, 0)])
+def test_targets_of_more_than_an_eighth_as_many_kinds_are_numbers(kinds: int, column: int) -> None:
+    """A column that is a multiple of the target but for its first example: of classes it tells nothing."""
+    targets = torch.arange(64.0) % kinds
+    table = torch.stack([3 - 2 * targets, targets * 0], 1).double()
+    table[0, 0] += 1e-5
+    assert target_column([(table, targets)]) == column
+
+
+@pytest.mark.parametrize(("off", "column"), [(5.5e-4, 0), (6.2e-4, -1)])
+def test_a_multiple_of_the_target_may_be_rounded(off: float, column: int) -> None:
+    targets = torch.arange(64.0).double()
+    noise = off * torch.tensor([1.0, -1.0, -1.0, 1.0]).double().repeat(16)  # of no trend
+    assert target_column([(torch.stack([targets + noise, noise], 1), targets)]) == column
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (torch.ones(40, 3), torch.ones(40, 2)),
+        (torch.ones(40, 3), torch.ones(39)),
+        (torch.ones(40), torch.ones(40)),
+        (torch.ones(40, 3), torch.ones(())),
+        (torch.ones(40, 3),),
+    ],
+)
+def test_what_is_no_table_with_a_target_tells_nothing(batch: Any) -> None:
+    assert target_column([batch]) == -1

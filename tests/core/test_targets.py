@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_recipes.core.criteria import Watch
-from lightning_recipes.core.targets import commonest, constant_of, fit, padding, unnormalised
+from lightning_recipes.core.criteria import Criterion, Watch
+from lightning_recipes.core.targets import between, clustered, commonest, constant_of, fit, padding, unnormalised
 
 
 @pytest.mark.parametrize(
@@ -132,3 +132,53 @@ def test_padding_of_the_inputs_may_have_the_target_of_something_else() -> None:
     assert padding([kinds], [torch.tensor([[5, 0, 0, 0], [0, 7, 0, 0], [5, 6, 7, 8]])]) == (0.0, -1)
     kinds[0, 3] = 1  # has a meaning there
     assert padding([kinds], [tokens]) == (0.0, -1)
+
+
+def seen(loss: Any, outputs: Tensor, targets: Tensor, **more: Any) -> list[Criterion]:
+    with Watch() as watch:
+        loss(outputs.requires_grad_(), targets, **more)
+    return watch.seen
+
+
+def test_what_never_is_has_a_constant_that_is_finite() -> None:
+    absent = constant_of(seen(functional.cross_entropy, torch.zeros(2, 2), torch.tensor([0, 0])))
+    assert absent.tolist() == pytest.approx([0.0, math.log(1e-12)], abs=1e-4)
+    none = constant_of(seen(functional.cross_entropy, torch.zeros(2, 2), torch.full((2,), -100)))
+    assert none.tolist() == pytest.approx([math.log(1e-12)] * 2, rel=1e-6)
+    for label, sign in ((1.0, 1), (0.0, -1)):
+        targets = torch.full((4, 1), label)
+        best = constant_of(seen(functional.binary_cross_entropy_with_logits, torch.zeros(4, 1), targets))
+        assert best.tolist() == pytest.approx([sign * math.log(1e6)], abs=0.1)
+
+
+def test_weights_of_columns_that_are_not_told_apart_count_by_their_mean() -> None:
+    targets, weights = torch.tensor([[[1.0, 1.0]], [[0.0, 0.0]]]), torch.tensor([2.0, 4.0])
+    calls = seen(functional.binary_cross_entropy_with_logits, torch.zeros(2, 1, 2), targets, pos_weight=weights)
+    assert constant_of(calls).tolist() == pytest.approx(math.log(3))
+
+
+def test_how_much_of_the_variance_lies_between_batches() -> None:
+    batches = [torch.tensor([0, 2]), torch.tensor([4, 6, 8]), torch.tensor([5])]
+    every = torch.cat(batches).double()
+    within = (2 + 8 + 0) / (6 - 3)  # squares about the means 1, 6 and 5
+    assert between(batches) == pytest.approx(1 - within / float(every.var()))
+    assert between([torch.zeros(3), torch.zeros(2)]) == 0.0
+    assert between([torch.zeros(3), torch.ones(2)]) == 1.0
+
+
+def test_labels_are_clustered_that_no_shuffle_spreads_as_far() -> None:
+    pure = [torch.full((4,), label) for label in (7, 7, 3, 3)]
+    assert clustered(pure)
+    assert clustered([*pure, torch.tensor([3])])
+    mixed = [torch.tensor([7, 3, 7, 3])] * 4
+    assert not clustered(mixed)
+    assert not clustered([torch.tensor([7, 7]), torch.tensor([3, 3])])  # as every third shuffle
+    assert not clustered([torch.full((4,), 7)] * 3)  # all are as far
+
+
+def test_padding_of_two_columns_is_seen_and_of_one_it_is_not() -> None:
+    assert padding([torch.tensor([[9, 9], [1, 9], [2, 3]])])[0] == 0  # as often at the end of a row as before
+    assert padding([torch.tensor([[9, 9], [9, 9], [2, 3]])]) == (pytest.approx(4 / 6), 9)
+    assert padding([torch.tensor([[9], [9], [2]])]) == (0.0, -1)
+    tokens = torch.tensor([[0, 0], [0, 0], [5, 6]])
+    assert padding([torch.tensor([[1, 1], [1, 1], [1, 2]])], [tokens]) == (pytest.approx(4 / 6), 1)
