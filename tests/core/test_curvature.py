@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 from surfaces import network, slow_hessian
+from torch import Tensor
 
-from lightning_recipes.core.curvature import CriticalPoint, Estimate, judge, measure, verdict
+from lightning_recipes.core.curvature import CriticalPoint, Estimate, judge, measure, sharpness, verdict
 from lightning_recipes.core.hessian import LossSurface, Spectrum, steps_of
 
 
@@ -190,3 +191,120 @@ def test_each_verdict_is_told_word_for_word(word_for_word: Callable[..., None]) 
         replace(noisy, slope=Estimate(-4.0, 5.0)),
     )
     word_for_word(*(judge(point, 7, is_flat=True) for point in points))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"slope": Estimate(0.25)}, "local minimum"),  # |gradient| |weights| / loss is 0.05
+        ({"slope": Estimate(0.26)}, "still descending"),
+        ({"slope": Estimate(0.0, 0.13)}, "local minimum"),  # with 1.895 standard errors, of 8 batches
+        ({"slope": Estimate(0.0, 0.14)}, "critical point unclear"),
+        ({"slope": Estimate(0.5, 0.25)}, "still descending"),
+        ({"slope": Estimate(0.5, 0.27)}, "critical point unclear"),
+        ({"slope": Estimate(1.0), "over_limit": Estimate(1.25, 0.25)}, "still descending"),
+        ({"slope": Estimate(1.0), "over_limit": Estimate(1.25, 0.24)}, "bouncing between the walls"),
+        ({"slope": Estimate(1.0), "ahead": {1.0: -0.05, 0.3: -0.5}}, "still descending"),
+        ({"slope": Estimate(1.0), "ahead": {1.0: -0.04, 0.3: -0.5}}, "bouncing between the walls"),
+        ({"slope": Estimate(1.0), "gain": Estimate(4.0), "loss_to_noise": 1.0}, "noise floor"),
+        ({"slope": Estimate(1.0), "gain": Estimate(4.1), "loss_to_noise": 1.0}, "still descending"),
+        ({"slope": Estimate(1.0), "gain": Estimate(3.0, 0.5), "loss_to_noise": 1.0}, "noise floor"),
+        ({"slope": Estimate(1.0), "gain": Estimate(3.0, 0.55), "loss_to_noise": 1.0}, "critical point unclear"),
+        ({"slope": Estimate(1.0), "gain": Estimate(0.0), "loss_to_noise": -1.0}, "noise floor"),
+    ],
+)
+def test_the_bounds_of_the_verdicts(changes: dict[str, Any], said: str) -> None:
+    point = replace(POINT, **{"loss": 100.0, **changes})
+    assert verdict(point) == said
+    assert verdict(replace(point, loss=-100.0)) == said
+
+
+def test_a_single_batch_has_errors_as_they_are() -> None:
+    assert replace(POINT, batches=1).quantile == 1.0
+    assert replace(POINT, batches=2).quantile == pytest.approx(6.314, abs=1e-3)  # Student's t with one degree
+
+
+def test_a_way_out_is_worth_an_action_from_one_per_cent_on() -> None:
+    for lowers, severity in ((0.0099, "info"), (0.01, "warning")):
+        point = replace(POINT, spectrum=BENT, escape={0.1: -lowers, -0.1: -lowers})
+        assert judge(point, 0, is_flat=True).severity == severity
+        assert judge(point, 0, is_flat=False).severity == judge(point, 0).severity == "info"
+
+
+def test_the_spectrum_alone_and_what_the_optimizer_can_follow() -> None:
+    model, batches, surface = network()
+    first, *others = model.parameters()
+    groups = [{"params": [first], "lr": 0.2}, {"params": others, "lr": 0.05}]
+    exact = slow_hessian(model, batches)
+    largest = float(torch.linalg.eigvalsh(exact)[-1])
+    root = torch.cat([torch.full((first.numel(),), 0.1), torch.full((len(exact) - first.numel(),), 0.025)]).sqrt()
+    scaled = float(torch.linalg.eigvalsh(root[:, None] * exact * root)[-1])
+    for optimizer, limit in (
+        (torch.optim.SGD(model.parameters(), 0.2), 0.1 * largest),
+        (torch.optim.SGD(groups), scaled),
+    ):
+        steps = steps_of([optimizer], list(model.parameters()))
+        spectrum, over = sharpness(surface, steps)
+        assert spectrum.largest == pytest.approx(largest, rel=0.01)
+        assert over.value == pytest.approx(limit, rel=0.01)
+        assert over.error <= 0.003 * over.value
+        point = measure(surface, steps)
+        assert point.over_limit.value == pytest.approx(limit, rel=0.01)
+        few, _ = sharpness(surface, steps, max_products=2)
+        assert few.products == measure(surface, steps, max_products=2).spectrum.products == 2
+        seeds = [measure(surface, steps, seed, 2) for seed in (0, 1)]
+        assert seeds[0].over_limit == measure(surface, steps, max_products=2).over_limit != seeds[1].over_limit
+        assert sharpness(surface, steps, 1, 2)[1] == seeds[1].over_limit
+    assert math.isnan(sharpness(surface, None)[1].value)
+
+
+def test_what_is_measured_has_the_size_of_the_sample_and_of_the_weights() -> None:
+    model, _, surface = network()
+    steps = steps_of([torch.optim.SGD(model.parameters(), 0.2)], list(model.parameters()))
+    before = surface.products
+    point = measure(surface, steps)
+    assert point.products == surface.products > before + 5
+    assert point.batches == 5
+    assert point.loss == pytest.approx(float(surface.gradients()[0].mean()))
+    assert point.weight_norm == pytest.approx(float(surface.weights.norm()))
+    assert point.rounding == pytest.approx(8 * 2.0**-52 * point.loss)
+    assert [*point.ahead] == [1.0, 0.3, 0.1, 0.03]
+    assert not point.escape  # it is not critical
+    several = measure(surface, steps, batches_per_update=2)
+    assert several.loss_to_noise == pytest.approx(point.loss_to_noise / 2)
+    ranks = measure(surface, steps, ranks=2)  # of which the other one has the same batches
+    assert ranks.batches == 10
+
+
+class Crooked(torch.autograd.Function):
+    """The square, with a second derivative that is that of another function."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradients[0] * (2 * x + x.roll(1) - x.roll(1).detach())
+
+
+def test_a_wrong_second_derivative_is_refused_and_named() -> None:
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(8).double())
+    surface = LossSurface([lambda: Crooked.apply(weight).sum()], [weight])
+    with pytest.raises(
+        ArithmeticError,
+        match=r"^the Hessian is not symmetric, by \d+%: an operation of the model has a wrong second derivative"
+        r" \(Crooked\?\), or the loss is not the same each time$",
+    ):
+        measure(surface, None)
+
+    def crooked_by_a_hook() -> Tensor:
+        values = weight * 1
+        values.register_hook(lambda gradient: gradient + weight.roll(1) - weight.roll(1).detach())
+        return values.square().sum()
+
+    with pytest.raises(ArithmeticError, match="wrong second derivative, or the loss is not the same each time$"):
+        measure(LossSurface([crooked_by_a_hook], [weight]), None)
