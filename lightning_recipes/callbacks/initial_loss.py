@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_recipes.callbacks.rehearsal import first_batches, is_fresh, refuse_shards, rehearse, unharmed
 from lightning_recipes.callbacks.substitute import substitute
 from lightning_recipes.callbacks.telling import log_scalars, tell
+from lightning_recipes.callbacks.tracking import is_adaptive
 from lightning_recipes.callbacks.unused import pass_over_unused
 from lightning_recipes.core.arguments import check_count, check_real
 from lightning_recipes.core.criteria import Criterion, Watch, loss_of
@@ -98,7 +99,7 @@ class InitialLossCheck(pl.Callback):
         if not batches:
             return
         expected = self.expected_loss
-        self.rule = InitialLossRule(None if callable(expected) else expected)
+        self.rule = InitialLossRule(None if callable(expected) else expected, all(map(is_adaptive, trainer.optimizers)))
         watch = _NoUpdates()
 
         def look(module: pl.LightningModule) -> None:

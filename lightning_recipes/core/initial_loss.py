@@ -210,6 +210,8 @@ class InitialLossRule:
 
     Args:
         expected: The expected loss of what the training step returns; None for that of its criteria.
+        adaptive: Whether the scale of the gradients does not matter to the optimizers, as to Adam. To others a loss
+            that is a sum multiplies the learning rate.
 
     Example:
         >>> from torch.nn import functional
@@ -225,8 +227,8 @@ class InitialLossRule:
         'cross_entropy 2.302 ± 0.011, ln 10 = 2.303, the class prior gives 2.299.'
     """
 
-    def __init__(self, expected: float | None = None) -> None:
-        self.expected = expected
+    def __init__(self, expected: float | None = None, adaptive: bool = True) -> None:
+        self.expected, self.adaptive = expected, adaptive
         self.losses: list[float] = []
         self.expectations: list[float] = []
         self._groups: dict[str, _Group] = {}
@@ -329,7 +331,8 @@ class InitialLossRule:
                 continue
             summands = self._summands(call)
             if not say.squashed(group, result) and summands > 1:
-                say.summed(result, summands, result.loss / (summands if call.reduction == "sum" else 1))
+                mean = result.loss / (summands if call.reduction == "sum" else 1)
+                say.summed(result, summands, mean, matters=bool(result.classes) or not self.adaptive)
             say.sorted(group) or say.several(group) or say.off_centre(group, result)
         named = bool(say.findings)
         large = max(self._inputs, default=0.0)
@@ -435,10 +438,10 @@ class _Say:
             return self("activation on the logits", "warning", message, "End the network with a linear layer.", result)
         return False
 
-    def summed(self, result: InitialLoss, positions: int, mean: float) -> bool:
+    def summed(self, result: InitialLoss, positions: int, mean: float, matters: bool) -> bool:
         return self(
             "loss is a sum",
-            "warning" if result.classes else "info",
+            "warning" if matters else "info",
             f"The loss is the sum over {positions:,} predictions, {mean * positions:.4g}, not their mean, {mean:.3g}:"
             " gradients grow with the batch.",
             "Use reduction='mean', or keep in mind that the learning rate belongs to this batch size.",

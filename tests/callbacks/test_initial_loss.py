@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from models import Adversaries, Regression, fp16, quiet_trainer, regression_data
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from lightning_recipes import InitialLossCheck
@@ -98,6 +99,34 @@ def test_a_wrong_sign_warns(tmp_path: Path) -> None:
 
     with pytest.warns(UserWarning, match="wrong sign of the loss at step 0"):
         check(tmp_path, Flipped())
+
+
+OPTIMIZERS = [
+    ("SGD", True),
+    ("ASGD", True),
+    ("Adam", False),
+    ("RMSprop", False),
+    ("Rprop", False),
+    ("Adafactor", False),
+]
+
+
+@pytest.mark.filterwarnings("ignore:loss is a sum")
+@pytest.mark.parametrize(("name", "warns"), OPTIMIZERS)
+def test_a_sum_in_a_regression_matters_to_optimizers_that_do_not_scale_the_gradient(
+    name: str, warns: bool, tmp_path: Path
+) -> None:
+    class Summed(Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return functional.mse_loss(self.net(batch[0]), batch[1], reduction="sum")
+
+        def configure_optimizers(self) -> Any:
+            return getattr(torch.optim, name)(self.parameters(), lr=1e-3)
+
+    check(tmp_path, Summed())
+    assert [each["severity"] for each in findings(tmp_path) if each["rule"] == "loss is a sum"] == [
+        "warning" if warns else "info"
+    ]
 
 
 def test_the_first_thing_that_is_not_finite_is_told(tmp_path: Path) -> None:

@@ -442,10 +442,10 @@ ALTERNATE = torch.arange(64) % 4
 
 
 def told(
-    loss: Any, outputs: Tensor = WAVE, targets: Tensor = ALTERNATE, inputs: Tensor = WAVE, expected: float | None = None
+    loss: Any, outputs: Tensor = WAVE, targets: Tensor = ALTERNATE, inputs: Tensor = WAVE, **arguments: Any
 ) -> list[Finding]:
     """What is said of eight batches: every other one with twice the outputs, and with its part of the targets."""
-    rule = InitialLossRule(expected)
+    rule = InitialLossRule(**arguments)
     for batch, (wanted, _) in enumerate(zip(itertools.cycle(targets.split(64)), range(8), strict=False)):
         with Watch() as watch:
             value = loss((outputs * (1 + batch % 2)).requires_grad_(), wanted)
@@ -480,6 +480,7 @@ def test_everything_is_told_word_for_word(word_for_word: Callable[..., None]) ->
         *told(lambda o, t: CROSS(o, t, **sums)),
         *told(lambda o, t: CROSS(o, t, reduction="none").sum()),
         *told(lambda o, t: mse(o, t, **sums), targets=WAVE.flip(0)),
+        *told(lambda o, t: mse(o, t, **sums), targets=WAVE.flip(0), adaptive=False),
         *told(CROSS, outputs=knows),
         *told(lambda o, t: o.square().mean() + 1, expected=1.0),
         *told(lambda o, t: o.square().mean() + 1, expected=1.25),
