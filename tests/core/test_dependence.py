@@ -8,7 +8,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_recipes.core.criteria import Watch
-from lightning_recipes.core.dependence import examples_of, first_examples, labels_alike, look, varied_examples
+from lightning_recipes.core.dependence import (
+    Dependence,
+    examples_of,
+    first_examples,
+    labels_alike,
+    look,
+    varied_examples,
+)
 
 
 def run(step: Callable[[Any], Tensor]) -> Callable[[Any], Any]:
@@ -280,3 +287,140 @@ def test_labels_that_are_alike_are_made_up_for_from_one_batch_where_each_is_padd
     assert sample["x"].shape == (3, 3)
     assert sorted(sample["y"].tolist()) == [0, 1, 1]
     assert varied_examples(batches[:2], 3)["x"].shape == (3, 7)
+
+
+def test_what_is_found_later_is_added() -> None:
+    for name in ("used", "fed", "mixed", "in_turn", "future"):
+        for earlier, later in ((True, False), (False, True)):
+            either = Dependence(8, **{name: earlier}).or_(Dependence(8, **{name: later}))
+            assert either == Dependence(8, **{name: True})
+    assert Dependence(8).or_(Dependence(4, True, 2, alike=True, next_token=True, copied=True)) == Dependence(8)
+    first = Dependence()
+    assert first.or_(first) is first
+
+
+def test_of_too_many_tensors_or_a_single_example_nothing_is_found_out() -> None:
+    step = run(lambda b: functional.cross_entropy(NET(b[0]), b[-1]))
+    inputs, labels = BATCH
+    more = [torch.arange(8.0)] * 11
+    assert look(step, (inputs, *more[:10], labels)).used
+    assert look(step, (inputs, *more, labels)) == Dependence(8)
+    assert look(step, (inputs[:2], labels[:2])).used
+    assert look(step, (inputs[:1], labels[:1])) == Dependence(1)
+    assert look(lambda batch: [], BATCH) == Dependence(8)
+
+
+def test_a_step_that_does_not_take_what_is_changed_says_nothing_of_it() -> None:
+    def refuses(batch: Any) -> Tensor:
+        assert torch.equal(batch[0], BATCH[0])
+        return functional.cross_entropy(NET(batch[0]), batch[1])
+
+    found = look(run(refuses), BATCH)
+    assert (found.targets_given, found.inputs, found.used, found.zeroed) == (True, 0, False, [])
+    calls: list[int] = []
+
+    def fails_again(batch: Any) -> Tensor:
+        calls.append(1)
+        assert len(calls) == 1
+        return functional.cross_entropy(NET(batch[0]), batch[1])
+
+    assert look(run(fails_again), BATCH) == Dependence(8)
+    shorter = run(lambda b: functional.cross_entropy(NET(b[0])[: len(b[0]) - int(b[0][0, 0] != BATCH[0][0, 0])], b[1]))
+    assert not look(shorter, BATCH).used
+
+
+@pytest.mark.parametrize(("share", "mixed"), [(0.9e-4, False), (1.1e-4, True)])
+def test_a_change_of_a_ten_thousandth_is_rounding(share: float, mixed: bool) -> None:
+    labels = torch.tensor([0, 1, 2, 2, 1, 0, 1, 2])
+
+    def step(batch: Any) -> Tensor:
+        numbers = batch[0].double()
+        return functional.cross_entropy(numbers + share * (numbers.sum(0) - numbers), batch[1])
+
+    inputs = torch.zeros(8, 3)
+    inputs[1] = 1.0  # takes the place of the first one
+    assert look(run(step), (inputs, labels)).mixed is mixed
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_two_examples_in_turn_are_no_steps_in_time_and_all_after_the_first_half_are(first: bool) -> None:
+    """The first half must not notice what is done to the second one."""
+    weight = 2e-4 if first else 0.5e-4
+
+    def step(batch: Any) -> Tensor:
+        numbers = batch[0].double()
+        half = numbers.cumsum(0) + weight * numbers.flip(0).cumsum(0).flip(0) * (torch.arange(8) < 4).view(8, 1, 1)
+        return functional.cross_entropy(half.flatten(0, 1), batch[1].flatten())
+
+    inputs = torch.zeros(8, 5, 3)
+    inputs[1:4] = 1.0
+    found = look(run(step), (inputs, STEPS_IN_TIME[1]))
+    assert (found.mixed, found.in_turn) == (first, not first)
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "wrong", "ignored", "seen"),
+    [
+        (6, 12, 0, 0, True),
+        (6, 12, 3, 0, True),  # 95 % of the targets are the next tokens
+        (6, 12, 4, 0, False),
+        (6, 12, 4, 24, False),
+        (6, 12, 0, 24, True),
+        (2, 4, 0, 0, True),
+        (2, 4, 0, 1, False),  # seven tell nothing
+        (6, 3, 0, 0, False),  # a few columns are no tokens
+    ],
+)
+def test_targets_are_the_next_tokens_if_nearly_all_of_them_are(
+    rows: int, length: int, wrong: int, ignored: int, seen: bool
+) -> None:
+    net = Tokens(False)
+    ids = torch.randint(20, (rows, length + 1), generator=torch.Generator().manual_seed(1))
+    wanted = ids[:, 1:].clone().flatten()
+    wanted[-wrong or len(wanted) :] += 1
+    wanted[:ignored] = -100
+    step = run(lambda b: functional.cross_entropy(net(b[0])[:, :-1].transpose(1, 2), b[1], ignore_index=-100))
+    found = look(step, (ids, (wanted % 20).where(wanted >= 0, wanted).view(rows, length)))
+    assert found.next_token is seen
+
+
+def test_targets_that_are_all_one_token_tell_nothing() -> None:
+    net = Tokens(False)
+    step = run(lambda b: flat(net(b[0]), b[1]))
+    ones = torch.ones(6, 12, dtype=torch.long)
+    ones[:, 0] = torch.arange(6)
+    found = look(step, (ones, ones.roll(-1, 1).clamp(1, 1)))
+    assert not found.next_token
+
+
+@pytest.mark.parametrize(("place", "nats"), [(31, 2 * math.log(2) / 80), (32, 0.0)])
+def test_tokens_after_thirty_two_are_taken_for_known(place: int, nats: float) -> None:
+    ids = torch.arange(41).repeat(2, 1) % 20
+    ids[1, place + 1 :] += 1
+    net = Tokens(False)
+    step = run(lambda b: flat(net(b["ids"][:, :-1]), b["ids"][:, 1:]))
+    found = look(step, {"ids": ids % 20})
+    assert found.next_token
+    assert found.least_loss == pytest.approx(nats)
+
+
+@pytest.mark.parametrize(("apart", "least"), [(2.1, 9.0), (1.9, 0.0)])
+def test_inputs_that_explain_a_tenth_set_a_least_loss(apart: float, least: float) -> None:
+    """Of two kinds with a variance of 9 each; of all it is 10.1 or 9.9."""
+    step = run(lambda b: functional.mse_loss(NET(b[0])[:, 0], b[1]))
+    batch = (torch.eye(6)[[0, 0, 1, 1]], torch.tensor([0.0, 6.0, apart, 6 + apart]))
+    assert look(step, batch).least_loss == pytest.approx(least)
+
+
+def test_the_first_examples_and_labels_of_a_batch() -> None:
+    whole = (torch.arange(5),)
+    assert first_examples(whole, 5) is whole
+    assert first_examples(whole, 4)[0].tolist() == [0, 1, 2, 3]
+    assert examples_of(torch.ones(())) == examples_of([]) == examples_of(["name"]) == 0
+    assert not labels_alike((torch.zeros(4, 2), torch.ones(4)))  # numbers are no labels
+    assert not labels_alike([torch.ones(4, 1).long(), torch.ones(3)])
+    labels = torch.tensor([3, 3, 3, 1, 3, 1, 2])
+    batch = {"x": torch.arange(7.0).view(7, 1), "y": labels.view(7, 1)}
+    varied = varied_examples([batch], 5)
+    assert varied["y"].flatten().tolist() == [3, 1, 2, 3, 1]
+    assert varied["x"].flatten().tolist() == [0, 3, 6, 1, 5]
