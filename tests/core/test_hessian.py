@@ -303,3 +303,170 @@ def test_every_group_has_its_own_rate() -> None:
 
 
 # ---------------------------------------------------------------------------------- gradient and noise
+
+
+def trained(make: Any, updates: int = 3) -> tuple[Any, Tensor, Tensor]:
+    """An optimizer after some updates, of a weight whose last entry never has a gradient, and the mean squares."""
+    weight = nn.Parameter(torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64))
+    optimizer = make([weight])
+    gradients = torch.tensor([[0.5, -1.0, 0.0], [2.0, 0.1, 0.0], [-0.5, 0.2, 0.0]], dtype=torch.float64)[:updates]
+    for gradient in gradients:
+        weight.grad = gradient
+        optimizer.step()
+    return optimizer, weight, gradients
+
+
+def averaged(values: Tensor, beta: float) -> list[Tensor]:
+    """The moving averages from 0 on, after each."""
+    means = [torch.zeros_like(values[0])]
+    for value in values:
+        means.append(beta * means[-1] + (1 - beta) * value)
+    return means[1:]
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_steps_of_adam_are_preconditioned_by_the_corrected_mean_square(amsgrad: bool, decoupled: bool) -> None:
+    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+    settings: dict[str, Any] = {"betas": (0.8, 0.5), "eps": 0.25, "weight_decay": 0.0, "amsgrad": amsgrad}
+    optimizer, weight, gradients = trained(lambda p: kind(p, 0.5, **settings))
+    optimizer.param_groups[0]["weight_decay"] = 0.125  # which were a part of the gradients
+    squares = averaged(gradients.square(), 0.5)
+    used = torch.stack(squares).amax(0) if amsgrad else squares[-1]
+    scale = 1 / ((used / (1 - 0.5**3)).sqrt() + 0.25)
+    steps = steps_of([optimizer], [weight])
+    assert steps is not None
+    torch.testing.assert_close(steps.sharpness_limit, 0.5 * scale * (1 - 0.8) / (2 * (1 + 0.8)))
+    torch.testing.assert_close(steps.reach, 0.5 * scale)
+    torch.testing.assert_close(steps.penalty, 0.125 / scale if decoupled else torch.full_like(scale, 0.125))
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_steps_of_rmsprop_are_preconditioned_by_the_mean_square(centered: bool) -> None:
+    settings: dict[str, Any] = {"alpha": 0.5, "eps": 0.25, "weight_decay": 0.0, "centered": centered, "momentum": 0.6}
+    optimizer, weight, gradients = trained(lambda p: torch.optim.RMSprop(p, 0.5, **settings))
+    squares = averaged(gradients.square(), 0.5)[-1]
+    if centered:
+        squares = squares - averaged(gradients, 0.5)[-1].square()
+    scale = 1 / (squares.sqrt() + 0.25)
+    steps = steps_of([optimizer], [weight])
+    assert steps is not None
+    torch.testing.assert_close(steps.sharpness_limit, 0.5 * scale / (2 * 1.6))
+    torch.testing.assert_close(steps.reach, 0.5 * scale / (1 - 0.6))
+    assert steps.penalty.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "limit", "reach"),
+    [
+        ({}, 2.0, 1.0),
+        ({"momentum": 0.5}, 3.0, 2.0),
+        ({"momentum": 0.5, "nesterov": True}, 1.5, 2.0),
+        ({"momentum": 0.5, "dampening": 0.25}, 4.0, 1.5),
+    ],
+)
+def test_steps_of_gradient_descent_and_its_momentum(settings: dict[str, Any], limit: float, reach: float) -> None:
+    optimizer, weight, _ = trained(lambda p: torch.optim.SGD(p, 0.25, weight_decay=0.5, **settings))
+    steps = steps_of([optimizer], [weight])
+    assert steps is not None
+    assert steps.is_uniform
+    assert steps.sharpness_limit.tolist() == pytest.approx([0.25 / limit] * 3)
+    assert steps.reach.tolist() == pytest.approx([0.25 * reach] * 3)
+    assert steps.penalty.tolist() == [0.5] * 3
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop])
+def test_what_has_never_moved_has_no_steps_and_no_penalty(make: Any) -> None:
+    optimizer, weight, _ = trained(lambda p: make(p, weight_decay=0.5), updates=0)
+    steps = steps_of([optimizer], [weight])
+    assert steps is not None
+    assert steps.sharpness_limit.tolist() == steps.reach.tolist() == steps.penalty.tolist() == [0.0] * 3
+    half = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    of_half = steps_of([make([half])], [half])
+    assert of_half is not None
+    assert of_half.reach.dtype == torch.float32
+
+
+def test_a_derivative_that_fails_gives_no_numbers_and_says_why() -> None:
+    weight = nn.Parameter(torch.ones(3))
+
+    def fails() -> Tensor:
+        raise ValueError("no loss")
+
+    surface = LossSurface([lambda: weight.sum(), fails], [weight])
+    losses, gradients = surface.gradients()
+    assert losses[0] == 3
+    assert losses[1].isnan()
+    assert gradients[0].tolist() == [1, 1, 1]
+    assert gradients[1].shape == (3,)
+    assert gradients[1].isnan().all()
+    assert isinstance(surface.failure, ValueError)
+    assert surface.product(torch.ones(3)).isnan().all()  # nothing is tried any more
+    assert (surface.products, surface.work) == (1, 2 + 3 * 2)
+
+
+def test_what_fails_with_graphs_that_are_kept_is_tried_without() -> None:
+    weight, tries = nn.Parameter(torch.ones(3)), [0]
+
+    def fails_once() -> Tensor:
+        tries[0] += 1
+        if tries[0] == 1:
+            raise MemoryError
+        return weight.square().sum()
+
+    surface = LossSurface([fails_once], [weight])
+    assert surface.gradients()[1][0].tolist() == [2, 2, 2]
+    assert surface.failure is None
+    assert surface.product(torch.ones(3)).tolist() == [2, 2, 2]
+    assert (tries[0], surface.work) == (3, 1 + 3)
+
+
+def test_ranks_that_do_not_all_keep_their_graphs_keep_none() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    surface = LossSurface([lambda: weight.square().sum()], [weight], mean=lambda tensor: tensor / 2)
+    losses, gradients = surface.gradients()
+    assert (losses.tolist(), gradients[0].tolist()) == ([3.0], [2, 2, 2])  # its own
+    assert surface.product(torch.ones(3)).tolist() == [1, 1, 1]
+    assert surface.work == 1 + 3
+    surface.penalty = torch.tensor([0.0, 1.0, 2.0])
+    assert surface.product(torch.ones(3)).tolist() == [1, 2, 3]
+    assert surface.loss_at(torch.ones(3)) == pytest.approx(12 / 2 + (0 + 4 + 8) / 2)
+    assert surface.work == 1 + 3 + 3 + 1
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return 2 * gradients[0]
+
+
+class Again(Doubled):
+    pass
+
+
+def test_functions_of_their_own_are_found_wherever_they_are() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    inside = LossSurface([lambda: (Doubled.apply(weight.exp()) * Again.apply(weight)).sum().square()], [weight])
+    assert inside.custom_functions() == ["Again", "Doubled"]
+    assert LossSurface([lambda: weight.sum()], [weight]).custom_functions() == []
+
+
+def test_the_smallest_may_be_off_by_a_part_of_a_hundredth_of_the_largest() -> None:
+    matrix = torch.diag(torch.cat([torch.linspace(0.001, 0.9, 198), torch.tensor([100.0, 99.0])]).double())
+    found = extreme_eigenvalues(lambda vector: matrix @ vector, start(200))
+    assert 0.003 * abs(found.smallest) < found.smallest_error <= 0.003 * found.largest / 100
+    exact = extreme_eigenvalues(lambda vector: matrix @ vector, start(200), tolerance=1e-9)
+    assert exact.products > found.products
+    assert found.scale == found.largest
+    assert extreme_eigenvalues(lambda vector: -matrix @ vector, start(200)).scale == pytest.approx(100)
+
+
+def test_at_most_a_hundred_and_fifty_products_are_taken() -> None:
+    matrix = random_symmetric(200, 0)
+    assert extreme_eigenvalues(lambda vector: matrix @ vector, start(200), tolerance=0.0).products == 150
+    with pytest.raises(ArithmeticError, match="^a product with the Hessian is not finite$"):
+        extreme_eigenvalues(lambda vector: vector * math.inf, start(5))
