@@ -1,6 +1,9 @@
 import json
 import math
 import random
+import re
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -202,6 +205,29 @@ def test_outcomes_survive_a_file(tmp_path: Path) -> None:
     assert [each.name for each in path.parent.iterdir()] == ["sweep.json"]
 
 
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("[1]", "TypeError: list indices must be integers or slices, not str"),
+        ("{}", "KeyError: 'trials'"),
+        ("1e3 é", "JSONDecodeError: Extra data: line 1 column 5 (char 4)"),
+    ],
+)
+def test_a_file_without_outcomes_is_refused(tmp_path: Path, text: str, error: str) -> None:
+    path = tmp_path / "sweep.json"
+    path.write_text(text, encoding="utf-8")
+    said = f"{path} has no outcomes of a sweep ({error}): give another path, or delete it to start anew"
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+        load_outcomes(path)
+
+
+def test_figures_need_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    said = "figures need matplotlib: pip install 'lightning-recipes[plots]'"
+    with pytest.raises(ImportError, match=f"^{re.escape(said)}$"):
+        result().plot()
+
+
 def result(**more: Any) -> SweepResult:
     finding = Finding("warmup found", "info", "A warmup helps.", "Use it.", 507)
     return SweepResult(Trial(1.0, 300, 100), finding, OUTCOMES, **more)
@@ -310,3 +336,61 @@ def test_readings_keep_losses_and_norms_apart(mean: Any) -> None:
         readings.add(torch.tensor(float(step)), torch.tensor([10.0 + step]))
     assert not readings.read(mean)
     assert seen == [(0.0, 10.0), (1.0, 11.0), (2.0, 12.0), (3.0, 13.0)]
+
+
+def test_figures_name_what_they_show() -> None:
+    made = result()
+    validated = {trial: replace(outcome, val_loss=1.0) for trial, outcome in OUTCOMES.items() if not trial.warmup_steps}
+    rates = replace(made, best=Trial(0.1, 100), outcomes=validated)
+    for (figure, axes), title, x, y in (
+        (made.plot(), "training loss at the end of the trials", "warmup steps", "learning rate"),
+        (rates.plot(), "", "learning rate (dotted: unstable)", "loss"),
+        (made.plot_curves(), "", "update", "training loss"),
+    ):
+        assert (axes.get_title(), axes.get_xlabel(), axes.get_ylabel()) == (title, x, y)
+        assert figure.get_size_inches().tolist() == [8, 5]
+    legend = rates.plot()[1].get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "training, 100 steps",
+        "validation, 100 steps",
+        "recommended",
+    ]
+    _, curves = made.plot_curves()
+    assert curves.get_yscale() == "symlog"
+    assert curves.get_legend() is not None
+
+
+@pytest.mark.parametrize("share", [0.9, 1.1])
+def test_a_loss_above_its_start_or_its_best_has_to_be_so_by_three_deviations(share: float) -> None:
+    """Of the first ten, which have one of 0.1, or of the last forty, whichever is the smaller."""
+
+    def swings(level: float, by: float, count: int) -> list[float]:
+        return [level - by, level + by] * (count // 2)
+
+    wide, narrow = 0.2, 0.1 * 1.349 / 2  # a deviation of 0.1, from the quartiles
+    for losses in (
+        swings(2.0, 0.1, 10) + swings(1.9 + 0.3 * share, wide, 90),
+        swings(2.0, wide, 10) + swings(2.0, wide, 50) + swings(1.8 + 0.3 * share, narrow, 40),
+    ):
+        assert judged(losses).stable == (share < 1)
+    back = swings(2.0, 0.1, 10) + [1.0] * 40 + swings(1.27 + 0.3 * share, wide, 50)
+    assert judged(back).stable == (share < 1)
+
+
+def test_what_trials_end_with_is_told_word_for_word(word_for_word: Callable[..., None]) -> None:
+    noise = random.Random(1)
+    stuck = [*falling(60), *[1.4 + 0.3 * noise.random() for _ in range(140)]]
+    lowest = [2.3 + 0.6 * math.exp(-step / 10) + 0.02 * noise.gauss(0, 1) for step in range(150)]
+    reasons = [
+        judged([2.0, math.nan]).reason,
+        judged([2.0, 2.0, 2.0, 2.0, 3000.0]).reason,
+        judged(stuck, [1.0] * 60 + [0.002] * 140).reason,
+        judged(lowest, [1.0] * 60 + [0.002] * 90).reason,
+        judged([2.0] * 10 + [2.123] * 60).reason,
+        judged([2.0] * 10 + [1.234] * 30 + [1.75] * 60).reason,
+    ]
+    validated = {trial: replace(outcome, val_loss=2 * outcome.loss) for trial, outcome in OUTCOMES.items()}
+    half = {**OUTCOMES, Trial(0.1, 100, seed=2): Outcome(False, math.nan, 100, "it rose", val_loss=9.0)}
+    swept = (result(), replace(result(), outcomes=validated), replace(result(), outcomes=half, best=None))
+    word_for_word(reasons, *([each.to_markdown(), each._repr_html_(), each.table()[0]] for each in swept))
