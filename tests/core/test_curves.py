@@ -549,3 +549,59 @@ def test_a_loss_that_was_far_above_its_start_has_diverged_unless_it_ends_a_tenth
         return start * (1.0 if share < 0.02 else 4.0 if share < 0.3 else end)
 
     assert ("diverged" in rules_of(trained(level, 0.001 * start))) is told_of
+
+
+def rate_until(until: float) -> Callable[[float], float]:
+    return lambda share: 0.1 if share < until else 0.01
+
+
+def decays(share: float) -> float:
+    return 0.1 * (1 - share)
+
+
+def test_what_the_curves_say_is_kept_word_for_word(word_for_word: Callable[..., None]) -> None:
+    def slow(share: float) -> float:
+        return 0.5 + 1.5 * math.exp(-2.5 * share)
+
+    def fast(share: float) -> float:
+        return 0.3 + 2 * math.exp(-20 * share)
+
+    rules = [
+        trained(lambda share: math.nan if share > 0.7 else learned(share), steps=1000),
+        trained(learned, steps=1000, validation=lambda share: math.inf if share > 0.9 else learned(share)),
+        trained(lambda share: 2.0 + 8 * max(0.0, share - 0.5), steps=1000),
+        trained(lambda share: 2.303, 0.01, steps=1000),
+        trained(learned, 0.1, rate=lambda share: 1e-3 * share),
+        trained(learned, 0.1, rate=lambda share: 1.01 - math.cos(5 * math.pi * share)),
+        trained(lambda share: 2.3 - 0.4 * share, steps=1000),
+        trained(lambda share: 0.5 + 2 * math.exp(-30 * share), 0.2),
+        trained(lambda share: 2.3 - 3 * min(share, 0.3), 0.1, rate=rate_until(0.3), steps=1500),
+        trained(learned, 0.1, rate=lambda share: 0.1 * math.exp(-100 * share)),
+        trained(lambda share: learned(share) + max(0, share - 0.5), steps=1000),
+        trained(slow, 0.1, steps=300),
+        trained(slow, 0.1, steps=300, validation=slow, checks=3),
+        trained(lambda share: 0.1 + 2.2 * math.exp(-5 * share), 0.1, rate=decays, validation=lambda share: 2.3 + share),
+        trained(lambda share: 1.3 + 0.4 * fast(share), 0.1, rate=decays, validation=fast),
+        trained(learned, rate=decays, validation=learned, jump=0.15),
+        trained(fast, 0.02, rate=decays, validation=lambda share: fast(share) + 0.01, target_loss=0.1),
+        trained(fast, 0.02, rate=decays, validation=lambda share: fast(share) + 0.01),
+        trained(fast, 0.02, rate=decays, validation=lambda share: 0.5 + 2 * (share - 0.3) ** 2),
+    ]
+    found = [finding for rule in rules for finding in rule.findings("val_nll")]
+    for heights in ([0.8 * (batch // 10 % 2) for batch in range(40)], [batch * 17 % 40 / 40 for batch in range(40)]):
+        found += in_the_same_order(heights.__getitem__)
+    word_for_word(*found)
+
+
+def test_the_names_of_the_curves_go_into_the_file_of_a_run() -> None:
+    rule = CurvesRule()
+    assert {*rule.state_dict()} == {"bins", "width", "first", "lost", "profile", "checks", "accuracies", "since"}
+    for step in range(1, 5):
+        rule.update(float(step), 0.1, step)
+    rule.update(math.nan, 0.1, 5)
+    rule.check(math.nan, 5, 0.5, 0.25)
+    rule.update(7.0, 0.1, 6)
+    state = rule.state_dict()
+    assert state["checks"] == {"values": [math.inf], "train": [2.5], "steps": [5], "epochs": [0.5]}
+    assert (state["first"], state["lost"], state["accuracies"]) == ([1.0, 2.0, 3.0, 4.0, 7.0], [0, 5], [0.25])
+    assert (state["since"], state["width"]) == ([7.0, 1], 1)

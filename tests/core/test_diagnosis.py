@@ -1,100 +1,101 @@
 import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from lightning_recipes.core.diagnosis import CURES, Evidence, Measured, TwoSamples, decide, measured
+from lightning_recipes.core.diagnosis import CURES, Diagnosis, Evidence, Measured, TwoSamples, decide, measured
 from lightning_recipes.core.findings import Finding
 
 ALIKE, APART, UNSURE = TwoSamples(0.5, 0.04, 0.04, 800), TwoSamples(0.9, 0.04, 0.04, 800), TwoSamples(0.6, 0.1, 0.1, 90)
 
 
-def leaf(train: Any, val: Any = None, **more: Any) -> str:
+def diagnosed(train: Any, val: Any = None, **more: Any) -> Diagnosis:
     named = {name: measured(name, more.pop(name)) for name in ("smaller", "larger", "held_out") if name in more}
-    return decide(
-        Evidence(measured("train", train), None if val is None else measured("val", val), **named, **more)
-    ).leaf
+    return decide(Evidence(measured("train", train), None if val is None else measured("val", val), **named, **more))
 
 
-@pytest.mark.parametrize(
-    ("expected", "arguments"),
-    [
-        ("cannot tell", {"train": 0.5}),  # high or low?
-        ("cannot tell", {"train": 0.5, "trivial": 2.3}),  # in between
-        ("optimization", {"train": 0.5, "trivial": 2.3, "smaller": 0.1}),  # but beaten
-        ("cannot tell", {"train": 2.0, "trivial": 2.3}),  # of which kind?
-        ("optimization", {"train": 2.0, "trivial": 2.3, "smaller": 0.5}),
-        ("nothing learnt", {"train": 2.28, "trivial": 2.3}),
-        ("nothing learnt", {"train": 2.28, "trivial": 2.3, "smaller": 2.29}),  # nor does the smaller one
-        ("optimization", {"train": 2.28, "trivial": 2.3, "smaller": 1.5}),
-        ("optimization", {"train": 2.28, "trivial": 2.3, "rules": frozenset({"diverged"})}),
-        ("optimization", {"train": 1.9, "trivial": 2.3, "rules": frozenset({"learning rate looks too high"})}),
-        ("cannot tell", {"train": [2.0, 2.2, 2.28], "trivial": 2.3}),  # not surely nothing
-        ("cannot tell", {"train": 2.28, "target": 0.1}),  # what would a constant give?
-        ("nothing learnt", {"train": 2.28, "target": 0.1, "rules": frozenset({"training loss does not fall"})}),
-        ("nothing learnt", {"train": 1.9, "val": 2.4, "trivial": 2.3}),  # by heart
-        ("nothing learnt", {"train": 1.9, "val": 2.4, "held_out": 2.4, "trivial": 2.3}),
-        ("mismatch", {"train": 1.9, "val": 2.4, "held_out": 2.0, "trivial": 2.3}),
-        ("cannot tell", {"train": 1.9, "val": 2.1, "held_out": 1.9, "trivial": 2.3}),  # which is the lesser trouble
-        ("mismatch", {"train": 1.8, "val": 4.6, "held_out": 1.8, "trivial": 3.2}),
-        ("model bias", {"train": 1.8, "val": 4.6, "held_out": 1.8, "trivial": 3.2, "larger": 0.9}),  # first
-        ("optimization", {"train": [1.9, 2.0, 2.1], "target": 0.1, "smaller": [0.5, 0.4, 0.6]}),
-        ("cannot tell", {"train": [1.0, 2.0, 3.0], "target": 0.1, "smaller": [0.5, 2.4, 1.0]}),  # too uncertain
-        ("model bias", {"train": 1.0, "target": 0.1, "smaller": 1.5}),
-        ("model bias", {"train": 1.0, "target": 0.1, "smaller": 0.99}),
-        ("optimization", {"train": 1.0, "target": 0.1, "rules": frozenset({"falls too slowly"})}),
-        ("optimization", {"train": 1.0, "target": 0.1, "smaller": 1.5, "rules": frozenset({"decayed too early"})}),
-        ("cannot tell", {"train": 1.0, "target": 0.1, "rules": frozenset({"overfitting"})}),
-        ("model bias", {"train": 2.0, "trivial": 2.3, "larger": 0.5}),
-        ("model bias", {"train": 1.0, "target": 0.5, "larger": 0.94}),
-        ("cannot tell", {"train": 1.0, "target": 0.5, "larger": 0.96}),  # not what it lacks
-        ("cannot tell", {"train": [1.0, 1.1, 1.2], "target": 0.5, "larger": [0.9, 1.0, 1.1]}),
-        ("cannot tell", {"train": 1.0, "target": 0.5, "smaller": 1.0, "larger": 1.0}),
-        ("model bias", {"train": 0.5, "trivial": 2.3, "larger": 0.24}),  # in between, and most of it gone
-        ("cannot tell", {"train": 0.5, "trivial": 2.3, "larger": 0.26}),
-        ("cannot tell", {"train": 0.25, "trivial": 2.3, "larger": 0.03}),  # a tenth of a trivial loss is little
-        ("cannot tell", {"train": 2.0, "trivial": 2.3, "larger": 1.78}),
-        ("model bias", {"train": 2.0, "trivial": 2.3, "larger": 1.76}),
-        ("mismatch", {"train": 0.4, "val": 1.5, "trivial": 2.3, "held_out": 0.5, "larger": 0.1}),  # the gap first
-        ("optimization", {"train": 2.0, "trivial": 2.3, "smaller": 0.5, "larger": 0.1}),
-        ("optimization", {"train": 2.0, "trivial": 2.3, "larger": 0.1, "rules": frozenset({"falls too slowly"})}),
-        ("nothing learnt", {"train": 1.9, "val": 2.4, "trivial": 2.3, "larger": 0.1}),  # more of it by heart
-        ("cannot tell", {"train": 0.01, "target": 0.1}),  # and validation?
-        ("done", {"train": 0.01, "val": 0.05, "target": 0.1}),
-        ("done", {"train": 0.01, "val": [0.05, 0.15, 0.14, 0.12], "target": 0.1}),  # not surely above
-        ("done", {"train": 0.01, "val": 0.12, "trivial": 2.3}),
-        ("cannot tell", {"train": 0.01, "val": 0.9, "trivial": 2.3}),
-        ("cannot tell", {"train": 0.01, "val": [0.1, 0.2, 0.6], "trivial": 2.3}),
-        ("overfitting", {"train": 0.01, "val": 0.9, "trivial": 2.3, "held_out": 0.8}),
-        ("mismatch", {"train": 0.01, "val": 0.9, "trivial": 2.3, "held_out": 0.1}),
-        ("cannot tell", {"train": 0.01, "val": [0.8, 0.9, 1.0], "trivial": 2.3, "held_out": [0.2, 0.5, 0.8]}),
-        ("overfitting", {"train": 0.01, "val": 0.9, "trivial": 2.3, "samples": ALIKE}),
-        ("mismatch", {"train": 0.01, "val": 0.9, "trivial": 2.3, "samples": APART}),
-        ("cannot tell", {"train": 0.01, "val": 0.9, "trivial": 2.3, "samples": UNSURE}),
-        (
-            "overfitting",
-            {"train": 0.01, "val": 0.9, "trivial": 2.3, "samples": UNSURE, "rules": frozenset({"overfitting"})},
-        ),
-        ("overfitting", {"train": 0.01, "val": 0.9, "target": 0.1, "held_out": 0.8, "samples": APART}),
-        ("overfitting", {"train": 0.01, "val": 0.9, "target": 0.1, "rules": frozenset({"overfitting"})}),
-        ("cannot tell", {"train": 0.4, "val": 0.7, "trivial": 2.3, "held_out": 0.4}),
-        ("mismatch", {"train": 0.4, "val": 1.5, "trivial": 2.3, "held_out": 0.5}),  # the gap comes first
-        ("overfitting", {"train": 0.4, "val": 1.5, "trivial": 2.3, "held_out": 1.4}),
-        ("cannot tell", {"train": 1.1, "val": 2.18, "trivial": 2.3, "held_out": 1.2}),
-        ("mismatch", {"train": 1.1, "val": 2.19, "trivial": 2.3, "held_out": 1.2}),  # nor is anything of use there
-        ("done", {"train": 0.5, "val": 0.5, "target": 0.5}),  # at the target is low
-        ("done", {"train": 0.9, "val": 1.9, "trivial": 10.0}),
-        ("overfitting", {"train": 0.9, "val": 1.91, "trivial": 10.0, "held_out": 1.9}),
-        ("cannot tell", {"train": 1.0, "val": 1.0, "trivial": 10.0}),  # a tenth is not low
-        ("cannot tell", {"train": 5.0, "trivial": 10.0, "rules": frozenset({"diverged"})}),  # nor a half high
-        ("optimization", {"train": 5.1, "trivial": 10.0, "rules": frozenset({"diverged"})}),
-        ("mismatch", {"train": -3.0, "val": -1.0, "target": -2.5, "held_out": -2.9}),
-    ],
-)
+TREE: list[tuple[str, dict[str, Any]]] = [
+    ("cannot tell", {"train": 0.5}),  # high or low?
+    ("cannot tell", {"train": 0.5, "trivial": 2.3}),  # in between
+    ("optimization", {"train": 0.5, "trivial": 2.3, "smaller": 0.1}),  # but beaten
+    ("cannot tell", {"train": 2.0, "trivial": 2.3}),  # of which kind?
+    ("optimization", {"train": 2.0, "trivial": 2.3, "smaller": 0.5}),
+    ("nothing learnt", {"train": 2.28, "trivial": 2.3}),
+    ("nothing learnt", {"train": 2.28, "trivial": 2.3, "smaller": 2.29}),  # nor does the smaller one
+    ("optimization", {"train": 2.28, "trivial": 2.3, "smaller": 1.5}),
+    ("optimization", {"train": 2.28, "trivial": 2.3, "rules": frozenset({"diverged"})}),
+    ("optimization", {"train": 1.9, "trivial": 2.3, "rules": frozenset({"learning rate looks too high"})}),
+    ("cannot tell", {"train": [2.0, 2.2, 2.28], "trivial": 2.3}),  # not surely nothing
+    ("cannot tell", {"train": 2.28, "target": 0.1}),  # what would a constant give?
+    ("nothing learnt", {"train": 2.28, "target": 0.1, "rules": frozenset({"training loss does not fall"})}),
+    ("nothing learnt", {"train": 1.9, "val": 2.4, "trivial": 2.3}),  # by heart
+    ("nothing learnt", {"train": 1.9, "val": 2.4, "held_out": 2.4, "trivial": 2.3}),
+    ("mismatch", {"train": 1.9, "val": 2.4, "held_out": 2.0, "trivial": 2.3}),
+    ("cannot tell", {"train": 1.9, "val": 2.1, "held_out": 1.9, "trivial": 2.3}),  # which is the lesser trouble
+    ("mismatch", {"train": 1.8, "val": 4.6, "held_out": 1.8, "trivial": 3.2}),
+    ("model bias", {"train": 1.8, "val": 4.6, "held_out": 1.8, "trivial": 3.2, "larger": 0.9}),  # first
+    ("optimization", {"train": [1.9, 2.0, 2.1], "target": 0.1, "smaller": [0.5, 0.4, 0.6]}),
+    ("cannot tell", {"train": [1.0, 2.0, 3.0], "target": 0.1, "smaller": [0.5, 2.4, 1.0]}),  # too uncertain
+    ("model bias", {"train": 1.0, "target": 0.1, "smaller": 1.5}),
+    ("model bias", {"train": 1.0, "target": 0.1, "smaller": 0.99}),
+    ("optimization", {"train": 1.0, "target": 0.1, "rules": frozenset({"falls too slowly"})}),
+    ("optimization", {"train": 1.0, "target": 0.1, "smaller": 1.5, "rules": frozenset({"decayed too early"})}),
+    ("cannot tell", {"train": 1.0, "target": 0.1, "rules": frozenset({"overfitting"})}),
+    ("model bias", {"train": 2.0, "trivial": 2.3, "larger": 0.5}),
+    ("model bias", {"train": 1.0, "target": 0.5, "larger": 0.94}),
+    ("cannot tell", {"train": 1.0, "target": 0.5, "larger": 0.96}),  # not what it lacks
+    ("cannot tell", {"train": [1.0, 1.1, 1.2], "target": 0.5, "larger": [0.9, 1.0, 1.1]}),
+    ("cannot tell", {"train": 1.0, "target": 0.5, "smaller": 1.0, "larger": 1.0}),
+    ("model bias", {"train": 0.5, "trivial": 2.3, "larger": 0.24}),  # in between, and most of it gone
+    ("cannot tell", {"train": 0.5, "trivial": 2.3, "larger": 0.26}),
+    ("cannot tell", {"train": 0.25, "trivial": 2.3, "larger": 0.03}),  # a tenth of a trivial loss is little
+    ("cannot tell", {"train": 2.0, "trivial": 2.3, "larger": 1.78}),
+    ("model bias", {"train": 2.0, "trivial": 2.3, "larger": 1.76}),
+    ("mismatch", {"train": 0.4, "val": 1.5, "trivial": 2.3, "held_out": 0.5, "larger": 0.1}),  # the gap first
+    ("optimization", {"train": 2.0, "trivial": 2.3, "smaller": 0.5, "larger": 0.1}),
+    ("optimization", {"train": 2.0, "trivial": 2.3, "larger": 0.1, "rules": frozenset({"falls too slowly"})}),
+    ("nothing learnt", {"train": 1.9, "val": 2.4, "trivial": 2.3, "larger": 0.1}),  # more of it by heart
+    ("cannot tell", {"train": 0.01, "target": 0.1}),  # and validation?
+    ("done", {"train": 0.01, "val": 0.05, "target": 0.1}),
+    ("done", {"train": 0.01, "val": [0.05, 0.15, 0.14, 0.12], "target": 0.1}),  # not surely above
+    ("done", {"train": 0.01, "val": 0.12, "trivial": 2.3}),
+    ("cannot tell", {"train": 0.01, "val": 0.9, "trivial": 2.3}),
+    ("cannot tell", {"train": 0.01, "val": [0.1, 0.2, 0.6], "trivial": 2.3}),
+    ("overfitting", {"train": 0.01, "val": 0.9, "trivial": 2.3, "held_out": 0.8}),
+    ("mismatch", {"train": 0.01, "val": 0.9, "trivial": 2.3, "held_out": 0.1}),
+    ("cannot tell", {"train": 0.01, "val": [0.8, 0.9, 1.0], "trivial": 2.3, "held_out": [0.2, 0.5, 0.8]}),
+    ("overfitting", {"train": 0.01, "val": 0.9, "trivial": 2.3, "samples": ALIKE}),
+    ("mismatch", {"train": 0.01, "val": 0.9, "trivial": 2.3, "samples": APART}),
+    ("cannot tell", {"train": 0.01, "val": 0.9, "trivial": 2.3, "samples": UNSURE}),
+    (
+        "overfitting",
+        {"train": 0.01, "val": 0.9, "trivial": 2.3, "samples": UNSURE, "rules": frozenset({"overfitting"})},
+    ),
+    ("overfitting", {"train": 0.01, "val": 0.9, "target": 0.1, "held_out": 0.8, "samples": APART}),
+    ("overfitting", {"train": 0.01, "val": 0.9, "target": 0.1, "rules": frozenset({"overfitting"})}),
+    ("cannot tell", {"train": 0.4, "val": 0.7, "trivial": 2.3, "held_out": 0.4}),
+    ("mismatch", {"train": 0.4, "val": 1.5, "trivial": 2.3, "held_out": 0.5}),  # the gap comes first
+    ("overfitting", {"train": 0.4, "val": 1.5, "trivial": 2.3, "held_out": 1.4}),
+    ("cannot tell", {"train": 1.1, "val": 2.18, "trivial": 2.3, "held_out": 1.2}),
+    ("mismatch", {"train": 1.1, "val": 2.19, "trivial": 2.3, "held_out": 1.2}),  # nor is anything of use there
+    ("done", {"train": 0.5, "val": 0.5, "target": 0.5}),  # at the target is low
+    ("done", {"train": 0.9, "val": 1.9, "trivial": 10.0}),
+    ("overfitting", {"train": 0.9, "val": 1.91, "trivial": 10.0, "held_out": 1.9}),
+    ("cannot tell", {"train": 1.0, "val": 1.0, "trivial": 10.0}),  # a tenth is not low
+    ("cannot tell", {"train": 5.0, "trivial": 10.0, "rules": frozenset({"diverged"})}),  # nor a half high
+    ("optimization", {"train": 5.1, "trivial": 10.0, "rules": frozenset({"diverged"})}),
+    ("mismatch", {"train": -3.0, "val": -1.0, "target": -2.5, "held_out": -2.9}),
+]
+
+
+@pytest.mark.parametrize(("expected", "arguments"), TREE)
 def test_every_way_down_the_tree(expected: str, arguments: dict[str, Any]) -> None:
-    assert leaf(**arguments) == expected
+    assert diagnosed(**arguments).leaf == expected
 
 
 def test_a_leaf_has_its_evidence_and_its_cures() -> None:
@@ -169,3 +170,32 @@ def test_what_was_given_is_the_evidence_and_what_is_missing_is_to_be_measured() 
     rules = frozenset({"learning rate looks too high", "overfitting"})
     though = decide(Evidence(Measured(0.1), Measured(0.1), target=0.1, rules=rules)).finding.message
     assert though.endswith("not high either, though it was told: learning rate looks too high.")
+
+
+def test_each_leaf_is_told_word_for_word(word_for_word: Callable[..., None]) -> None:
+    found = tuple(Finding(name, "warning", f"It has {name}.", f"Mend {name}.", 0) for name in ("a", "b", "c"))
+    one_way = [
+        {"train": 0.5, "val": 1.0, "trivial": 2.3, "defects": found},
+        {"train": 0.5, "val": 1.0, "defects": (replace(found[0], step=1200),)},
+        {"train": [2.0, 2.1, 2.2], "val": [2.2, 2.3, 2.4], "target": 0.1, "trivial": 9.0, "smaller": [0.4, 0.5, 0.6]},
+        {"train": 2.0, "trivial": 2.3, "larger": [0.4, 0.5, 0.6], "step": 300},
+        {"train": 0.01, "val": 0.9, "target": 0.1, "held_out": [0.7, 0.8, 0.9]},
+        {"train": 0.01, "val": 0.9, "trivial": 2.3, "samples": TwoSamples(0.9, 0.04, 0.03, 8000)},
+        {"train": 0.01, "val": 0.05, "target": 0.1, "rules": frozenset({"diverged", "saddle"})},
+    ]
+    messages = [f"{expected}: {diagnosed(**arguments).finding.message}" for expected, arguments in TREE]
+    ways = [diagnosed(**arguments) for _, arguments in TREE]
+    advice = sorted({f"{way.leaf}: {way.finding.advice}" for way in ways})
+    word_for_word(messages, advice, *(diagnosed(**each).finding for each in one_way))
+
+
+@pytest.mark.parametrize(
+    ("error", "given", "said"),
+    [
+        (TypeError, "low", "loss must be a number or a sequence of numbers, got 'low'"),
+        (ValueError, [], "loss must be finite and at least one number, got []"),
+    ],
+)
+def test_what_is_no_loss_is_refused_with_what_it_is(error: type[Exception], given: Any, said: str) -> None:
+    with pytest.raises(error, match=f"^{re.escape(said)}$"):
+        measured("loss", given)

@@ -1,6 +1,9 @@
 import json
 import math
+import re
 import statistics
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -435,3 +438,98 @@ WOBBLE = [0.0, 1.0, 0.0, -1.0, 0.0] * 4  # the median of each five is 0
 )
 def test_a_training_loss_rises_beyond_its_noise_a_tenth_and_a_twentieth(train: list[float], told: bool) -> None:
     assert (rise(train, range(len(train))) is not None) == told
+
+
+def test_what_is_said_of_a_stop_is_kept_word_for_word(word_for_word: Callable[..., None]) -> None:
+    curve = shape(40)
+    negative = replace(curve, values=[-value for value in curve.values])
+    early = replace(shape(5), steps=[100 * step for step in shape(5).steps])
+    still = replace(early, train=[0.5] * 100)
+    few = Curve([1.0, 1.25, 1.5, 1.75], [2.0, 1.5, 1.25, 1.0], [1000, 2000, 3000, 4000], [0.5, 1.0, 1.5, 2.0])
+    rising = replace(curve, train=[2.0] * 50 + [1.0] * 20 + [1.5] * 30, steps=[100 * step for step in curve.steps])
+    told = [
+        reading(curve, "val_loss"),
+        reading(curve, "val_loss", restored=True),
+        reading(curve, "val_error"),
+        reading(negative, "val_score", "max"),
+        reading(early, "val_loss"),
+        reading(early, "val_score"),
+        reading(still, "val_loss"),
+        reading(few, "val_score", stopped=True),
+        reading(few, "val_score", "max", stopped=True),
+        reading(shape(90), "val_loss"),
+        reading(rising, "val_loss"),
+        doubt("val_acc", "min"),
+        doubt("val_loss", "max"),
+    ]
+    verdicts = [
+        Patience(2).verdict(Curve([1.0, 2.0, 3.0])),
+        Patience(20, "seconds").verdict(Curve([1.0, 2.0, 3.0], seconds=[1.5, 12.0, 24.0])),
+        GeneralizationLoss(5).verdict(Curve([1.0, 1.25])),
+        ProgressQuotient(0.05, 2).verdict(Curve([1.0, 1.25], [1.5, 1.0])),
+        SuccessiveRises(2, 1).verdict(Curve([1.0, 1.25, 1.5])),
+        AllOf([Patience(2), GeneralizationLoss(5)]).verdict(Curve([1.0, 2.0, 3.0])),
+    ]
+    word_for_word(*told, verdicts)
+
+
+LIMITS = "min_delta must be a number of at least 0, a share of the best value such as '1%', or 'auto', got"
+SOME = "criteria must be some of lightning_recipes.core.early_stopping"
+
+
+@pytest.mark.parametrize(
+    ("error", "make", "said"),
+    [
+        (ValueError, lambda: EarlyStoppingRule("x%"), f"{LIMITS} 'x%'"),
+        (ValueError, lambda: EarlyStoppingRule("-1%"), f"{LIMITS} '-1%'"),
+        (ValueError, lambda: EarlyStoppingRule("1"), f"{LIMITS} '1'"),
+        (ValueError, lambda: EarlyStoppingRule(-0.1), f"{LIMITS} -0.1"),
+        (ValueError, lambda: EarlyStoppingRule(math.inf), f"{LIMITS} inf"),
+        (TypeError, lambda: EarlyStoppingRule(True), f"{LIMITS} True"),
+        (ValueError, lambda: AnyOf([]), "criteria must have at least one, got []"),
+        (TypeError, lambda: AllOf([Patience(), 3]), f"{SOME}, got [Patience(amount=3, unit='checks'), 3]"),  # type: ignore[list-item]
+        (
+            TypeError,
+            lambda: AnyOf([{}]),
+            f"{SOME} (in a configuration of Hydra write _convert_: all beside), got [{{}}]",
+        ),  # type: ignore[list-item]
+    ],
+)
+def test_bad_arguments_are_refused_with_what_is_wanted(error: type[Exception], make: Any, said: str) -> None:
+    with pytest.raises(error, match=f"^{re.escape(said)}$"):
+        make()
+
+
+def test_the_defaults_are_those_that_are_documented() -> None:
+    assert (Patience(), GeneralizationLoss()) == (Patience(3, "checks"), GeneralizationLoss(5.0))
+    assert (ProgressQuotient(), SuccessiveRises()) == (ProgressQuotient(0.5, 5), SuccessiveRises(3, 5))
+    rule = EarlyStoppingRule()
+    rule.update(1.0, Patience())
+    assert (rule.min_delta, rule.mode, rule.waived) == ("auto", "min", 0)
+    curve = rule.curve
+    assert (curve.steps, curve.epochs, curve.seconds, curve.start) == ([0], [0.0], [0.0], 1)
+    assert math.isnan(curve.train[0])
+
+
+def test_a_rule_says_what_the_next_value_has_to_be_better_by() -> None:
+    for min_delta, least in ((0.25, 0.25), ("10%", 0.2), ("auto", 0.0)):
+        rule = EarlyStoppingRule(min_delta)
+        for value in (4.0, 2.0, 3.0):
+            rule.update(value, Patience())
+        assert rule.least_improvement == pytest.approx(least)
+        assert not rule.improved
+        rule.update(1.0, Patience())
+        assert rule.improved
+    assert EarlyStoppingRule("10%").least_improvement == 0.1  # nothing is known yet
+
+
+def test_the_state_of_a_rule_has_every_list() -> None:
+    rule = EarlyStoppingRule("1%", "max")
+    rule.update(0.5, Patience(), 1.5, 10, 0.5, 2.5, counts=False)
+    rule.update(0.75, Patience(), 1.25, 20, 1.0, 5.0)
+    resumed = EarlyStoppingRule("1%", "max")
+    resumed.load_state_dict(json.loads(json.dumps(rule.state_dict())))
+    assert resumed.state_dict() == rule.state_dict() == {
+        "values": [-0.5, -0.75], "train": [1.5, 1.25], "steps": [10, 20], "epochs": [0.5, 1.0],
+        "seconds": [2.5, 5.0], "waived": 1,
+    }  # fmt: skip
