@@ -1,5 +1,7 @@
 import math
 import random
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -183,3 +185,32 @@ def test_bad_arguments_are_refused(wrong: dict[str, Any], message: str) -> None:
     LearningRateSearch((0.1, 0.2), 20, 1, 20)
     with pytest.raises(ValueError, match=message):
         LearningRateSearch(**wrong)
+
+
+def test_what_a_sweep_says_is_kept_word_for_word(word_for_word: Callable[..., None]) -> None:
+    nan = math.nan
+    validated = LearningRateSearch((0.1, 0.2, 0.4), 20, max_steps=20)
+    losses = zip(validated.ask({}), (0.5, 0.25, 0.75), strict=True)
+    outcomes = {trial: Outcome(True, 1.0, 20, losses=(4.0,), val_loss=loss) for trial, loss in losses}
+    results = [
+        searched(EARLY, [9, 9, 5, 3, 2, 1, 2, 9, 9, 9])[0],
+        searched(EARLY, [9, 9, 9, 9, 3, 2, 1, nan, 9, 9])[0],
+        searched([*RATES], [*RATES])[0],
+        searched([*reversed(RATES)], [*reversed(RATES)])[0],
+        searched(EARLY, [nan] * 10)[0],
+        searched([nan] * 10, EARLY)[0],
+        validated.result(outcomes),
+    ]
+    word_for_word(*(each.finding for each in results), *(dict(each.summary) for each in results))
+
+
+def test_the_grid_that_is_refused_is_named() -> None:
+    said = "learning_rates must rise and be at least two, got (0.2, 0.1)"
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+        LearningRateSearch((0.2, 0.1))
+
+
+def test_the_defaults_are_those_that_are_documented() -> None:
+    search = LearningRateSearch()
+    assert (search.steps, search.seeds, search.max_steps, len(search.learning_rates)) == (100, 1, 500, 16)
+    assert (search.learning_rates[0], search.learning_rates[-1]) == (1e-5, 1.0)

@@ -1,11 +1,14 @@
+import json
 import math
+import re
 import statistics
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from lightning_recipes.core.noise_scale import NoiseScaleRule, components, estimate
+from lightning_recipes.core.noise_scale import NoiseScale, NoiseScaleRule, components, estimate
 
 
 def exact(gradients: Tensor) -> tuple[float, float]:
@@ -166,5 +169,33 @@ def test_what_is_not_finite_stays_out_and_the_window_slides() -> None:
 
 @pytest.mark.parametrize(("window", "error"), [(1, ValueError), (2.0, TypeError), (True, TypeError)])
 def test_bad_windows_are_refused(window: object, error: type[Exception]) -> None:
-    with pytest.raises(error, match="window must be a whole number of at least 2"):
+    with pytest.raises(error, match=f"^{re.escape(f'window must be a whole number of at least 2, got {window!r}')}$"):
         NoiseScaleRule(window)  # type: ignore[arg-type]
+
+
+def test_what_is_said_of_the_batch_size_is_kept_word_for_word(word_for_word: Callable[..., None]) -> None:
+    certain = [(16.0, 1.25), (20.0, 1.0), (12.0, 0.75)] * 40
+    lost = [(16.0, 1.0), (20.0, -0.875)] * 60
+    cases = ((certain, 4), (certain, 16), (certain, 1024), (lost, 4), (lost, 1024))
+    word_for_word(*(rule_of(pairs, batch).finding(70) for pairs, batch in cases))
+
+
+def test_a_resumed_rule_goes_on_as_if_nothing_had_been() -> None:
+    whole, first, second = (NoiseScaleRule(8) for _ in range(3))
+    for rule, steps in ((whole, range(20)), (first, range(11))):
+        for step in steps:
+            rule.update(3.0 + 0.1 * step, 1.5, 8, 32 + step)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for step in range(11, 20):
+        second.update(3.0 + 0.1 * step, 1.5, 8, 32 + step)
+    assert second.state_dict() == whole.state_dict()
+    assert second.finding(5) == whole.finding(5)
+    assert (second.batch, second.measured, len(second.pairs)) == (51.0, 20, 8)
+    assert NoiseScaleRule().window == 400
+
+
+@pytest.mark.parametrize(
+    ("error", "text"), [(30.4, "1.02e+03 ± 30"), (0.0123, "1.02e+03 ± 0.01"), (0.0, "1.02e+03 ± 0")]
+)
+def test_an_error_has_one_digit_and_no_exponent(error: float, text: str) -> None:
+    assert NoiseScale(1024.0, 900.0, 1200.0, error, 1.0, 0.1, 1024.0, 9).text == text

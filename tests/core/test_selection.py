@@ -1,4 +1,7 @@
 import math
+import re
+from collections.abc import Callable
+from typing import Any
 
 import numpy
 import pytest
@@ -11,6 +14,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from lightning_recipes.core.ensembles import combined
 from lightning_recipes.core.selection import (
+    Report,
     Selection,
     compared,
     disagreement,
@@ -283,3 +287,70 @@ def test_the_report_of_no_gain_and_of_members_that_are_alike() -> None:
     assert made.disagreement < 0.01
     assert "The members hardly differ" in made.finding.message
     assert "Raise the learning rate of restarts or shorten the cycles" in made.finding.advice
+
+
+def test_what_is_said_of_an_ensemble_is_kept_word_for_word(word_for_word: Callable[..., None]) -> None:
+    def made(levels: list[float], loss: float = 0.5, **more: Any) -> Report:
+        """Members whose outputs are off by so much, of targets of 1."""
+        outputs = 1 + torch.tensor(levels)[:, None, None] * torch.tensor([1.0, -1.0]).repeat(5)[:, None]
+        chosen = Selection(**{**SELECTION, "weights": (1.0, *[0.0] * (len(levels) - 1)), "loss": loss, **more})
+        evidence = evidence_of(outputs, torch.ones(10, 1))
+        return report(evidence, chosen, names=["early", "middle", "late"][: len(levels)], step=70)
+
+    both = {"weights": (0.75, 0.25, 0.0), "how": "greedy", "tried": "greedy"}
+    broken = [0.5, math.nan, 1.0]
+    reports = [
+        made([0.5, -0.5, 1.0], **both, verdict="gain"),
+        made(broken, **both, verdict="gain"),
+        made([0.5, -0.5, 1.0], verdict="noise"),
+        made([0.5, -0.5, 1.0], verdict="noise", weights=(0.5, 0.25, 0.25), gain_error=0.0),
+        made([0.5, 0.5, 0.5], verdict="alike"),
+        made([0.5, math.inf, math.nan], verdict="noise"),
+        made([0.5]),
+    ]
+    tables = [[each.to_markdown(), each._repr_html_()] for each in reports[:2]]
+    word_for_word(*(each.finding for each in reports), *tables)
+
+
+SELECTION: dict[str, Any] = {
+    "how": "best", "tried": "last 2", "gain": 0.125, "gain_error": 0.0625, "gain_over_last": 0.25,
+    "gain_over_last_error": 0.03125, "verdict": "noise",
+}  # fmt: skip
+
+
+def test_the_accuracy_is_of_members_that_predict_numbers() -> None:
+    outputs = torch.tensor([[[2.0, 0.0]] * 4, [[math.nan, 0.0]] * 4, [[0.0, 2.0]] * 4])
+    evidence = evidence_of(outputs, torch.tensor([0, 0, 0, 1]))
+    made = report(evidence, select(evidence, "best"))
+    assert [member.accuracy for member in made.members] == pytest.approx([0.75, math.nan, 0.25], nan_ok=True)
+    sure = 1 / (1 + math.exp(-2))  # of each prediction
+    errors = [sure - 0.75, math.nan, sure - 0.25]
+    assert [member.calibration_error for member in made.members] == pytest.approx(errors, nan_ok=True, abs=1e-6)
+    assert (made.accuracy, made.samples) == (0.75, 4)
+    assert made.calibration_error == made.members[0].calibration_error
+    assert [member.name for member in made.members] == ["0", "1", "2"]
+    assert made.members[0].disagreement == made.members[2].disagreement == 1.0  # with each other
+
+
+def test_the_losses_of_all_rules_that_were_tried_are_told() -> None:
+    outputs, targets = world("equally good", 60, torch.Generator().manual_seed(0))
+    evidence = evidence_of(outputs, targets)
+    made = select(evidence)
+    assert [*made.candidates] == ["best", "last 2", "last 3", "last 4", "uniform", "greedy", "simplex"]
+    for how in ("best", "uniform", "greedy", "simplex"):
+        asked = select(evidence, how)
+        assert [*asked.candidates] == (["best"] if how == "best" else ["best", how])
+        assert asked.loss == asked.candidates[how] == made.candidates[how]
+        assert (asked.how, asked.tried) == (how, how)
+    last = nll(outputs, targets, torch.eye(5)[4])
+    uniform = nll(outputs, targets, torch.full((5,), 0.2))
+    gain = select(evidence, "uniform")
+    assert gain.gain_over_last == pytest.approx((last - uniform).mean().item(), rel=1e-4)
+    assert gain.gain_over_last_error == pytest.approx((last - uniform).std().item() / math.sqrt(60), rel=1e-4)
+
+
+def test_a_rule_that_is_unknown_is_refused() -> None:
+    outputs, targets = world("equally good", 10, torch.Generator().manual_seed(0))
+    said = "how must be 'auto' or 'uniform' or 'greedy' or 'simplex' or 'best', got 'all'"
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+        select(evidence_of(outputs, targets), "all")

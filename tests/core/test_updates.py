@@ -1,5 +1,7 @@
+import json
 import math
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import numpy
@@ -387,3 +389,56 @@ def test_parameters_without_an_optimizer_are_named_up_to_three() -> None:
     finding = module_under_test.not_optimized(list("abc"), False)
     assert finding.severity == "info"
     assert "a, b, c, nor do they" in finding.message
+
+
+def test_what_ratios_say_is_kept_word_for_word(word_for_word: Callable[..., None]) -> None:
+    def falls(share: float) -> float:
+        return 2.25 - share
+
+    rules = [
+        plain(5e-4, loss=falls),
+        plain(2e-3, count=400, every=1, loss=lambda share: 2.25 - share**2),
+        plain(1.5e-2),
+        plain(5e-2),
+        plain(5e-3, 0.5),
+        plain(5e-3, 1.25, 7),
+        plain(3e-2, loss=lambda share: 2.25),
+        plain(3e-2, loss=lambda share: 2.25 if share < 0.3 or share > 0.6 else 1.0),
+        plain(3e-2, loss=lambda share: 2.25 if share < 0.3 else math.nan),
+    ]
+    absent = [module_under_test.not_optimized(list("abcde"), has_gradient) for has_gradient in (True, False)]
+    word_for_word(*(rule.finding() for rule in rules), *absent)
+
+
+def test_a_state_is_plain_data_and_a_rule_goes_on_from_it() -> None:
+    def feed(rule: UpdateRatioRule, steps: range) -> None:
+        for step in steps:
+            ratios = {"body": 1e-3 * (1 + step % 3), "norm": 0.5 if step else 0.1, "still": 0.0}
+            rule.update(step, ratios, 2.0 - step / 100, 0.1, matrices=["body", "still"])
+
+    whole, first, second = UpdateRatioRule(), UpdateRatioRule(), UpdateRatioRule()
+    feed(whole, range(60))
+    feed(first, range(25))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert second.summary == first.summary
+    feed(second, range(25, 60))
+    assert second.state_dict() == whole.state_dict()
+    assert {*whole.state_dict()} == {
+        "points", "points_each", "step", "seen", "measured", "kick", "first_loss", "layers", "matrices", "newest",
+    }  # fmt: skip
+    assert (second.kick, second.first_loss, second.step) == (1e-3, 2.0, 59)
+    assert second.unmoved() == ["still"]
+
+
+def test_a_part_of_a_run_is_of_one_measured_update_at_least() -> None:
+    rule = UpdateRatioRule()
+    assert (rule.level(), rule.peak()) == (0.0, 0.0)
+    for step in range(4):
+        rule.update(step, {"layer": 10.0**-step})
+    assert [rule.level(share, share) for share in (0.0, 0.25, 0.5, 0.75)] == [1.0, 0.1, 0.01, 0.001]
+    assert rule.level() == pytest.approx(0.055)  # of the second and the third
+    assert rule.level(0, 1) == rule.level(0.25, 0.75)
+    assert rule.peak() == 1.0
+    for step in range(4, 10):
+        rule.update(step, {"layer": 1e-6})
+    assert rule.peak() == 0.1  # but for the highest tenth

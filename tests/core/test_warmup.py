@@ -1,6 +1,7 @@
 import itertools
 import math
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -182,3 +183,63 @@ def test_trials_bisect_and_confirm_in_half_the_time() -> None:
 def test_no_warmup_is_longer_than_a_tenth_of_the_run() -> None:
     assert WarmupSearch(0.1, 1000).warmups == [10, 30, 100]
     assert WarmupSearch(0.1, 999).warmups == [10, 30]
+
+
+def test_what_a_sweep_says_is_kept_word_for_word(word_for_word: Callable[..., None]) -> None:
+    def asked(base: float | None = None, seeds: int = 2, steps: int = 1000) -> WarmupSearch:
+        return WarmupSearch(0.125, steps, base_learning_rate=base, seeds=seeds)
+
+    def but_for_one(trial: Trial) -> bool:
+        return trial.warmup_steps >= 30 and trial.seed != 3
+
+    never = edge(0.125, lambda rate: math.inf)
+    results = [
+        sweep(asked(), edge(0.5, lambda rate: 30)),
+        sweep(asked(seeds=8, steps=20_000), edge(0.5, lambda rate: 1000)),
+        sweep(asked(steps=1500), edge(0.5, lambda rate: 100 if rate < 4 else math.inf)),
+        sweep(asked(1.0, seeds=8), but_for_one),
+        sweep(asked(), never),
+        sweep(asked(0.5), never),
+        sweep(asked(0.5), lambda trial: False),
+        sweep(asked(0.5), edge(0.25, lambda rate: math.inf)),
+        sweep(asked(), lambda trial: True),
+        sweep(asked(0.5), lambda trial: True),
+        sweep(asked(), lambda trial: False),
+    ]
+    word_for_word(*(each.finding for each in results), *(dict(each.summary) for each in results))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            {"base_learning_rate": 1.0, "unstable_base_learning_rate": 0.1},
+            "give base_learning_rate or unstable_base_learning_rate, not both",
+        ),
+        ({"times": 0.5}, "times must be a number of at least 1, got 0.5"),
+        ({"unstable_base_learning_rate": 0}, "unstable_base_learning_rate must be a number above 0, got 0"),
+    ],
+)
+def test_what_contradicts_is_refused_with_what_it_is(arguments: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+        WarmupSearch(0.1, 1000, **arguments)
+
+
+def test_the_defaults_are_those_that_are_documented() -> None:
+    search = WarmupSearch(0.1, 1000)
+    assert (search.times, search.seeds, search.exhaustive, search.tolerated) == (10.0, 8, False, 1)
+    assert [replace(search, seeds=seeds).tolerated for seeds in (7, 15, 16)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("more", "most"),
+    [
+        ({"base_learning_rate": 1.0, "seeds": 1}, 3 * (100 + 100 + 100 + 300)),
+        ({"base_learning_rate": 1.0, "seeds": 2}, 3 * (200 + 200 + 200 + 450)),
+        ({"unstable_base_learning_rate": 1.0, "seeds": 1}, 3 * 600),
+        ({"seeds": 2}, 2 * 700 + 3 * 1050),
+        ({"seeds": 1, "exhaustive": True}, 700 + 3 * 600),
+    ],
+)
+def test_a_sweep_cannot_exceed_what_it_says(more: Any, most: int) -> None:
+    assert WarmupSearch(0.1, 1000, **more).most_steps == most
