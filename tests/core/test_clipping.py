@@ -1,6 +1,8 @@
 import math
 import random
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -371,3 +373,55 @@ def test_norms_of_0_leave_no_trace(make: type[float]) -> None:
     rule.flush()
     assert (rule.count, rule.nonfinite) == (201, 0)
     assert rule.clipped_fraction() == without.clipped_fraction() < 0.2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"percentile": 0.5}, "percentile is in percent: at 0.5 nearly every update is clipped; 90 is usual"),
+        ({"percentile": 100}, "percentile must be a number above 0 and below 100, got 100"),
+        ({"window": 0}, "window must be a whole number of at least 1, got 0"),
+        ({"warmup_steps": -1}, "warmup_steps must be a whole number of at least 0, got -1"),
+    ],
+)
+def test_bad_arguments_are_refused_with_what_is_wanted(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+        PercentileThreshold(**arguments)
+
+
+def test_the_defaults_are_those_that_are_documented() -> None:
+    rule = PercentileThreshold()
+    assert (rule.percentile, rule.window, rule.warmup_steps, rule.counts_nonfinite) == (90.0, 1000, 20, True)
+    assert (rule.count, rule.nonfinite, rule.weight_norm, rule.threshold()) == (0, 0, None, math.inf)
+    assert (rule.clipped_fraction(), rule.typical_factor()) == (0.0, 1.0)
+    assert PercentileThreshold(1).percentile == 1.0
+
+
+def test_the_history_is_written_with_the_threshold_of_each_update() -> None:
+    history = NormHistory()
+    for step in range(NormHistory.POINTS + 3):
+        history.add(float(1 + step % 4), float(step))
+    assert (history.updates_per_point, history.count) == (2, NormHistory.POINTS + 3)
+    assert (len(history.low), len(history.high), len(history.thresholds)) == (1026, 1026, 1026)
+    assert (history.low[:2], history.high[:2]) == ([1.0, 3.0], [2.0, 4.0])
+    assert history.thresholds[:2] == [1.0, 3.0]  # the last of each
+    assert (history.low[-2:], history.high[-2:], history.thresholds[-2:]) == ([1.0, 3.0], [2.0, 3.0], [2049.0, 2050.0])
+    assert history.share_above(2.5) == pytest.approx(0.5, abs=0.001)
+    assert NormHistory().share_above(1.0) == 0.0
+    state, restored = history.state_dict(), NormHistory()
+    assert {*state} == {"count", "updates_per_point", "curve", "bins", "zeros"}
+    restored.load_state_dict(state)
+    for each in (history, restored):
+        each.add(0.0, 7.0)
+    assert restored.low == history.low
+    assert (restored.high, restored.thresholds, restored.bins) == (history.high, history.thresholds, history.bins)
+    assert (restored.zeros, restored.histogram()) == (1, history.histogram())
+
+
+def test_a_norm_is_read_of_tensors_of_every_kind() -> None:
+    mixed = [torch.full((4,), 2.0, dtype=torch.float64), torch.full((9,), 1.0, dtype=torch.float16)]
+    norm = total_norm(mixed)
+    assert (norm.dtype, norm.item()) == (torch.float64, 5.0)
+    for size in (2**16, 2**16 + 4):  # in one tensor, or one by one
+        assert total_norm([torch.ones(size - 4), torch.ones(4)]).item() == pytest.approx(math.sqrt(size))
+    scale_([], 0.5)

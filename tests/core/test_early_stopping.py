@@ -478,26 +478,27 @@ SOME = "criteria must be some of lightning_recipes.core.early_stopping"
 
 
 @pytest.mark.parametrize(
-    ("error", "make", "said"),
+    ("error", "kind", "argument", "said"),
     [
-        (ValueError, lambda: EarlyStoppingRule("x%"), f"{LIMITS} 'x%'"),
-        (ValueError, lambda: EarlyStoppingRule("-1%"), f"{LIMITS} '-1%'"),
-        (ValueError, lambda: EarlyStoppingRule("1"), f"{LIMITS} '1'"),
-        (ValueError, lambda: EarlyStoppingRule(-0.1), f"{LIMITS} -0.1"),
-        (ValueError, lambda: EarlyStoppingRule(math.inf), f"{LIMITS} inf"),
-        (TypeError, lambda: EarlyStoppingRule(True), f"{LIMITS} True"),
-        (ValueError, lambda: AnyOf([]), "criteria must have at least one, got []"),
-        (TypeError, lambda: AllOf([Patience(), 3]), f"{SOME}, got [Patience(amount=3, unit='checks'), 3]"),  # type: ignore[list-item]
-        (
-            TypeError,
-            lambda: AnyOf([{}]),
-            f"{SOME} (in a configuration of Hydra write _convert_: all beside), got [{{}}]",
-        ),  # type: ignore[list-item]
+        (ValueError, EarlyStoppingRule, "x%", f"{LIMITS} 'x%'"),
+        (ValueError, EarlyStoppingRule, "-1%", f"{LIMITS} '-1%'"),
+        (ValueError, EarlyStoppingRule, "inf%", f"{LIMITS} 'inf%'"),
+        (ValueError, EarlyStoppingRule, "1", f"{LIMITS} '1'"),
+        (ValueError, EarlyStoppingRule, -0.1, f"{LIMITS} -0.1"),
+        (ValueError, EarlyStoppingRule, math.inf, f"{LIMITS} inf"),
+        (TypeError, EarlyStoppingRule, True, f"{LIMITS} True"),
+        (TypeError, EarlyStoppingRule, None, f"{LIMITS} None"),
+        (ValueError, AnyOf, [], "criteria must have at least one, got []"),
+        (TypeError, AllOf, Patience(), "criteria must be a list of criteria, got Patience(amount=3, unit='checks')"),
+        (TypeError, AllOf, [Patience(), 3], f"{SOME}, got [Patience(amount=3, unit='checks'), 3]"),
+        (TypeError, AnyOf, [{}], f"{SOME} (in a configuration of Hydra write _convert_: all beside), got [{{}}]"),
     ],
 )
-def test_bad_arguments_are_refused_with_what_is_wanted(error: type[Exception], make: Any, said: str) -> None:
+def test_bad_arguments_are_refused_with_what_is_wanted(
+    error: type[Exception], kind: Any, argument: Any, said: str
+) -> None:
     with pytest.raises(error, match=f"^{re.escape(said)}$"):
-        make()
+        kind(argument)
 
 
 def test_the_defaults_are_those_that_are_documented() -> None:

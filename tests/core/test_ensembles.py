@@ -1,6 +1,7 @@
 import copy
 import math
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_recipes.core import ensembles
-from lightning_recipes.core.ensembles import Ensemble, _Stacked, average_weights, combined
+from lightning_recipes.core.ensembles import Ensemble, _Stacked, average_weights, combined, normalized
 
 INPUTS = torch.linspace(-1, 1, 6 * 8).view(6, 8)
 
@@ -565,3 +566,59 @@ def test_states_of_other_networks_are_refused() -> None:
         average_weights([nn.Linear(8, 3).state_dict(), nn.Linear(7, 3).state_dict()])
     with pytest.raises(ValueError, match="at least one member"):
         average_weights([])
+
+
+@pytest.mark.parametrize(
+    ("error", "make", "arguments", "said"),
+    [
+        (ValueError, Ensemble, ([],), "there must be at least one member"),
+        (TypeError, Ensemble, ([3],), "members must be modules, got 3"),
+        (
+            ValueError,
+            Ensemble,
+            ([nn.Linear(1, 1)], None, "sum"),
+            "combine must be 'logits' or 'binary logits' or 'mean', got 'sum'",
+        ),
+        (
+            ValueError,
+            normalized,
+            ([1.0, -1.0], 2),
+            "weights must be 2 finite numbers of at least 0, one for each member, and not all 0, got [1.0, -1.0]",
+        ),
+        (
+            ValueError,
+            average_weights,
+            ([{"a": torch.ones(1)}, {"b": torch.ones(1)}],),
+            "only states of one architecture can be averaged; these differ: a, b",
+        ),
+        (
+            TypeError,
+            Ensemble([nn.LSTM(2, 2)]),
+            (torch.ones(1, 2),),
+            "a member must give one tensor, got tuple: wrap the members in a module that returns the tensor to combine",
+        ),
+    ],
+)
+def test_what_is_refused_is_told_with_what_is_wanted(
+    error: type[Exception], make: Any, arguments: Any, said: str
+) -> None:
+    with pytest.raises(error, match=f"^{re.escape(said)}$"):
+        make(*arguments)
+
+
+def test_an_ensemble_that_is_loaded_has_all_that_was_saved(tmp_path: Path) -> None:
+    path, inputs = tmp_path / "ensemble.pt", torch.randn(2, 3, 4)
+    nets = [nn.Linear(4, 4) for _ in range(3)]
+    ensemble = Ensemble(nets, [3, 1, 4], "logits", dim=-1)
+    ensemble.save(path)
+    assert {*torch.load(path, weights_only=True)} == {"members", "weights", "combine", "dim"}
+    loaded = Ensemble.load(path, nn.Linear(4, 4))
+    assert (loaded.combine, loaded.dim, loaded.weights.tolist()) == ("logits", -1, [0.375, 0.125, 0.5])
+    torch.testing.assert_close(loaded(inputs), ensemble(inputs))
+    double = Ensemble.load(path, nn.Linear(4, 4).double())
+    assert {parameter.dtype for parameter in double.parameters()} == {torch.float64}
+    assert double.weights.dtype == torch.float32
+    function = Ensemble(nets, combine=lambda outputs, weights: outputs[0], dim=1)
+    function.save(path)
+    with pytest.raises(ValueError, match=f"^{re.escape(f'the ensemble in {path} combines by a function, which')}"):
+        Ensemble.load(path, nn.Linear(4, 4))

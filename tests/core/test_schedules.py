@@ -1,12 +1,15 @@
 import copy
+import json
 import math
 import pickle
+import re
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
+from lightning_recipes.core.early_stopping import EarlyStoppingRule
 from lightning_recipes.core.schedules import (
     SCHEDULES,
     Constant,
@@ -225,3 +228,113 @@ def test_noise_is_no_plateau_and_a_fall_below_it_neither() -> None:
     cuts = [step for step, value in enumerate(flat) if rule.update(value, step)]
     assert cuts
     assert cuts[0] > 12
+
+
+UNKNOWN = (
+    "the schedule needs the length of the run, which is not known here (a loader without length, or no max_steps): give"
+    " the number of steps"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "arguments", "said"),
+    [
+        (ValueError, PiecewiseConstant, ([1, 2], [0.5]), "factors must be one for each of 2 milestones, got (0.5,)"),
+        (ValueError, PiecewiseConstant, ([2, 1], [0.5, 0.1]), "milestones must rise, got (2, 1)"),
+        (ValueError, PiecewiseConstant, ([2], [-1.0]), "factors must be a number above 0, got -1.0"),
+        (TypeError, PiecewiseConstant, ("2",), "milestones must be a list of durations, got '2'"),
+        (TypeError, PiecewiseConstant, ([2], "2"), "factors must be a list of numbers, got '2'"),
+        (ValueError, Polynomial, (0,), "power must be a number above 0, got 0"),
+        (ValueError, CyclicCosine, (0,), "cycles must be a whole number of at least 1, got 0"),
+        (ValueError, CyclicCosine, (1, -1), "warmup_steps must be a whole number of at least 0, got -1"),
+        (ValueError, OneCycle, (1.1,), "rise must be a number above 0 and below 1, got 1.1"),
+        (ValueError, OneCycle, (1, 1.1), "initial must be a number above 0 and below 1, got 1.1"),
+        (ValueError, OneCycle, (1, 1, 1.1), "final must be a number above 0 and below 1, got 1.1"),
+        (ValueError, OneCycle, (1, 1, 1, "round"), "shape must be 'cosine' or 'linear', got 'round'"),
+        (TypeError, OneCycle, (1, 1, 1, "linear", "no"), "cycle_momentum must be True or False, got 'no'"),
+        (ValueError, WarmupStableDecay, (0, 0, 2), "final must be a number above 0 and below 1, got 2"),
+        (ValueError, WarmupStableDecay, (0, 0, 1, "round"), "shape must be 'linear' or 'sqrt', got 'round'"),
+        (TypeError, Warmup, (5, "cosine"), "schedule must be one of lightning_recipes.core.schedules, got 'cosine'"),
+        (ValueError, Warmup, (5, Cosine(), "under"), "kind must be 'prepended' or 'overlaid', got 'under'"),
+        (ValueError, ReduceOnPlateau, ("loss", "min", 1), "gamma must be a number above 0 and below 1, got 1"),
+        (ValueError, ReduceOnPlateau, ("loss", "min", 0.5, 0), "patience must be a whole number of at least 1, got 0"),
+        (ValueError, ReduceOnPlateau, ("loss", "up"), "mode must be 'min' or 'max', got 'up'"),
+        (
+            ValueError,
+            ReduceOnPlateau,
+            ("loss", "min", 0.5, 2, 0, 0),
+            "max_cuts must be a whole number of at least 1, got 0",
+        ),
+    ],
+)
+def test_bad_arguments_are_refused_with_what_is_wanted(
+    error: type[Exception], kind: Any, arguments: Any, said: str
+) -> None:
+    with pytest.raises(error, match=f"^{re.escape(said)}$"):
+        kind(*arguments)
+
+
+@pytest.mark.parametrize("run", [Run(), Run(0)])
+def test_what_needs_the_length_of_the_run_says_how_to_give_it(run: Run) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(UNKNOWN)}$"):
+        Cosine().check(run)
+
+
+def test_schedules_are_named_as_they_are() -> None:
+    kinds = [
+        Constant, Cosine, CyclicCosine, InverseSquareRoot, Linear, OneCycle, Polynomial, StepDecay, WarmupStableDecay,
+    ]  # fmt: skip
+    assert {name: type(schedule) for name, schedule in SCHEDULES.items()} == {
+        re.sub("(?<=.)([A-Z])", r" \1", kind.__name__).lower(): kind for kind in kinds
+    }
+
+
+def test_the_defaults_are_those_that_are_documented() -> None:
+    assert StepDecay() == StepDecay("0.3 of the run", 0.1)
+    assert (Linear(), Polynomial(), Cosine()) == (Linear(0.0), Polynomial(2.0, 0.0), Cosine(0.0))
+    assert InverseSquareRoot() == InverseSquareRoot(1)
+    assert WarmupStableDecay() == WarmupStableDecay("0.01 of the run", "0.2 of the run", 0.0, "sqrt")
+    assert CyclicCosine() == CyclicCosine(5, 0)
+    assert OneCycle() == OneCycle(0.3, 0.04, 0.0, "cosine", True)
+    assert Warmup(3) == Warmup(3, Constant(), "prepended")
+    assert ReduceOnPlateau() == ReduceOnPlateau("val_loss", "min", 0.1, 5, "auto", 3)
+    assert PiecewiseConstant().curve(2) == [1.0, 1.0]
+
+
+def test_durations_are_whole_updates_and_at_least_one() -> None:
+    run = Run(10, 4)
+    lengths = [run.length("x", duration) for duration in (3, "2 epochs", 0.25, "0.01 of the run", "0.26 of the run")]
+    assert lengths == [3, 8, 2, 1, 3]
+    assert (run.passed(5), run.passed(10), run.passed(11)) == (0.5, 1.0, 1.0)
+
+
+def test_warmups_that_are_laid_over_or_put_in_front_are_counted() -> None:
+    run, stable = Run(100), WarmupStableDecay(warmup_steps=7)
+    assert (Cosine().overlaid_steps(run), Cosine().added_steps(run), stable.overlaid_steps(run)) == (0, 0, 7)
+    assert [Warmup(5, stable, "overlaid").overlaid_steps(run), Warmup(9, stable, "overlaid").overlaid_steps(run)] == [
+        7,
+        9,
+    ]
+    assert [Warmup(5, stable).overlaid_steps(run), Warmup(5, Cosine()).overlaid_steps(run)] == [7, 0]
+    both = Warmup(5, Warmup(3, stable), "overlaid")
+    assert (both.added_steps(run), both.overlaid_steps(run)) == (3, 7)
+    assert Warmup(5, OneCycle(), "overlaid").momentum(6, run) == OneCycle().momentum(6, run)
+    assert Warmup(5, OneCycle()).momentum(6, run) == OneCycle().momentum(1, run)
+    assert stable.added_steps(run) == 0
+    assert Cosine().momentum(3, run) is None
+
+
+def test_a_check_within_a_warmup_does_not_count_and_a_metric_may_be_better_when_higher() -> None:
+    rule = PlateauRule(ReduceOnPlateau(mode="max", patience=2, gamma=0.5, min_delta=0.0))
+    cuts = [rule.update(0.5, 10 * check, counts=check > 2) for check in range(8)]
+    assert cuts == [False] * 4 + [True, False, True, False]
+    assert rule.checks.curve.steps == [10 * check for check in range(8)]
+    assert rule.checks.curve.values == [-0.5] * 8
+    assert rule.schedule == PiecewiseConstant([40, 60], [0.5, 0.25])
+    state = json.loads(json.dumps(rule.state_dict()))
+    assert str(state) == str({"milestones": [40, 60], "checks": rule.checks.state_dict()})
+    resumed = PlateauRule(rule.asked)
+    resumed.load_state_dict(state)
+    assert [resumed.update(0.5, 80), resumed.update(0.5, 90)] == [rule.update(0.5, 80), rule.update(0.5, 90)]
+    assert resumed.schedule == rule.schedule
+    assert isinstance(resumed.checks, EarlyStoppingRule)
