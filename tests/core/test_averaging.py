@@ -1,10 +1,12 @@
+import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_recipes.core.averaging import ExponentialMovingAverage, decay_at, decay_from_half_life
 
@@ -265,3 +267,71 @@ def test_averages_on_another_device_are_kept_there() -> None:
 def test_bad_arguments_are_refused(arguments: dict[str, object], name: str) -> None:
     with pytest.raises((ValueError, TypeError), match=f"{name} must be .*, got "):
         ExponentialMovingAverage(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"decay": 1}, "decay must be a number above 0 and below 1, got 1"),
+        ({"every_n_steps": 0}, "every_n_steps must be a whole number of at least 1, got 0"),
+        ({"start_step": -1}, "start_step must be a whole number of at least 0, got -1"),
+    ],
+)
+def test_bad_arguments_are_refused_with_what_is_wanted(arguments: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+        ExponentialMovingAverage(**arguments)
+
+
+def test_the_defaults_are_those_that_are_documented() -> None:
+    ema = ExponentialMovingAverage()
+    assert (ema.decay, ema.every_n_steps, ema.start_step, ema.device) == (0.999, 1, 0, None)
+    assert (ema.updates, ema.exists, ema.exchanged, ema.averages) == (0, False, False, {})
+    assert decay_at(1, 0.9) == 0.0
+    assert decay_at(2, 0.9) == 3 / 20
+
+
+def test_the_state_has_counters_and_the_averages_unless_they_are_exchanged() -> None:
+    ema, tensors = ExponentialMovingAverage(0.5, every_n_steps=2), {"x": torch.ones(1)}
+    assert ema.state_dict() == {"updates": 0, "pending": 1.0, "attempts": 0, "moved": False, "averages": {}}
+    for _ in range(4):
+        ema.update(tensors)
+    state = ema.state_dict()
+    assert state.pop("averages") == {"x": torch.ones(1)}
+    assert json.loads(json.dumps(state)) == state == {
+        "updates": 4, "pending": pytest.approx(5 / 22), "attempts": 0, "moved": True,
+    }  # fmt: skip
+    ema.exchange_(tensors)
+    assert ema.state_dict()["averages"] == {}
+    loaded = ExponentialMovingAverage(0.5)
+    loaded.exchanged = True
+    loaded.load_state_dict({**state, "averages": {"x": torch.zeros(1)}})
+    assert (loaded.exchanged, loaded.updates, loaded.exists) == (False, 4, True)
+
+
+def test_averages_of_what_is_gone_or_has_another_shape_start_anew() -> None:
+    ema = ExponentialMovingAverage(0.9)
+    tensors = {name: torch.ones(3) for name in ("kept", "gone", "lazy", "grown")}
+    for _ in range(3):
+        ema.update(tensors)
+    now = {"kept": torch.zeros(3), "lazy": nn.UninitializedParameter(), "grown": torch.zeros(4)}
+    ema.adapt(now)
+    assert [*ema.averages] == ["kept"]
+    now.pop("lazy")
+    ema.update(now)
+    assert ema.averages["grown"].tolist() == [0.0] * 4
+    assert 0 < float(ema.averages["kept"][0]) < 1
+    tensors["kept"].fill_(math.nan)  # the tensors of before are let go
+    ema.update(now)
+    assert torch.isfinite(ema.averages["kept"]).all()
+
+
+def test_a_stride_may_skip_updates_too() -> None:
+    ema, tensors = ExponentialMovingAverage(0.9, every_n_steps=2), {"x": torch.zeros(1)}
+    for _ in range(200):
+        ema.update(tensors, torch.tensor(0.0))
+    tensors["x"].fill_(1.0)
+    ema.update(tensors, torch.tensor(1.0))
+    ema.update(tensors, torch.tensor(0.0))
+    assert ema.averages["x"].item() == pytest.approx(0.1)  # of one update
+    assert ema.updates == 201
+    assert ema.state_dict()["attempts"] == 202

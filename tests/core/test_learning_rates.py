@@ -137,3 +137,78 @@ def test_state_is_what_was_seen() -> None:
     resumed.start(other)
     assert rates_of(other) == rates_of(optimizer)
     assert resumed.state_dict() == rates.state_dict() == {"step": 4, "base": [0.1, 0.02]}
+
+
+def test_a_momentum_that_is_none_is_left_alone() -> None:
+    optimizer = two_groups()
+    rates = on(optimizer, lambda step: 1.0, momentum=lambda step: 0.5 if step == 1 else None)
+    assert optimizer.param_groups[0]["momentum"] == 0.9
+    rates.update()
+    assert [group["momentum"] for group in optimizer.param_groups] == [0.5, 0.5]
+    rates.lay(lambda step: 0.5)  # without a momentum of its own
+    rates.update()
+    assert [group["momentum"] for group in optimizer.param_groups] == [0.5, 0.5]
+    rates.finish()
+    assert [group["momentum"] for group in optimizer.param_groups] == [0.9, 0.9]
+
+
+def test_a_momentum_begins_behind_its_own_warmup_with_its_factor() -> None:
+    optimizer = two_groups()
+    rates = LearningRates()
+    rates.lay(lambda step: 1.0, added_steps=2, momentum=lambda step: step / 10)
+    rates.prepend_warmup(1)
+    rates.start(optimizer)
+    seen = []
+    for _ in range(5):
+        seen.append((optimizer.param_groups[0]["momentum"], rates.behind_warmup))
+        rates.update()
+    assert seen == [(0.0, 0), (0.0, 0), (0.1, 0), (0.2, 0), (0.3, 1)]
+    assert rates.added_steps == 3
+    rates.prepend_warmup(4)  # in the place of that
+    assert rates.added_steps == 6
+
+
+def test_what_is_over_leaves_nothing_behind() -> None:
+    optimizer = two_groups()
+    rates = on(optimizer, lambda step: 0.5, added_steps=3, momentum=lambda step: 0.5)
+    rates.prepend_warmup(2)
+    rates.finish()
+    assert (rates.added_steps, rates.factor) == (0, 1.0)
+    optimizer.param_groups[0]["lr"] = 0.4
+    rates.update()
+    rates.start(optimizer)
+    assert rates_of(optimizer) == [0.1, 0.02]  # what it knows as theirs
+    assert optimizer.param_groups[0]["momentum"] == 0.9
+
+
+def test_a_group_that_is_added_where_the_factor_is_zero_has_its_own_rate() -> None:
+    optimizer = two_groups()
+    rates = on(optimizer, lambda step: float(step > 0))
+    optimizer.add_param_group({"params": [torch.zeros(1)], "lr": 0.75})
+    rates.update()
+    assert rates_of(optimizer) == [0.1, 0.02, 0.75]
+    assert rates.base == [0.1, 0.02, 0.75]
+
+
+def test_a_rate_that_is_set_where_the_factor_is_zero_is_the_new_one() -> None:
+    optimizer = two_groups()
+    rates = on(optimizer, lambda step: float(step > 0))
+    optimizer.param_groups[0]["lr"] = 0.3
+    rates.update()
+    assert rates_of(optimizer) == [0.3, 0.02]
+
+
+def test_an_error_within_leaves_the_product_in_the_groups() -> None:
+    optimizer = two_groups()
+    rates = on(optimizer, lambda step: 0.5)
+    with pytest.raises(KeyError, match="lrs"), rates.unscaled():
+        optimizer.param_groups[0]["lr"] = 0.2 + optimizer.param_groups[1]["lrs"]
+    assert rates_of(optimizer) == [0.05, 0.01]
+    assert rates.base == [0.1, 0.02]
+
+
+def test_nothing_is_held_where_there_is_no_warmup() -> None:
+    rates = on(two_groups(), lambda step: 0.5)
+    assert (rates.holds_schedulers, rates.behind_warmup) == (False, 0)
+    rates.update()
+    assert (rates.holds_schedulers, rates.behind_warmup) == (False, 1)

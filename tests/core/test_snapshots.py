@@ -1,3 +1,5 @@
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +101,42 @@ def test_a_run_that_goes_on_has_more_cycles_of_that_length() -> None:
     assert rule.ends == [20, 40, 60]
     rule.plan([40, 80], 200, 40)
     assert rule.ends == [20, 40, 80, 120, 160, 200]
+
+
+def test_what_is_kept_is_a_copy_of_the_values_alone(tmp_path: Path) -> None:
+    rule, weight = SnapshotRule(), torch.nn.Parameter(torch.ones(2))
+    rule.keep({"weight": weight})
+    rule.keep({"weight": weight}, tmp_path)
+    with torch.no_grad():
+        weight.zero_()
+    for state in rule.states():
+        assert (state["weight"].tolist(), state["weight"].requires_grad) == ([1.0, 1.0], False)
+    assert rule.kept[1] == str(tmp_path / "snapshot_2.pt")
+    assert json.loads(json.dumps({**rule.state_dict(), "kept": rule.kept[1:]})) == {
+        "kept": [str(tmp_path / "snapshot_2.pt")],
+        "ends": [],
+    }
+
+
+def test_a_folder_is_kept_whole_wherever_one_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rule = SnapshotRule()
+    rule.keep({"weight": torch.ones(1)}, "here")
+    monkeypatch.chdir("/")
+    assert rule.kept == [str(tmp_path / "here" / "snapshot_1.pt")]
+    assert rule.states() == [{"weight": torch.ones(1)}]
+
+
+def test_the_dtypes_are_named() -> None:
+    said = "dtype must be 'same' or 'bfloat16' or 'float16', got 'float8'"
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+        SnapshotRule("float8")
+    assert SnapshotRule().dtype is None
+
+
+def test_a_run_that_goes_on_for_less_than_half_a_cycle_has_one_more() -> None:
+    rule = SnapshotRule()
+    rule.ends = [20]
+    rule.keep({})
+    rule.plan([100], 110, 100)
+    assert rule.ends == [20, 110]

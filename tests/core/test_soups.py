@@ -1,4 +1,5 @@
 import math
+import re
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -175,3 +176,46 @@ def test_a_loss_that_is_no_number_is_a_barrier() -> None:
     assert found.beyond_noise
     with pytest.raises(ValueError, match="points must be a whole number of at least 1"):
         barrier(losses_of, {}, {}, points=0)
+
+
+def test_the_defaults_are_those_that_are_documented() -> None:
+    states, losses_of = [*around([0.4] * 4), {"weight": torch.full((8,), 0.6)}], basin(samples=60, noise=1.0)
+    assert len(barrier(losses_of, *states[:2]).losses) == 9 + 2
+    default, other = greedy_soup(losses_of, states), greedy_soup(losses_of, states, seed=1)
+    assert default.gain == greedy_soup(losses_of, states, 0).gain != other.gain
+
+
+def test_a_soup_and_a_barrier_say_what_they_are_of() -> None:
+    states = around([0.5] * 4)
+    soup = greedy_soup(basin(noise=0.0), states)
+    share = 1 / sum(weight > 0 for weight in soup.weights)
+    assert {*soup.weights} <= {0.0, share}
+    assert (soup.losses.dtype, len(soup.losses)) == (torch.float64, 400)
+    broken = barrier(
+        lambda state: state["weight"].log().expand(10), *({"weight": torch.tensor(w)} for w in (1.0, -1.0))
+    )
+    assert math.isnan(broken.error)
+    assert broken.losses[0] == 0.0
+
+
+def test_one_network_is_as_good_up_to_the_noise_of_the_difference() -> None:
+    soup = greedy_soup(basin(samples=100), around([0.5] * 2))
+    noise = torch.tensor([1.0, -1.0] * 50)
+    limit = scipy.stats.t.ppf(0.95, 99) * float(noise.std()) / 10
+    for worse, as_good in ((0.99 * limit, True), (1.01 * limit, False)):
+        assert soup.is_as_good_as(soup.losses - worse + noise.double()) is as_good
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (
+            lambda: greedy_soup(two_valleys, [{"weight": torch.tensor(math.nan)}]),
+            "there is no state whose losses are numbers",
+        ),
+        (lambda: barrier(two_valleys, {}, {}, 0), "points must be a whole number of at least 1, got 0"),
+    ],
+)
+def test_what_is_refused_is_told_with_what_is_wanted(make: Callable[[], object], said: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+        make()
