@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from one_rank import one_rank
 from torch import Tensor, nn
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from lightning_recipes.core.averaging import ExponentialMovingAverage, decay_at, decay_from_half_life
 
@@ -335,3 +337,24 @@ def test_a_stride_may_skip_updates_too() -> None:
     assert ema.averages["x"].item() == pytest.approx(0.1)  # of one update
     assert ema.updates == 201
     assert ema.state_dict()["attempts"] == 202
+
+
+def test_dtensors_are_averaged_and_exchanged_shard_by_shard() -> None:
+    with one_rank() as mesh:
+        tensors = {"x": distribute_tensor(torch.zeros(2), mesh, [Shard(0)]), "y": torch.zeros(2)}
+        ema = ExponentialMovingAverage(0.5)
+        for _ in range(5):
+            for tensor in tensors.values():
+                tensor += 1
+            ema.update(tensors)
+        assert type(ema.averages["x"]) is Tensor
+        assert torch.equal(ema.averages["x"], ema.averages["y"])
+        average = ema.averages["x"].clone()
+        ema.exchange_(tensors)
+        assert torch.equal(ema.average(tensors)["x"], average)
+        assert ema.raw(tensors)["x"].tolist() == [5.0, 5.0]
+        assert torch.equal(tensors["x"].full_tensor(), average)
+        ema.exchange_(tensors)
+        assert tensors["x"].full_tensor().tolist() == [5.0, 5.0]
+        ema.adapt(tensors)
+        assert [*ema.averages] == ["x", "y"]

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from one_rank import one_rank
 from torch import Tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from lightning_recipes.core.clipping import NormHistory, PercentileThreshold, clipping_factor, scale_, total_norm
 
@@ -425,3 +427,14 @@ def test_a_norm_is_read_of_tensors_of_every_kind() -> None:
     for size in (2**16, 2**16 + 4):  # in one tensor, or one by one
         assert total_norm([torch.ones(size - 4), torch.ones(4)]).item() == pytest.approx(math.sqrt(size))
     scale_([], 0.5)
+
+
+def test_dtensors_are_clipped_as_one_with_the_others() -> None:
+    with one_rank() as mesh:
+        gradients = [distribute_tensor(torch.tensor([each]), mesh, [Shard(0)]) for each in (2.0, 4.0)]
+        gradients += [torch.tensor([4.0, 8.0]), torch.tensor([21.0], dtype=torch.float16)]
+        assert total_norm(gradients).item() == pytest.approx(math.sqrt(4 + 16 + 16 + 64 + 441))
+        scale_(gradients, 0.5)
+        assert [each.full_tensor().item() for each in gradients[:2]] == [1.0, 2.0]
+        assert [each.tolist() for each in gradients[2:]] == [[2.0, 4.0], [10.5]]
+        assert total_norm(gradients[:2]).item() == pytest.approx(math.sqrt(5))

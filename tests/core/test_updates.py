@@ -7,7 +7,9 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from one_rank import one_rank
 from torch import Tensor, nn
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from lightning_recipes.core import updates as module_under_test
 from lightning_recipes.core.updates import UpdateMeter, UpdateRatioRule, update_ratios
@@ -442,3 +444,19 @@ def test_a_part_of_a_run_is_of_one_measured_update_at_least() -> None:
     for step in range(4, 10):
         rule.update(step, {"layer": 1e-6})
     assert rule.peak() == 0.1  # but for the highest tenth
+
+
+def test_the_norms_of_dtensors_are_those_of_the_whole() -> None:
+    with one_rank() as mesh:
+        weights = [
+            distribute_tensor(torch.tensor([[3.0], [4.0]]), mesh, [Shard(0)]),
+            torch.full((4,), 3.0),
+            distribute_tensor(torch.full((9,), 2.0), mesh, [Replicate()]),
+            distribute_tensor(torch.tensor([[6.0, 8.0]]), mesh, [Shard(0)]),
+        ]
+        meters = UpdateMeter(weights), UpdateMeter(weights, lambda squares: squares * 4)
+        for factor, weight in zip((0.5, 1.0, 2.0, 3.0), weights, strict=True):
+            weight *= factor
+        for meter, of_whole in zip(meters, (1.0, 2.0), strict=True):
+            expected = torch.tensor([[5.0, 6.0, 6.0, 10.0], [2.5, 0.0, 6.0, 20.0]])
+            assert torch.equal(meter.norms(), of_whole * expected)
