@@ -21,8 +21,9 @@ from lightning_recipes.callbacks.substitute import substitute
 from lightning_recipes.callbacks.telling import tell
 from lightning_recipes.callbacks.unused import pass_over_unused
 from lightning_recipes.core.arguments import check_choice, check_count, check_flag, check_name, check_real
-from lightning_recipes.core.early_stopping import Criterion, EarlyStoppingRule, Patience, doubt, reading
+from lightning_recipes.core.early_stopping import Criterion, EarlyStoppingRule, Patience, reading
 from lightning_recipes.core.findings import Finding
+from lightning_recipes.core.names import doubt
 
 BEST = "best_weights"  # beside state_dict in a checkpoint
 
@@ -177,7 +178,8 @@ class EarlyStopping(LightningEarlyStopping):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        doubtful = doubt(self.monitor, self.mode)
+        harm = "stop while the metric improves, and keep the worst weights"
+        doubtful = doubt(self.monitor, self.mode, type(self).__name__, harm)
         if doubtful is not None:
             tell(trainer, doubtful)
         if not self.restore_best_weights:

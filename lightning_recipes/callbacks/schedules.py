@@ -24,6 +24,7 @@ from lightning_recipes.core.durations import parse_duration
 from lightning_recipes.core.files import put
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.learning_rates import LearningRates
+from lightning_recipes.core.names import doubt
 from lightning_recipes.core.per_optimizer import PerOptimizer
 from lightning_recipes.core.schedules import (
     SCHEDULES,
@@ -141,8 +142,8 @@ class LearningRateSchedule(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         run, whole = self._run(trainer), self._whole
-        if self.plateau is not None and not trainer.enable_validation:
-            tell(trainer, _never(self.plateau.asked))
+        if self.plateau is not None:
+            self._doubt(trainer, self.plateau.asked)
         warmup, steps = whole.overlaid_steps(run), length_of(trainer).steps
         settings: Any = trainer  # connectors set some attributes
         if 0 < steps <= warmup and not settings.fast_dev_run:
@@ -162,6 +163,15 @@ class LearningRateSchedule(pl.Callback):
             if self.plateau is not None:
                 rates.lay(self._cut)
             rates.start(optimizer)
+
+    def _doubt(self, trainer: pl.Trainer, asked: ReduceOnPlateau) -> None:
+        """Say what may keep a plateau from being seen as it is."""
+        if not trainer.enable_validation:
+            tell(trainer, _never(asked))
+        harm = "cut the learning rate while the metric improves"
+        doubtful = doubt(asked.monitor, asked.mode, type(asked).__name__, harm)
+        if doubtful is not None:
+            tell(trainer, doubtful)
 
     def _run(self, trainer: pl.Trainer) -> Run:
         """The length that the schedule is for."""

@@ -458,22 +458,6 @@ def _parse_min_delta(min_delta: object) -> tuple[float, bool]:
     return float(min_delta), False
 
 
-def doubt(monitor: str, mode: str) -> Finding | None:
-    """Whether the name of a metric says that the other ``mode`` is meant."""
-    meant = better(monitor)
-    if meant in ("", mode):
-        return None
-    return Finding(
-        rule="mode looks wrong",
-        severity="warning",
-        message=f"By its name {monitor} is better when {'lower' if meant == 'min' else 'higher'}, but EarlyStopping has"
-        f" mode={mode!r}: it would stop while the metric improves, and keep the worst weights.",
-        advice=f"Set mode={meant!r}.",
-        step=0,
-        evidence={"monitor": monitor, "mode": mode},
-    )
-
-
 def reading(
     curve: Curve, monitor: str, mode: str = "min", stopped: bool = False, least: float = 0.0, restored: bool = False
 ) -> Finding | None:

@@ -3,6 +3,8 @@
 import re
 from typing import Literal
 
+from lightning_recipes.core.findings import Finding
+
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 LOWER = {"loss", "error", "err", "mse", "mae", "rmse", "nll", "perplexity", "ppl", "wer", "cer", "fid"}
 HIGHER = {"acc", "accuracy", "f1", "auc", "auroc", "precision", "recall", "iou", "miou", "dice", "bleu", "map", "psnr"}
@@ -60,3 +62,26 @@ def better(name: str) -> Literal["min", "max", ""]:
     if lower == higher or words & TURNED:
         return ""
     return "min" if lower else "max"
+
+
+def doubt(monitor: str, mode: str, recipe: str, harm: str) -> Finding | None:
+    """Whether the name of a metric says that the other mode is meant.
+
+    Args:
+        monitor: The metric.
+        mode: ``"min"`` or ``"max"``.
+        recipe: Whose mode it is.
+        harm: What that would do if the other one is meant.
+    """
+    meant = better(monitor)
+    if meant in ("", mode):
+        return None
+    return Finding(
+        rule="mode looks wrong",
+        severity="warning",
+        message=f"By its name {monitor} is better when {'lower' if meant == 'min' else 'higher'}, but {recipe} has"
+        f" mode={mode!r}: it would {harm}.",
+        advice=f"Set mode={meant!r}.",
+        step=0,
+        evidence={"monitor": monitor, "mode": mode},
+    )

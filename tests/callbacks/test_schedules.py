@@ -352,6 +352,13 @@ def test_a_run_that_ends_with_an_epoch_still_ends_with_a_validation(
     assert validated.at == checks
 
 
+@pytest.mark.filterwarnings("ignore:learning rate never cut")
+def test_a_mode_that_looks_wrong_is_told(tmp_path: Path) -> None:
+    message = "By its name val_acc is better when higher, but ReduceOnPlateau has mode='min': it would cut the learning"
+    with pytest.warns(UserWarning, match=message):
+        fit(tmp_path, Scheduled(), LearningRateSchedule(ReduceOnPlateau("val_acc")), limit_val_batches=0)
+
+
 def test_a_plateau_that_will_not_be_seen_is_told(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="no plateau will be seen"):
         fit(tmp_path, Scheduled(), LearningRateSchedule(ReduceOnPlateau()), limit_val_batches=0)

@@ -19,7 +19,6 @@ from lightning_recipes.core.early_stopping import (
     Patience,
     ProgressQuotient,
     SuccessiveRises,
-    doubt,
     noise_of,
     reading,
     rise,
@@ -273,24 +272,6 @@ def test_what_is_advised_depends_on_whose_weights_the_model_has() -> None:
         assert ("or keep the weights" in finding.advice) != restored
 
 
-@pytest.mark.parametrize(
-    ("monitor", "mode", "meant"),
-    [
-        ("val_acc", "min", "max"),
-        ("val/topAcc_1", "min", "max"),
-        ("val_loss", "max", "min"),
-        ("val_acc", "max", None),
-        ("val_loss", "min", None),
-        ("val_f1_loss", "max", None),
-        ("neg_mse", "max", None),
-        ("val_score", "min", None),
-    ],
-)
-def test_a_mode_is_doubted_where_the_name_says_so(monitor: str, mode: str, meant: str | None) -> None:
-    finding = doubt(monitor, mode)
-    assert (finding.advice if finding else None) == (meant and f"Set mode={meant!r}.")
-
-
 @pytest.mark.parametrize("checks", [4, 200])
 def test_a_metric_that_only_gets_worse_is_no_overfitting_if_the_mode_may_be_wrong(checks: int) -> None:
     accuracy = [1 - 0.5 * 0.9**check for check in range(checks)]
@@ -460,8 +441,6 @@ def test_what_is_said_of_a_stop_is_kept_word_for_word(word_for_word: Callable[..
         reading(few, "val_score", "max", stopped=True),
         reading(shape(90), "val_loss"),
         reading(rising, "val_loss"),
-        doubt("val_acc", "min"),
-        doubt("val_loss", "max"),
     ]
     verdicts = [
         Patience(2).verdict(Curve([1.0, 2.0, 3.0])),

@@ -1,6 +1,8 @@
+from collections.abc import Callable
+
 import pytest
 
-from lightning_recipes.core.names import base, better, split, tokens, trains
+from lightning_recipes.core.names import base, better, doubt, split, tokens, trains
 
 
 @pytest.mark.parametrize(
@@ -66,3 +68,25 @@ HIGHER = "acc accuracy f1 auc auroc precision recall iou miou dice bleu map psnr
 def test_whether_lower_or_higher_is_better_is_in_some_names(names: str, side: str) -> None:
     for name in names.split():
         assert better(name) == better(f"val/{name.upper() if '_' not in name and name.islower() else name}") == side
+
+
+@pytest.mark.parametrize(
+    ("monitor", "mode", "meant"),
+    [
+        ("val_acc", "min", "max"),
+        ("val/topAcc_1", "min", "max"),
+        ("val_loss", "max", "min"),
+        ("val_acc", "max", None),
+        ("val_loss", "min", None),
+        ("val_f1_loss", "max", None),
+        ("neg_mse", "max", None),
+        ("val_score", "min", None),
+    ],
+)
+def test_a_mode_is_doubted_where_the_name_says_so(monitor: str, mode: str, meant: str | None) -> None:
+    finding = doubt(monitor, mode, "EarlyStopping", "stop too early")
+    assert (finding.advice if finding else None) == (meant and f"Set mode={meant!r}.")
+
+
+def test_a_doubt_is_told_word_for_word(word_for_word: Callable[..., None]) -> None:
+    word_for_word(doubt("val_acc", "min", "EarlyStopping", "stop"), doubt("val_loss", "max", "ReduceOnPlateau", "cut"))
