@@ -259,6 +259,17 @@ def test_what_is_not_finite_or_explodes_is_striking_and_little_else(seed: int) -
         assert rule.is_striking(loss, math.nan)
 
 
+def test_what_is_striking_goes_with_the_norms() -> None:
+    rule = InstabilityRule()
+    for step, (loss, norm) in enumerate(healthy(600)):
+        factor = math.exp(-step / 100)
+        rule.is_striking(loss, factor * norm)
+        rule.update(loss, factor * norm, 0.1)
+        if step > 40:
+            assert not rule.is_striking(0.3, rule_norm(rule))
+        assert rule.is_striking(0.3, 1.0) or 20 < step < 400
+
+
 def rule_norm(rule: InstabilityRule) -> float:
     """A usual one."""
     return math.exp(rule.norms.median)

@@ -251,6 +251,7 @@ def test_what_happened_once_is_marked_once() -> None:
         ([1.0] * 40 + [math.nan] + [1.0] * 59, "loss not finite at about 40"),
         ([1.0] * 40 + [math.nan] + [1.0] * 58 + [math.nan], "loss not finite at about 40 first, 2 times in all"),
         ([1.0] * 40 + [math.nan] * 3 + [1.0] * 57, "loss not finite at about 40 first, 3 times in all"),
+        ([1.0] * 996 + [math.nan] + [1.0] * 2, "loss not finite at about 997"),  # in the last of the bins
     ],
 )
 def test_a_loss_that_is_finite_again_is_not_said_to_have_stayed_so(losses: list[float], label: str) -> None:
