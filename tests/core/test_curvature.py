@@ -308,3 +308,8 @@ def test_a_wrong_second_derivative_is_refused_and_named() -> None:
 
     with pytest.raises(ArithmeticError, match="wrong second derivative, or the loss is not the same each time$"):
         measure(LossSurface([crooked_by_a_hook], [weight]), None)
+
+
+def test_of_a_slope_that_is_not_beyond_its_noise_nothing_is_told() -> None:
+    for error, said in ((0.0, "still descending"), (1.0 / POINT.quantile, "critical point unclear")):
+        assert verdict(replace(POINT, slope=Estimate(1.0, error))) == said

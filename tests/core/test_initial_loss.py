@@ -503,3 +503,38 @@ def test_everything_is_told_word_for_word(word_for_word: Callable[..., None]) ->
         *told(lambda o, t: CROSS(o[:, :2], t), targets=(torch.arange(64) == 5).long()),
         *told(CROSS, outputs=zeros),
     )
+
+
+def dead(outputs: Tensor, targets: Tensor, loss: Any) -> bool:
+    return "outputs hardly depend on the input" in {each.rule for each in told(loss, outputs, targets)}
+
+
+@pytest.mark.parametrize("scale", [0.9, 1.1])
+def test_outputs_hardly_depend_on_the_input_below_a_thousandth(scale: float) -> None:
+    """Of the deviation of the targets where these are numbers; every other batch has twice as much."""
+    steps = torch.tensor([[1.0], [-1.0]]).repeat(32, 1) * scale * 5e-4
+    rare = (torch.arange(64) == 5).float()[:, None]
+    numbers = torch.tensor([[3.0], [-1.0]]).repeat(32, 1)
+    assert dead(steps, rare, functional.binary_cross_entropy_with_logits) == (scale < 1)
+    assert dead(steps * torch.tensor([1.0, -1, 1, -1]), ALTERNATE, CROSS) == (scale < 1)
+    assert dead(2 * steps, numbers, functional.mse_loss) == (scale < 1)
+    assert dead(2 * steps, numbers, functional.l1_loss) == (scale < 1)
+
+
+@pytest.mark.parametrize(
+    ("means", "favoured"),
+    [
+        ([8.1, 0.0, 1.0, -1.0], 0),
+        ([0.0, 1.0, -9.1, -1.0], 2),
+        ([7.9, 0.0, 1.0, -1.0], -1),
+        ([8.1, 0.0, 1.0, -1.0, 8.1, 0.0, 1.0, -1.0], -1),  # two are no outlier
+        ([8.1, 0.0, 1.0], -1),
+    ],
+)
+def test_a_class_is_favoured_that_is_eight_times_as_far_off_as_others(means: list[float], favoured: int) -> None:
+    outputs = torch.tensor(means).expand(64, -1) + torch.zeros(64, 1)
+    rule = InitialLossRule()
+    with Watch() as watch:
+        loss = CROSS(outputs.requires_grad_(), torch.arange(64) % len(means))
+    rule.update(loss, watch.part_of(loss))
+    assert rule.results()[0].favoured == favoured

@@ -349,3 +349,46 @@ def test_every_outcome_is_told_word_for_word(word_for_word: Callable[..., None])
         ([replace(FAILED, excess=math.inf, last_loss=3.0), lower, replace(lower, factor=0.01)], HEALTHY),
     ]
     word_for_word(nothing_to_train(1234, 5), *(finding for case in cases for finding in judge(*case, 7)))
+
+
+def test_where_nothing_was_seen_the_training_alone_is_judged() -> None:
+    (learnt,) = judge([LEARNT], Symptoms())
+    assert learnt.message.endswith("learnt by heart in 40 updates, as they should be.")
+    assert (learnt.step, learnt.evidence["examples"]) == (0, 0)
+    (failed,) = judge([FAILED], Symptoms())
+    assert "(loss 2.3 to 2); what the loss can become is not known." in failed.message
+    (failed,) = judge([FAILED], Symptoms(known=True, dependence=GIVEN))
+    assert "(90% of the loss of a constant output is left), nor" not in failed.message
+    assert failed.severity == "warning"
+
+
+def test_what_keeps_the_logits_of_which_loss_from_what_they_have_to_be() -> None:
+    for activation, loss, squashed in (
+        ("softmax", functional.cross_entropy, True),
+        ("sigmoid", functional.cross_entropy, True),
+        ("relu", functional.cross_entropy, True),
+        ("relu6", functional.cross_entropy, True),
+        ("tanh", functional.cross_entropy, True),
+        ("hardtanh", functional.cross_entropy, True),
+        ("log_softmax", functional.cross_entropy, False),
+        ("softmax", functional.binary_cross_entropy_with_logits, True),
+        ("sigmoid", functional.binary_cross_entropy_with_logits, True),
+        ("relu", functional.binary_cross_entropy_with_logits, True),
+        ("relu6", functional.binary_cross_entropy_with_logits, False),
+        ("tanh", functional.binary_cross_entropy_with_logits, False),
+        ("sigmoid", functional.binary_cross_entropy, False),
+    ):
+        call = replace(
+            criterion(torch.full((4, 3), 0.5), TARGETS if loss is functional.cross_entropy else torch.ones(4, 3), loss),
+            activation=activation,
+        )
+        plain = replace(call, activation="")
+        assert activation_of([plain, call]) == (activation if squashed else "")
+    assert activation_of([]) == ""
+
+
+def test_weight_decay_is_capped_where_momentum_never_lets_go() -> None:
+    weight = torch.ones(1, requires_grad=True)
+    for momentum, times in ((0.9, 10), (0.99, 100), (0.999, 100)):
+        optimizer = torch.optim.SGD([weight], lr=1.0, momentum=momentum, weight_decay=0.5)
+        assert shrinks(optimizer, optimizer.param_groups[0], 0.25) == pytest.approx(0.125 * times)
