@@ -289,15 +289,19 @@ def test_of_a_start_below_the_constant_the_start_is_the_reference() -> None:
     assert rule.measure(1.0, [criterion(torch.zeros(4, 3))]) > 1.5
 
 
-@pytest.mark.parametrize(("spread", "one_label"), [(1e-6, True), (1.0, False)])
-def test_targets_of_a_regression_that_are_one_number(spread: float, one_label: bool) -> None:
-    targets = 1 + spread * torch.tensor([0.0, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize("loss", [functional.mse_loss, functional.l1_loss])
+@pytest.mark.parametrize(("spread", "one_label"), [(0.0, True), (5e-4, False), (1.0, False)])
+def test_targets_of_a_regression_that_are_one_number(spread: float, one_label: bool, loss: Any) -> None:
     rule = FitRule()
-    rule.measure(1.0, [criterion(torch.zeros(4), targets, functional.mse_loss)])
+    rule.measure(1.0, [criterion(torch.zeros(4), 1 + spread * torch.tensor([0.0, 0.0, 1.0, 1.0]), loss)])
     assert rule.one_label is one_label
-    assert rule.measure(1.0, [criterion(torch.ones(4), targets, functional.mse_loss)]) == (
-        0.0 if one_label else pytest.approx(3.5 / 1.25)
-    )
+
+
+def test_bits_can_be_learnt_by_heart() -> None:
+    rule, bits = FitRule(), torch.tensor([0.0, 1.0, 1.0, 0.0])
+    binary = functional.binary_cross_entropy_with_logits
+    assert rule.measure(1.0, [criterion(torch.zeros(4), bits, binary)]) == pytest.approx(1.0)
+    assert rule.measure(1.0, [criterion(20 * (2 * bits - 1), bits, binary)]) == pytest.approx(0.0, abs=1e-4)
 
 
 def test_targets_are_far_that_are_large_for_the_outputs_and_worse_than_their_mean() -> None:

@@ -80,3 +80,14 @@ def test_epochs_that_say_nothing_are_left_out() -> None:
     found = exact.period()
     assert found is not None
     assert found.neighbours == math.inf
+
+
+def test_an_epoch_of_nine_batches_says_something() -> None:
+    profile = EpochProfile()
+    for epoch in range(12):
+        for batch in range(9):
+            profile.add(float(epoch + batch % 2), batch / 9)
+        assert len(profile.profiles) == min(epoch, 10)
+    found = profile.period()
+    assert found is not None
+    assert found.chance == pytest.approx(6 * 10)  # all are alike

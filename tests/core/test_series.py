@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from lightning_recipes.core.series import BINS, Series, bin_of
+from lightning_recipes.core.series import BINS, Bin, Series, bin_of
 
 
 def filled(values: list[float], most: int = BINS) -> Series:
@@ -116,3 +116,10 @@ def test_a_bin_that_reaches_back_is_forgotten_as_a_whole() -> None:
     series.forget(0)
     assert series.bins == []
     assert not series.update(0, 1.0)
+
+
+def test_a_bin_without_points_takes_them_in() -> None:
+    empty = Bin(0, 0)
+    for step, value in enumerate((5.0, 7.0)):
+        empty.merge(bin_of(step, value))
+    assert empty == Bin(0, 1, 2, 6.0, 2.0, 5.0, 7.0, 0, 0, 1)
