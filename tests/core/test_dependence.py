@@ -424,3 +424,62 @@ def test_the_first_examples_and_labels_of_a_batch() -> None:
     varied = varied_examples([batch], 5)
     assert varied["y"].flatten().tolist() == [3, 1, 2, 3, 1]
     assert varied["x"].flatten().tolist() == [0, 3, 6, 1, 5]
+
+
+def equal_halves(batch: Any) -> bool:
+    return bool(torch.equal(batch[0][:4], batch[0][4:]))
+
+
+def first_is_another(batch: Any) -> bool:
+    return bool(torch.equal(batch[0][0], batch[0][1]))
+
+
+@pytest.mark.parametrize(("of", "mixed"), [(equal_halves, True), (first_is_another, False)])
+@pytest.mark.parametrize("how", ["raises", "nan", "nothing", "fewer"])
+def test_what_a_step_does_not_do_for_a_changed_batch_is_not_told(of: Any, mixed: bool, how: str) -> None:
+    """Steps in time, of which it is not seen that they are none, or that there are others."""
+
+    def step(batch: Any) -> Tensor:
+        logits, targets = NET(batch[0].cumsum(0)).flatten(0, 1), batch[1].flatten()
+        if of(batch):
+            if how == "raises":
+                raise RuntimeError("there are two of them")
+            logits = logits * (math.nan if how == "nan" else 1)
+            if how == "fewer":
+                logits, targets = logits[:-1], targets[:-1]
+            if how == "nothing":
+                return logits.sum()
+        return functional.cross_entropy(logits, targets)
+
+    found = look(run(step), STEPS_IN_TIME)
+    assert (found.mixed, found.in_turn) == (mixed, False)
+    assert (found.used, found.inputs) == (True, 1)
+
+
+@pytest.mark.parametrize("how", ["raises", "nan"])
+@pytest.mark.parametrize("halved", [False, True])
+def test_of_tokens_that_a_step_does_not_take_nothing_is_told(how: str, halved: bool) -> None:
+    net = Tokens(False)
+    column = slice(6) if halved else [*range(6), *range(7, 12)]  # that are left as they were
+
+    def step(batch: Any) -> Tensor:
+        if torch.equal(batch[0][:, column], IDS[:, :12][:, column]) and not torch.equal(batch[0], IDS[:, :12]):
+            if how == "raises":
+                raise RuntimeError("out of vocabulary")
+            return flat(net(batch[0]) * math.nan, batch[1])
+        return flat(net(batch[0]), batch[1])
+
+    found = look(run(step), (IDS[:, :12], IDS[:, :12].clone()))
+    assert not found.copied
+    found = look(run(step), (IDS[:, :12], IDS[:, 1:].clone()))
+    assert found.next_token is not halved
+    assert not found.future
+
+
+def test_targets_that_are_made_in_the_step_leave_no_least_loss() -> None:
+    step = run(lambda b: functional.cross_entropy(NET(b[0]), torch.tensor([0, 1, 1, 1, 2, 2, 0, 1])))
+    assert look(step, (CATEGORIES,)).least_loss == 0
+    two = run(lambda b: functional.cross_entropy(NET(b[0]), b[1]) + functional.cross_entropy(NET(b[0]), b[1]))
+    assert look(two, (CATEGORIES, LABELS)).least_loss == 0
+    pixels = run(lambda b: functional.mse_loss(NET(b[0]), b[1]))  # of several targets each
+    assert look(pixels, (CATEGORIES, LABELS.float().view(8, 1).expand(8, 3))).least_loss == 0

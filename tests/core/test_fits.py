@@ -116,6 +116,7 @@ def test_lower_rates_are_tried_first_where_the_loss_shot_up() -> None:
 
 def test_a_loss_that_rises_with_its_criterion_has_the_right_sign() -> None:
     assert flipped([RISES])
+    assert not flipped([replace(RISES, excess=1.5)])
     assert not flipped([replace(RISES, last_loss=100.0)])
     assert not flipped([replace(RISES, first_excess=60.0)])
     edges = {1.0: (1.49, 1.51), 0.5: (1.49, 1.51), 2.0: (2.99, 3.01)}

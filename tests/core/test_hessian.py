@@ -325,12 +325,17 @@ def averaged(values: Tensor, beta: float) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])
-@pytest.mark.parametrize("decoupled", [False, True])
-def test_steps_of_adam_are_preconditioned_by_the_corrected_mean_square(amsgrad: bool, decoupled: bool) -> None:
-    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+@pytest.mark.parametrize(
+    ("kind", "setting", "decoupled"),
+    [(torch.optim.Adam, False, False), (torch.optim.Adam, True, True), (torch.optim.AdamW, True, True)],
+)
+def test_steps_of_adam_are_preconditioned_by_the_corrected_mean_square(
+    amsgrad: bool, kind: Any, setting: bool, decoupled: bool
+) -> None:
     settings: dict[str, Any] = {"betas": (0.8, 0.5), "eps": 0.25, "weight_decay": 0.0, "amsgrad": amsgrad}
     optimizer, weight, gradients = trained(lambda p: kind(p, 0.5, **settings))
     optimizer.param_groups[0]["weight_decay"] = 0.125  # which were a part of the gradients
+    optimizer.param_groups[0]["decoupled_weight_decay"] = setting
     squares = averaged(gradients.square(), 0.5)
     used = torch.stack(squares).amax(0) if amsgrad else squares[-1]
     scale = 1 / ((used / (1 - 0.5**3)).sqrt() + 0.25)

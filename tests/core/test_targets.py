@@ -90,7 +90,15 @@ def test_targets_far_from_0_or_large() -> None:
         return unnormalised(watch.seen, spread)
 
     unit = torch.tensor([1.0, -1.0] * 8)
-    assert said(unit) == said(9.9 * unit) == said(9.9 * unit, spread=0.5) == said(19 * unit, spread=2.0) == ""
+    assert (
+        said(unit)
+        == said(10 * unit)
+        == said(20 * unit, spread=2.0)
+        == said(9.9 * unit)
+        == said(9.9 * unit, spread=0.5)
+        == said(19 * unit, spread=2.0)
+        == ""
+    )
     assert said(10.1 * unit) == "mean 0 and standard deviation 10.1"
     assert said(unit + 2.9) == ""
     assert said(unit - 3.1) != said(21 * unit, spread=2.0) != ""
@@ -121,6 +129,7 @@ def test_padding_is_a_class_that_fills_rows_up_and_is_nowhere_else() -> None:
     assert padding([rows, torch.tensor([[5, 9]])]) == (pytest.approx(6 / 14), 9)
     assert padding([rows, torch.tensor([[9], [9]])]) == (0.0, -1)
     assert padding([torch.tensor([[1, 9], [2, 9], [3, 4]])])[0] == 0  # an end of every row, it may be
+    assert padding([torch.tensor([[1, 2, 3, 9], [9, 9, 9, 9], [5, 6, 5, 4]])]) == (pytest.approx(5 / 12), 9)
     assert padding([]) == (0.0, -1)
 
 
