@@ -1,5 +1,7 @@
 import math
 import pickle
+import re
+from functools import partial
 
 import pytest
 import torch
@@ -182,3 +184,122 @@ def test_a_regression_has_no_accuracies() -> None:
     for values in (evidence.accuracies(), evidence.calibration_errors()):
         assert len(values) == 3
         assert all(map(math.isnan, values))
+
+
+def test_what_is_refused_is_said_with_all_shapes() -> None:
+    integers = torch.zeros(6, dtype=torch.long)
+    for make, outputs, targets, problem in (
+        (
+            Evidence,
+            torch.zeros(2, 6, 1),
+            torch.zeros(6),
+            "outputs (members, batch, ...) of the shape (2, 6, 1) and torch.float32 targets of the shape (6,) do not"
+            " tell the task: give task='classification', 'binary' or 'regression', and targets that fit",
+        ),
+        (
+            Evidence,
+            torch.zeros(2, 6, 3),
+            integers[:5],
+            "outputs of shape (6, 3) and targets (5,) do not fit: give dim",
+        ),
+        (
+            Evidence,
+            torch.zeros(2, 4, 4, 4),
+            torch.zeros(4, 4, dtype=torch.long),
+            "outputs of shape (4, 4, 4) and targets (4, 4) could have the classes second or last: give dim",
+        ),
+        (
+            partial(Evidence, "binary"),
+            torch.zeros(2, 6, 1),
+            integers.bool(),
+            "binary needs a target for each output: outputs have the shape (members, batch, ...) (2, 6, 1), targets"
+            " (6,)",
+        ),
+        (
+            partial(Evidence, dim=1),
+            torch.zeros(2, 6, 3),
+            torch.zeros(6, 2, dtype=torch.long),
+            "there must be a target for each position: outputs have the shape (members, batch, ...) (2, 6, 3) with the"
+            " classes last, targets (6, 2)",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(problem)}$"):
+            make().update(outputs, targets)
+    for evidence, problem in (
+        (Evidence(), "there is no evidence: no batch has been given"),
+        (evidence_of(torch.full((2, 6, 3), math.nan), integers), "every member predicts NaN or infinities"),
+        (evidence_of(torch.full((2, 6), math.inf), torch.zeros(6)), "every member predicts NaN or infinities"),
+        (evidence_of(torch.zeros(2, 6, 3), integers - 100), "there is no evidence: no target counts"),
+    ):
+        with pytest.raises(ValueError, match=f"^{problem}$"):
+            evidence.table()
+    with pytest.raises(ValueError, match=r"^task must be 'auto' or 'classification' or 'binary' or 'regression', got"):
+        Evidence("classes")
+    for outputs, targets in ((torch.zeros(3, 6, 3), integers), (torch.zeros(3, 6), torch.zeros(6))):
+        evidence = evidence_of(outputs[:2], targets)
+        with pytest.raises(ValueError, match="^every batch must have outputs of the same members, got 3$"):
+            evidence.update(outputs, targets)
+
+
+def test_the_task_is_told_by_the_targets() -> None:
+    for outputs, targets, task in (
+        (torch.zeros(2, 6), torch.zeros(6), "regression"),
+        (torch.zeros(2, 6), torch.zeros(6).bool(), "binary"),
+        (torch.zeros(2, 6, 3), torch.zeros(6).long(), "classification"),
+        (torch.zeros(2, 6, 3), torch.zeros(6).to(torch.uint8), "classification"),
+    ):
+        evidence = evidence_of(outputs, targets)
+        assert (evidence.task, evidence.samples) == (task, 6)
+        assert evidence.dim == (-1 if task == "classification" else None) or evidence.dim == 1
+    for outputs, targets in (
+        (torch.zeros(2, 6), torch.zeros(6).long()),
+        (torch.zeros(2, 6, 3), torch.zeros(6).bool()),
+        (torch.zeros(2, 6, 3), torch.zeros(6)),
+    ):
+        with pytest.raises(ValueError, match="do not tell the task"):
+            Evidence().update(outputs, targets)
+
+
+def test_a_confidence_of_1_has_a_bin_of_its_own() -> None:
+    sure, nearly = [200.0, 0.0], [math.log(99), 0.0]
+    evidence = evidence_of(torch.tensor([[sure, nearly]]), torch.tensor([1, 0]))
+    assert evidence.calibration_errors() == pytest.approx([(1 + 0.01) / 2])  # in one bin it would be 0.99 / 2
+    bits = evidence_of(torch.tensor([[-200.0, -200.0, 200.0]]), torch.tensor([False, True, True]))
+    assert bits.calibration_errors() == pytest.approx([1 / 3])  # of the probability of 1
+
+
+def test_a_member_whose_logits_are_infinite_predicts_nothing() -> None:
+    outputs = torch.zeros(3, 4, 2)
+    outputs[0, 1, 0] = math.inf
+    outputs[1, 1, 0] = -math.inf  # of one class it may
+    evidence = evidence_of(outputs, torch.ones(4).long())
+    table, finite = evidence.table()
+    assert (finite, table.members) == ([1, 2], 2)
+    losses = evidence.losses()
+    assert losses.shape == (3, 4)
+    assert losses[0].isnan().all()
+    two = math.log(2)
+    assert losses[1:].flatten().tolist() == pytest.approx([two, 0.0, two, two, two, two, two, two])
+    binary = evidence_of(torch.tensor([[0.0, math.inf], [0.0, 1.0]]), torch.tensor([True, False]))
+    assert binary.table()[1] == [1]
+
+
+def test_other_targets_may_be_ignored() -> None:
+    evidence = Evidence(ignore_index=2)
+    evidence.update(torch.zeros(2, 6, 3), torch.tensor([0, 1, 2, 2, 0, 1]))
+    assert (evidence.samples, len(evidence.table()[0].counts)) == (6, 4)
+    assert evidence.accuracies() == [0.5, 0.5]
+
+
+def test_equal_errors_do_not_disagree_and_none_have_none() -> None:
+    right = evidence_of(torch.tensor([[1.0, 2.0], [1.0, 2.0], [1.0, 4.0]]), torch.tensor([1.0, 2.0]))
+    assert right.disagreements().tolist() == [[0, 0, 1], [0, 0, 1], [1, 1, 0]]
+    broken = evidence_of(torch.tensor([[1.0, 3.0], [1.0, math.nan]]), torch.tensor([1.0, 2.0]))
+    assert broken.disagreements()[0, 1].isnan()
+    assert broken.table()[1] == [0]
+
+
+def test_what_every_member_takes_for_impossible_has_a_loss_that_is_finite() -> None:
+    log_p = torch.tensor([[-math.inf, 0.0], [-math.inf, -2000.0]]).double()
+    table = Likelihoods(log_p, torch.arange(2))
+    assert table.losses(torch.tensor([0.5, 0.5]).double()).tolist() == pytest.approx([10_000 + 700, math.log(2)], abs=1)
