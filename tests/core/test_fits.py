@@ -319,3 +319,18 @@ def test_a_least_loss_is_that_of_the_classes_beside_other_criteria() -> None:
     logits = torch.full((4, 3), math.log((math.exp(0.2) - 1) / 2))
     logits[torch.arange(4), TARGETS] = 0.0  # a loss of 0.2 each
     assert rule.measure(1.0, [criterion(logits)]) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_a_criterion_that_is_no_number_counts_wherever_it_stands() -> None:
+    numbers = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    rule = FitRule()
+    rule.measure(1.0, [criterion(numbers * 0, numbers, functional.mse_loss), criterion(torch.zeros(4, 3))])
+    for broken, whole in ((numbers * math.nan, torch.zeros(4, 3)), (numbers, torch.full((4, 3), math.nan))):
+        assert math.isnan(rule.measure(1.0, [criterion(broken, numbers, functional.mse_loss), criterion(whole)]))
+
+
+def test_a_fit_of_which_only_the_end_is_known_began_at_a_constant() -> None:
+    fit = Fit(1.0, 300, 0.9, learnt=False, stuck=True)
+    assert (fit.first_excess, fit.most_excess) == (1.0, 1.0)
+    assert math.isnan(fit.first_loss)
+    assert math.isnan(fit.last_loss)
