@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_recipes.core.criteria import Watch, loss_of
+from lightning_recipes.core.criteria import Criterion, Watch, loss_of
 
 CLASSES = torch.tensor([0, 1, 2, 2, 0])
 
@@ -303,3 +303,15 @@ def test_one_output_that_several_targets_are_compared_with_has_their_shape() -> 
         functional.mse_loss(torch.zeros(4, 1).requires_grad_(), torch.ones(4, 3))
         constant = watch.seen[0].at(torch.tensor([1.0, 2.0, 3.0]))
     assert float(constant) == pytest.approx((0 + 1 + 4) / 3)
+
+
+def test_each_call_is_one_of_its_own() -> None:
+    given, targets = outputs(5, 3), torch.ones(5, 3)
+    with Watch() as watch:
+        for _ in range(2):
+            functional.mse_loss(given, targets)
+    first, second = watch.seen
+    assert first != second
+    assert {first, second, watch} == {*watch.seen, watch}
+    bare = Criterion(functional.mse_loss, {}, given, targets, first.value)
+    assert (bare.activation, bare.made_up) == ("", False)

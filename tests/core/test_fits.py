@@ -334,3 +334,9 @@ def test_a_fit_of_which_only_the_end_is_known_began_at_a_constant() -> None:
     assert (fit.first_excess, fit.most_excess) == (1.0, 1.0)
     assert math.isnan(fit.first_loss)
     assert math.isnan(fit.last_loss)
+
+
+def test_of_a_start_that_is_learnt_already_the_constant_is_the_reference() -> None:
+    rule, numbers = FitRule(), torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert rule.measure(1.0, [criterion(numbers, numbers, functional.mse_loss)]) == 0.0
+    assert rule.measure(1.0, [criterion(numbers * 0 + 2.5, numbers, functional.mse_loss)]) == pytest.approx(1.0)
