@@ -538,3 +538,18 @@ def test_a_class_is_favoured_that_is_eight_times_as_far_off_as_others(means: lis
         loss = CROSS(outputs.requires_grad_(), torch.arange(64) % len(means))
     rule.update(loss, watch.part_of(loss))
     assert rule.results()[0].favoured == favoured
+
+
+@pytest.mark.parametrize(
+    ("zeros", "examples", "seen"),
+    [(9, 25, False), (11, 25, True), (94, 25, True), (96, 25, False), (25, 12, False)],
+)
+def test_rectified_values_are_known_by_their_zeros(zeros: int, examples: int, seen: bool) -> None:
+    """Of a hundred values nine may be 0 by chance; of 48 nothing is told."""
+    outputs = torch.ones(examples * 4)
+    outputs[:zeros] = 0.0
+    rule = InitialLossRule()
+    with Watch() as watch:
+        loss = CROSS(outputs.view(examples, 4).requires_grad_(), torch.arange(examples) % 4)
+    rule.update(loss, watch.part_of(loss))
+    assert ("activation on the logits" in dict(rules(rule))) is seen

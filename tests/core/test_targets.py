@@ -191,3 +191,10 @@ def test_padding_of_two_columns_is_seen_and_of_one_it_is_not() -> None:
     assert padding([torch.tensor([[9], [9], [2]])]) == (0.0, -1)
     tokens = torch.tensor([[0, 0], [0, 0], [5, 6]])
     assert padding([torch.tensor([[1, 1], [1, 1], [1, 2]])], [tokens]) == (pytest.approx(4 / 6), 1)
+
+
+def test_shuffles_leave_the_random_numbers_of_the_training_alone() -> None:
+    before = torch.get_rng_state()
+    labels = torch.tensor([7, 7, 7, 3, 3, 3, 7, 3]).split(2)
+    assert len({clustered(labels) for _ in range(3)}) == 1
+    assert torch.equal(torch.get_rng_state(), before)
