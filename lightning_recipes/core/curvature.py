@@ -367,17 +367,15 @@ def _curvature_text(point: CriticalPoint) -> str:
 
 def _bouncing(point: CriticalPoint) -> tuple[str, str]:
     over, best = point.over_limit.value, point.best_fraction
-    message = (
-        f"The largest curvature, {point.spectrum.largest:.3g}, is {over:.2g} times what the optimizer can follow at its"
-        f" learning rate, and the gradient is not small ({_gradient_text(point)})"
-    )
+    seen = [f"The gradient is not small ({_gradient_text(point)})"]
+    if over > 1:
+        sharpest = f"the largest curvature, {point.spectrum.largest:.3g},"
+        seen.append(f"{sharpest} is {over:.2g} times what the optimizer can follow at its learning rate")
     if 0 < best < 1:
-        message += (
-            f"; a step at that rate changes the loss by {point.ahead[1.0]:+.2g}, one at {best:g} of it by"
-            f" {point.ahead[best]:+.2g}"
-        )
+        ahead = f"a step at the learning rate changes the loss by {point.ahead[1.0]:+.2g}"
+        seen.append(f"{ahead}, one at {best:g} of it by {point.ahead[best]:+.2g}")
     cut = max(2, math.ceil(over), round(1 / best) if best and point.overshoots else 0)
-    return message + ".", f"Divide the learning rate by {cut}, or let it decay."
+    return "; ".join(seen) + ".", f"Divide the learning rate by {cut}, or let it decay."
 
 
 def _saddle(point: CriticalPoint) -> tuple[str, str]:

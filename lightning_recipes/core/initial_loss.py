@@ -449,6 +449,8 @@ class _Say:
         )
 
     def far(self, result: InitialLoss, large: float, named: bool) -> bool:
+        if any(finding.rule == "no log-probabilities" for finding in self.findings):
+            return False  # such a loss means nothing
         times = f"{result.ratio:.2f} times what it should be"
         if result.ratio < 1 - CLOSE and not math.isnan(result.constant) and result.classes:
             if result.loss + result.interval >= (1 - CLOSE) * min(result.uniform, result.constant):

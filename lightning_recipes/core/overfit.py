@@ -261,8 +261,9 @@ class _Judge:
             self.say(
                 "dropout too large",
                 "warning",
-                f"Dropout of {seen.drops:g} leaves one unit in {1 / (1 - min(seen.drops, 0.9999)):.0f}: hardly a signal"
-                " gets through in training.",
+                f"Dropout of {seen.drops:g} leaves"
+                + (f" one unit in {1 / (1 - seen.drops):.0f}" if seen.drops < 1 else " no unit")
+                + ": hardly a signal gets through in training.",
                 "Use 0.1 to 0.5.",
             )
         if seen.shrinks > SHRINKS:
@@ -293,10 +294,11 @@ class _Judge:
         seen = self.seen
         if seen.dead is not None and not seen.zeros:
             name, dead, units = seen.dead
+            shown = f"{seen.examples or 'the'} examples"
             self.say(
                 "dead units",
                 "info" if self.first.learnt else "warning",
-                f"{dead} of the {units} units of {name or 'the network'} give 0 for all {seen.examples} examples: no"
+                f"{dead} of the {units} units of {name or 'the network'} give 0 for all {shown}: no"
                 " gradient goes through them.",
                 "Start their biases at 0 and their weights as kaiming_uniform_ does; normalise what comes in.",
             )
@@ -340,19 +342,19 @@ class _Judge:
     def learning(self) -> None:
         """Whether the sample was learnt."""
         first, seen, found = self.first, self.seen, self.seen.dependence
-        sample = f"{seen.examples} examples" if seen.examples else "The sample"
+        sample = self._sample.capitalize()
         if not math.isfinite(first.first_excess) and seen.known:
             self.say(
                 "loss not finite",
                 "error",
-                f"The loss of {sample} is not finite before the first update.",
+                f"The loss of {self._sample} is not finite before the first update.",
                 "Look for NaN in the data, and for a logarithm or a division by zero.",
             )
         elif seen.one_label:
             self.say(
                 "labels all alike",
                 "info",
-                f"All targets of {sample} are the same, so that nothing can be told: the data seem to be sorted.",
+                f"All targets of {self._sample} are the same, so that nothing can be told: the data seem to be sorted.",
                 "Shuffle the training data.",
             )
         elif seen.known and flipped(self.fits) and seen.optimizers == 1:
@@ -423,9 +425,13 @@ class _Judge:
         self.say(
             "frozen parameters",
             "info",
-            f"{share}" + (f", {random}" if seen.untrained else "") + f"; {seen.examples} examples {learnt} learnt.",
+            f"{share}" + (f", {random}" if seen.untrained else "") + f"; {self._sample} {learnt} learnt.",
             "Set requires_grad=True if they should be trained: frozen weights have to be pretrained ones.",
         )
+
+    @property
+    def _sample(self) -> str:
+        return f"{self.seen.examples} examples" if self.seen.examples else "the examples"
 
     @property
     def _left(self) -> str:
