@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.colors import to_hex
 
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.trials import (
@@ -378,6 +379,29 @@ def test_a_loss_above_its_start_or_its_best_has_to_be_so_by_three_deviations(sha
     assert judged(back).stable == (share < 1)
 
 
+def drawn(axes: Any) -> list[str]:
+    """What a figure shows, and how."""
+    lines = [
+        f"{line.get_label().split('_child')[0]} at {[float(x) for x in line.get_xdata()][:1]}:"
+        f" {to_hex(line.get_color())} {line.get_linestyle()} {line.get_linewidth():g} {line.get_marker()}"
+        for line in axes.lines
+    ]
+    squares = [
+        f"square at {each.get_offsets()[0].tolist()}: {each.get_sizes().tolist()} {float(each.get_linewidths()[0])}"
+        f" {each.get_facecolor().round(3).tolist()} {each.get_edgecolor().round(3).tolist()}"
+        f" {len(each.get_paths()[0].vertices)}"
+        for each in axes.collections
+    ]
+    texts = [
+        f"{text.get_text()!r} at {text.get_position()}, {text.get_ha()} {text.get_va()} {text.get_fontsize():g}"
+        for text in axes.texts
+    ]
+    legend = axes.get_legend()
+    sizes = [f"legend of size {text.get_fontsize():g}" for text in legend.get_texts()] if legend else []
+    margins = f"margins {axes.margins()[0]:g} {axes.margins()[1]:g}"
+    return [*lines, *squares, *texts, *sizes, margins, f"{axes.get_xscale()} {axes.get_yscale()}"]
+
+
 def test_what_trials_end_with_is_told_word_for_word(word_for_word: Callable[..., None]) -> None:
     noise = random.Random(1)
     stuck = [*falling(60), *[1.4 + 0.3 * noise.random() for _ in range(140)]]
@@ -393,4 +417,22 @@ def test_what_trials_end_with_is_told_word_for_word(word_for_word: Callable[...,
     validated = {trial: replace(outcome, val_loss=2 * outcome.loss) for trial, outcome in OUTCOMES.items()}
     half = {**OUTCOMES, Trial(0.1, 100, seed=2): Outcome(False, math.nan, 100, "it rose", val_loss=9.0)}
     swept = (result(), replace(result(), outcomes=validated), replace(result(), outcomes=half, best=None))
-    word_for_word(reasons, *([each.to_markdown(), each._repr_html_(), each.table()[0]] for each in swept))
+    rates = {trial: replace(outcome, val_loss=1.0) for trial, outcome in OUTCOMES.items() if not trial.warmup_steps}
+    rates |= {Trial(0.01, 100): Outcome(True, 0.25, 100), Trial(3.0, 100): Outcome(False, math.nan, 7)}
+    figures = [
+        replace(result(), best=Trial(0.1, 100), outcomes=rates).plot(),
+        replace(result(), outcomes=half).plot(),
+        replace(result(), best=Trial(0.1, 100), outcomes=OUTCOMES).plot_curves(),
+    ]
+    tables = [[each.to_markdown(), each._repr_html_(), each.table()[0]] for each in swept]
+    word_for_word(reasons, *tables, *(drawn(axes) for _, axes in figures))
+
+
+def test_a_sweep_without_a_stable_trial_is_drawn_and_has_no_summary() -> None:
+    unstable = {trial: replace(outcome, stable=False) for trial, outcome in OUTCOMES.items()}
+    made = SweepResult(None, result().finding, unstable)
+    assert [text.get_text() for text in made.plot()[1].texts] == ["unstable\n0/2", "unstable\n0/1", "unstable\n0/1"]
+    assert [line.get_linestyle() for line in made.plot_curves()[1].lines] == [":"] * 3
+    nothing = SweepResult(None, made.finding, {})
+    assert (nothing.summary, nothing.steps, nothing.table()) == ({}, 0, [])
+    assert "losses" not in repr(Outcome(True, 1.0, 1, losses=(1.0,)))  # hundreds of numbers
