@@ -1,12 +1,14 @@
 import json
 import math
 import random
+import statistics
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from lightning_recipes.core.curves import BINS, CurvesRule
+from lightning_recipes.core.early_stopping import noise_of
 
 
 def rules_of(rule: CurvesRule) -> list[str]:
@@ -605,3 +607,29 @@ def test_the_names_of_the_curves_go_into_the_file_of_a_run() -> None:
     assert state["checks"] == {"values": [math.inf], "train": [2.5], "steps": [5], "epochs": [0.5]}
     assert (state["first"], state["lost"], state["accuracies"]) == ([1.0, 2.0, 3.0, 4.0, 7.0], [0, 5], [0.25])
     assert (state["since"], state["width"]) == ([7.0, 1], 1)
+
+
+def test_the_last_five_checks_are_compared_with_the_losses_before_them() -> None:
+    above = trained(lambda share: 3 - share, 0.01, validation=lambda share: 1 - 0.5 * share, checks=12)
+    level, loss = (statistics.median(each[-5:]) for each in (above.checks.values, above.checks.train))
+    assert told(above, "training loss above validation").evidence == {
+        "train": loss,
+        "above": loss - level,
+        "fall": above.first[0] - level,
+    }
+    under = trained(
+        lambda share: 0.8 + math.exp(-30 * share) - 0.3 * share, 0.01, checks=12, target_loss=0.1,
+        validation=lambda share: 0.81 - 0.3 * share - 0.02 * (share > 0.6),
+    )  # fmt: skip
+    level, loss = (statistics.median(each[-5:]) for each in (under.checks.values, under.checks.train))
+    assert told(under, "underfitting").evidence["gap"] == level - loss
+
+
+def test_a_jump_is_of_all_checks_and_about_the_last_twenty() -> None:
+    rule = CurvesRule()
+    for check in range(40):
+        rule.check((3.0 if check < 15 else 1.0) + 0.5 * (-1) ** check + check / 1000, check)
+    finding = told(rule, "validation jumps")
+    values = rule.checks.values
+    assert finding.evidence == {"noise": noise_of(values), "fall": values[0] - min(values)}
+    assert f"about {statistics.median(values[-20:]):.3g}, " in finding.message
