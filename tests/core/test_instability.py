@@ -414,3 +414,89 @@ def test_a_divergence_within_the_first_hundred_updates_is_an_early_instability()
         kinds[found[0].step] = found[0].kind
     assert (kinds[99], kinds[100]) == ("early instability", "divergence")
     assert all((kind == "early instability") == (step < 100) for step, kind in kinds.items())
+
+
+def swinging(steps: int = 200) -> list[tuple[float, float]]:
+    """A loss of 2 that falls to 1 at once and swings by 0.01 about it, with a norm of 1."""
+    return [(2.0, 1.0)] * 5 + [(1.01 if step % 2 else 0.99, 1.0) for step in range(steps - 5)]
+
+
+BOUND = 1.01 + 6 * 0.02 / 1.349  # six deviations above the median of the last hundred
+
+
+@pytest.mark.parametrize(
+    ("before", "then", "kind", "signal", "value", "expected"),
+    [
+        (swinging(), [(3.5, 1.0)], "spike", "loss", 3.5, BOUND),
+        (swinging(), [(2.5, 1.0)] * 2, "burst", "loss", 2.5, BOUND),
+        (swinging(), [(1.0, 20.0)], "exploding gradient", "gradient norm", 20.0, math.exp(0.6)),
+        (swinging(), [(1.0, 0.125)] * 20, "vanishing gradient", "gradient norm", 0.125, 0.2),
+        ([(1.0, 1.0)] * 5, [(6.0, 1.0)] * 20, "early instability", "loss", 6.0, 5.0),
+        ([(1.0, 1.0), (1.0, 1.0), (1.25, 1.0)], [(6.5, 1.0)] * 20, "early instability", "loss", 6.5, 6.25),
+        ([(1.0, 1.0)] * 3, [(1.25, 1.0)] * 2 + [(5.5, 1.0)] * 20, "early instability", "loss", 5.5, 5.0),
+        (swinging(), [(math.nan, 1.0)], "not finite", "loss", math.nan, math.inf),
+        (swinging(), [(1.0, math.inf)], "not finite", "gradient norm", math.inf, math.inf),
+    ],
+)
+def test_what_is_told_has_its_value_and_what_would_have_been_normal(
+    before: list[tuple[float, float]],
+    then: list[tuple[float, float]],
+    kind: str,
+    signal: str,
+    value: float,
+    expected: float,
+) -> None:
+    first, *_ = judged(before + then)
+    assert (first.kind, first.signal) == (kind, signal)
+    assert (first.value, first.expected) == (pytest.approx(value, nan_ok=True), pytest.approx(expected))
+    assert len(before) <= first.step < len(before) + len(then)
+
+
+def test_a_divergence_is_told_with_the_level_and_what_may_be_given_back() -> None:
+    found = judged(swinging() + [(1.4, 1.0)] * 80)
+    told = next(each for each in found if each.kind == "divergence")
+    assert told.signal == "loss"
+    assert told.expected == pytest.approx(1.3, abs=0.01)
+    assert told.value == pytest.approx(1.4 - 0.4 * 0.95**31, abs=0.001)  # a moving average, once the burst is over
+
+
+def test_no_progress_is_told_once_with_the_loss_at_the_start() -> None:
+    rule, found = InstabilityRule(), []
+    for step in range(300):
+        told = rule.update(2.25 + (0.1 if step % 2 else -0.1), math.exp(-step / 60))
+        found += [] if told is None else [told]
+    first, *others = found
+    assert (first.kind, first.signal) == ("no progress", "loss")
+    assert first.expected == pytest.approx((2 * 2.35 + 3 * 2.15) / 5)
+    assert first.value == pytest.approx(2.25, abs=0.02)
+    assert all(other.step - first.step >= 100 for other in others)  # it started anew
+
+
+def test_a_norm_is_striking_from_six_deviations_on() -> None:
+    rule = InstabilityRule()
+    for step, value in enumerate(swinging(60)):
+        assert rule.is_striking(*value) == (step < 30)
+        rule.update(*value)
+    assert not rule.is_striking(1.0, 0.99 * math.exp(0.6))
+    assert rule.is_striking(1.0, 1.01 * math.exp(0.6))
+    huge = InstabilityRule()
+    for _ in range(60):
+        huge.update(1.0, 1e305)
+    assert not huge.is_striking(1.0, 9e303)
+
+
+def test_the_state_is_all_but_what_was_asked_and_what_comes_of_the_norms() -> None:
+    rule = InstabilityRule(cancels=True)
+    for value in swinging(60):
+        rule.update(*value, 0.1, examples=8)
+    state = rule.state_dict()
+    assert {*state} == {*vars(rule)} - {"cancels", "striking"}
+    assert state["examples"] == [8] * 60
+    assert (state["step"], state["seen"], state["first"], state["highest"]) == (60, 60, 2.0, 2.0)
+    loaded = InstabilityRule(cancels=True)
+    loaded.update(9.0, 9.0)
+    loaded.load_state_dict(json.loads(json.dumps(state)))
+    assert (loaded.cancels, loaded.is_striking(1.0, 1.0)) == (True, False)
+    assert str(loaded.state_dict()) == str(state)
+    assert type(loaded.top) is tuple
+    assert {type(each) for each in (*loaded.short, *loaded.recent)} == {tuple}
