@@ -438,3 +438,13 @@ def test_dtensors_are_clipped_as_one_with_the_others() -> None:
         assert [each.full_tensor().item() for each in gradients[:2]] == [1.0, 2.0]
         assert [each.tolist() for each in gradients[2:]] == [[2.0, 4.0], [10.5]]
         assert total_norm(gradients[:2]).item() == pytest.approx(math.sqrt(5))
+
+
+def test_what_was_read_is_not_read_again() -> None:
+    rule = PercentileThreshold()
+    for _ in range(2):
+        for norm in (1.0, math.nan, 0.0, 2.0):
+            rule.update(torch.tensor(norm))
+        for _ in range(3):
+            rule.flush()
+    assert (rule.count, rule.nonfinite) == (4, 2)
