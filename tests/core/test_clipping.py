@@ -448,3 +448,16 @@ def test_what_was_read_is_not_read_again() -> None:
         for _ in range(3):
             rule.flush()
     assert (rule.count, rule.nonfinite) == (4, 2)
+
+
+@pytest.mark.parametrize("make", [float, torch.tensor], ids=["number", "tensor"])
+def test_a_norm_at_the_bound_is_within_it(make: Any) -> None:
+    rule = PercentileThreshold(window=100, warmup_steps=0)
+    for norm in [9.0] * 13 + [2.0] * 12 + [1.0] * 75:  # the bound is twice the upper quartile
+        rule.update(make(norm))
+    assert float(rule.update(make(1.0))) == 2.0  # nine tenths of 87, and not of 75
+
+
+def test_a_parameter_is_a_tensor_like_others() -> None:
+    weights = [torch.nn.Parameter(torch.full((4,), 2.0)), torch.full((9,), 1.0)]
+    assert total_norm(weights).item() == 5.0
