@@ -622,3 +622,13 @@ def test_an_ensemble_that_is_loaded_has_all_that_was_saved(tmp_path: Path) -> No
     function.save(path)
     with pytest.raises(ValueError, match=f"^{re.escape(f'the ensemble in {path} combines by a function, which')}"):
         Ensemble.load(path, nn.Linear(4, 4))
+
+
+def test_members_that_were_made_for_inference_alone_predict() -> None:
+    with torch.inference_mode():
+        nets = several(members=2)
+    ensemble = Ensemble(nets)
+    with torch.no_grad():
+        expected = mean_probabilities(nets, [0.5, 0.5])
+        for _ in range(2):
+            torch.testing.assert_close(ensemble(INPUTS).softmax(-1), expected.float())

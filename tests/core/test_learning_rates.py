@@ -211,3 +211,15 @@ def test_nothing_is_held_where_there_is_no_warmup() -> None:
     assert (rates.holds_schedulers, rates.behind_warmup) == (False, 0)
     rates.update()
     assert (rates.holds_schedulers, rates.behind_warmup) == (False, 1)
+
+
+def test_a_tensor_takes_what_was_restored_as_a_number() -> None:
+    held = torch.tensor(0.1)
+    optimizer, rates = two_groups((held, torch.tensor(0.02))), LearningRates()
+    rates.load_state_dict({"step": 1, "base": [0.1, 0.02]})
+    rates.lay(lambda step: 0.5**step)
+    rates.start(optimizer)
+    assert rates_of(optimizer) == pytest.approx([0.05, 0.01])
+    assert optimizer.param_groups[0]["lr"] is held
+    rates.finish()
+    assert held.item() == pytest.approx(0.1)
