@@ -223,3 +223,13 @@ def test_a_tensor_takes_what_was_restored_as_a_number() -> None:
     assert optimizer.param_groups[0]["lr"] is held
     rates.finish()
     assert held.item() == pytest.approx(0.1)
+
+
+def test_a_tensor_of_a_group_that_is_added_has_the_factor_in_it() -> None:
+    optimizer = two_groups((torch.tensor(0.1), torch.tensor(0.02)))
+    rates = on(optimizer, lambda step: 0.5)
+    optimizer.add_param_group({"params": [torch.zeros(1)], "lr": torch.tensor(0.25)})
+    rates.update()
+    assert rates_of(optimizer) == pytest.approx([0.05, 0.01, 0.25])
+    rates.finish()
+    assert rates_of(optimizer) == pytest.approx([0.1, 0.02, 0.5])
