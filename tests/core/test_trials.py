@@ -421,7 +421,7 @@ def test_what_trials_end_with_is_told_word_for_word(word_for_word: Callable[...,
     rates |= {Trial(0.01, 100): Outcome(True, 0.25, 100), Trial(3.0, 100): Outcome(False, math.nan, 7)}
     figures = [
         replace(result(), best=Trial(0.1, 100), outcomes=rates).plot(),
-        replace(result(), outcomes=half).plot(),
+        result().plot(),
         replace(result(), best=Trial(0.1, 100), outcomes=OUTCOMES).plot_curves(),
     ]
     tables = [[each.to_markdown(), each._repr_html_(), each.table()[0]] for each in swept]
