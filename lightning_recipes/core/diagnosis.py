@@ -262,7 +262,8 @@ def decide(evidence: Evidence) -> Diagnosis:
         instead = _of_validation(evidence, than) if worse and found.leaf == "cannot tell" else found
         return found if instead.leaf == "cannot tell" else instead
     if low:
-        return _of_validation(evidence, f"low against {than}")
+        sure = target is None or train.high <= target
+        return _of_validation(evidence, f"{'low against' if sure else 'not surely above'} {than}")
     if worse:
         return _of_validation(evidence, f"neither low nor high against {than}")
     if evidence.larger is not None and _size_helps(evidence, evidence.larger):

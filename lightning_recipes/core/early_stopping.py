@@ -153,7 +153,8 @@ class Patience(Criterion):
         last = len(curve.values) - 1
         if since == last or last < curve.start or waited < self.amount * (1 - 1e-9):
             return None
-        return f"did not improve in the last {clock[last] - clock[since]:g} {self.unit}"
+        span = clock[last] - clock[since]
+        return f"did not improve in the last {span:g} {self.unit if span != 1 else self.unit[:-1]}"
 
 
 def _clearness(excess: float, noise: float) -> float:
@@ -283,7 +284,7 @@ class SuccessiveRises(Criterion):
         rose = [curve.values[later] > curve.values[sooner] for later, sooner in pairwise(ends)]
         if len(rose) < self.rises or not all(rose):
             return None
-        return f"rose {self.rises} times in a row over {self.strip} checks each"
+        return f"rose {self.rises} times in a row over {self.strip} check{'s' if self.strip > 1 else ''} each"
 
 
 @dataclass(frozen=True)

@@ -193,8 +193,9 @@ class LearningRateSearch:
             )
         rule = "learning rate found"
         if lowest in (self.learning_rates[0], self.learning_rates[-1]):
-            side = "higher" if lowest == self.learning_rates[-1] else "lower"
-            advice, rule = f"It is the last one of the grid: try {side} ones.", "best at the end of the grid"
+            side = "highest" if lowest == self.learning_rates[-1] else "lowest"
+            advice = f"It is the {side} of the grid: try {side.removesuffix('st')}r ones."
+            rule = "best at the end of the grid"
         elif at_edge:
             rule = "best at the edge of stability"
             advice += (

@@ -151,20 +151,26 @@ class NoiseScaleRule:
             return None
         verdict = self._verdict(scale)
         batch, bound = self.batch, "" if scale.is_certain else " (|G|^2 is lost in its noise, so this is a bound)"
+        about = f"about {scale.text}" if scale.is_certain else f"{scale.low:.3g} or more"
         advice = {
-            "small": f"A larger batch, up to about {scale.text}, would need almost proportionally fewer updates; retune"
+            "small": f"A larger batch, up to {about}, would need almost proportionally fewer updates; retune"
             " the learning rate with it. For the same number of examples this batch is efficient.",
-            "large": f"A batch of about {scale.text} would gain almost as much with each update from fewer examples;"
+            "large": f"A batch of {about} would gain almost as much with each update from fewer examples;"
             " this one pays only if the hardware is idle otherwise.",
             "balanced": "The batch size suits this point of training.",
             "unknown": "Measure more updates (a larger window) before drawing conclusions about the batch size.",
+        }[verdict]
+        against = {
+            "small": "small against it",
+            "large": "large against it",
+            "balanced": "of its order",
+            "unknown": "it cannot be said which is larger",
         }[verdict]
         return Finding(
             rule="gradient noise scale",
             severity="info",
             message=f"The gradient noise scale over the last {scale.updates} measured updates was {scale.text}{bound},"
-            f" and the effective batch size {batch:g}"
-            f" ({ {'small': 'small against it', 'large': 'large against it'}.get(verdict, 'of its order') }).",
+            f" and the effective batch size {batch:g} ({against}).",
             advice=advice,
             step=step,
             evidence={

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_recipes.core.arguments import check_choice
 from lightning_recipes.core.evidence import Evidence, Table, only
 from lightning_recipes.core.findings import Finding
+from lightning_recipes.core.tables import as_html
 
 Verdict = Literal["gain", "noise", "alike"]
 Fit = Callable[[Table], Tensor]
@@ -320,9 +321,7 @@ class Report:
         return "\n".join([*lines, "", f"{self.finding.message} {self.finding.advice}"])
 
     def _repr_html_(self) -> str:
-        cells = [line.strip("| ").split("|") for line in self.to_markdown().splitlines() if line.startswith("|")]
-        rows = ["".join(f"<td>{cell.strip(' *')}</td>" for cell in row) for row in (cells[0], *cells[2:])]
-        return f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table><p>{self.finding.text}</p>"
+        return as_html(self.to_markdown())
 
 
 def _shown(value: float, form: str) -> str:

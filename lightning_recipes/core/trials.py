@@ -16,6 +16,7 @@ from lightning_recipes.core.files import put
 from lightning_recipes.core.findings import Finding
 from lightning_recipes.core.instability import InstabilityRule
 from lightning_recipes.core.schedules import warmth
+from lightning_recipes.core.tables import as_html
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -273,9 +274,7 @@ class SweepResult:
         return "\n".join([*lines, "", f"{self.finding.message} {self.finding.advice}"])
 
     def _repr_html_(self) -> str:
-        cells = [line.strip("| ").split("|") for line in self.to_markdown().splitlines() if line.startswith("|")]
-        rows = ["".join(f"<td>{cell.strip()}</td>" for cell in row) for row in (cells[0], *cells[2:])]
-        return f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table><p>{self.finding.text}</p>"
+        return as_html(self.to_markdown())
 
     def plot(self, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
         """Draw the sweep; needs the extra ``plots``.

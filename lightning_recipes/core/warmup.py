@@ -229,8 +229,9 @@ class WarmupSearch:
                 "info" if without and self.base_learning_rate is None else "warning",  # nobody needs a higher one
                 f"{up_to} makes a learning rate of {rates} stable"
                 + (f" and better than {best_without:.3g} without one." if best_without else "."),
-                "Keep the learning rate; look at gradient clipping, another optimizer, normalisation and residual"
-                " connections (x + f(Norm(x)) with f starting at 0).",
+                ("Keep the learning rate" if stable else "Take a learning rate that is lower still")
+                + "; look at gradient clipping, another optimizer, normalisation and residual connections"
+                " (x + f(Norm(x)) with f starting at 0).",
             )
             return SweepResult(None, finding, dict(outcomes), {**summary, "gain": 1.0})
         best = self._trial(rate, int(warmup), 0)

@@ -131,7 +131,7 @@ def test_all_and_any_of_several() -> None:
     assert stops_at(AllOf([Patience(1), loss]), values, min_delta=0) == 3
     assert stops_at(AllOf([three, loss]), values, min_delta=0) == 6
     verdict = AllOf([Patience(1), loss]).verdict(Curve([1.0, 2.0]))
-    assert verdict == "did not improve in the last 1 checks and is 100 % worse than its best"
+    assert verdict == "did not improve in the last 1 check and is 100 % worse than its best"
     assert AnyOf([three, loss]).criteria == AllOf([three, loss]).criteria == (three, loss)  # no list to be changed
 
 

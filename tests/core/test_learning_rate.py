@@ -131,12 +131,12 @@ def test_what_is_said_of_the_best_rate_and_of_the_edge() -> None:
     assert "**best**" not in found.to_markdown()
     assert found.summary["at_edge"] == 1
     found, _ = searched([*reversed(RATES)], [*reversed(RATES)])
-    assert found.finding.advice == "It is the last one of the grid: try higher ones."
+    assert found.finding.advice == "It is the highest of the grid: try higher ones."
     assert found.finding.message.endswith("at a learning rate of 1.")
     assert found.summary["edge"] == math.inf
     assert found.summary["at_edge"] == 0
     found, _ = searched([*RATES], [*RATES])
-    assert found.finding.advice == "It is the last one of the grid: try lower ones."
+    assert found.finding.advice == "It is the lowest of the grid: try lower ones."
     found, rates = searched([math.nan] * 10, EARLY)
     assert found.finding.message == "Every learning rate was unstable, 0.001 the lowest."
     assert (found.finding.rule, rates) == ("no learning rate is stable", set())
