@@ -195,8 +195,9 @@ class ExponentialMovingAverage:
     def exchange_(self, tensors: Mapping[str, Tensor]) -> None:
         """Put the averages into the tensors and keep the raw values in their place, or the other way round.
 
-        Nothing happens before there is an average. Beyond one tensor at a time no memory is needed, but for
-        half-precision tensors, whose averages do not fit into them and stay.
+        Nothing happens before there is an average. What is written into a tensor while it holds its average is in the
+        average after. Beyond one tensor at a time no memory is needed, but for half-precision tensors, whose averages
+        do not fit into them and stay.
         """
         if not self.exists:
             return
@@ -207,6 +208,8 @@ class ExponentialMovingAverage:
                 shard.copy_(average)
                 average.copy_(raw)
             elif self.exchanged:
+                held = raw.to(average.device)
+                average.copy_(torch.where(average.to(held.dtype) == held, average, held.to(average.dtype)))
                 shard.copy_(self._raw_halves.pop(name))
             else:
                 shard.copy_(average)

@@ -131,8 +131,13 @@ class Calibrated(Regression):
 
 
 @pytest.mark.parametrize("settings", [{"buffers": "average"}, {"buffers": "copy"}, {"validate_raw": True}])
-def test_what_a_validation_writes_into_a_buffer_stays(settings: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_validation_writes_into_a_buffer_stays(
+    settings: dict[str, Any], dtype: torch.dtype, tmp_path: Path
+) -> None:
     module, plain, follow = Calibrated(), Calibrated(), Follow()
+    for each in (module, plain):
+        each.thresholds = each.thresholds.to(dtype)
     trainer = fit(tmp_path, module, EMAWeights(0.9, **settings), follow, epochs=3)
     fit(tmp_path, plain, other := Follow(), epochs=3)
     assert module.in_training == plain.in_training == [0.0] * 12 + [12.0] * 12 + [24.0] * 12

@@ -132,6 +132,19 @@ def test_half_precision_is_averaged_in_single_precision_and_put_back_exactly(dty
     assert torch.equal(ema.averages["x"], average)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_is_written_while_a_tensor_holds_its_average_is_in_the_average_after(dtype: torch.dtype) -> None:
+    tensor, ema = torch.tensor([0.1, 0.2, 0.3]).to(dtype), ExponentialMovingAverage(0.9)
+    ema.update({"x": tensor})
+    ema.update({"x": tensor * 1.1})
+    average, raw = ema.averages["x"].clone(), tensor.clone()
+    ema.exchange_({"x": tensor})
+    tensor[1] = 7.0
+    ema.exchange_({"x": tensor})
+    assert torch.equal(tensor, raw)
+    assert torch.equal(ema.averages["x"], torch.stack([average[0], torch.tensor(7.0), average[2]]))
+
+
 def test_exchange_is_in_place_and_undoes_itself() -> None:
     positions = walk(30)
     tensor = positions[0].clone()
