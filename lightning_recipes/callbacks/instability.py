@@ -294,7 +294,8 @@ class InstabilityDetector(pl.Callback):
         where = self._locate(pl_module, optimizer, update, found) if optimizer is not None else ""
         if optimizer is not None and found.kind == "not finite":
             where = _first_of_all(trainer, where)
-        finding = _finding(update, found, decision, where, len(trainer.optimizers) > 1, scaler_of(trainer) is not None)
+        rivals, scaled = len(trainer.optimizers) > 1, scaler_of(trainer) is not None
+        finding = _finding(update, found, decision, where, rivals, scaled, bool(self._good))
         since = update.step - self._seen.get(found.kind, -AGAIN)
         self._seen[found.kind] = update.step
         if since >= AGAIN or decision not in ("told", "cancelled"):
@@ -536,7 +537,13 @@ def _cure(found: Instability, decision: str, where: str, scaled: bool) -> str:
 
 
 def _finding(
-    update: _Update, found: Instability, decision: str, where: str, rivals: bool, scaled: bool = False
+    update: _Update,
+    found: Instability,
+    decision: str,
+    where: str,
+    rivals: bool,
+    scaled: bool = False,
+    kept: bool = True,
 ) -> Finding:
     towards = "down" if found.kind == "vanishing gradient" else "up"
     bound = "" if math.isinf(found.expected) else f", where {towards} to {found.expected:.3g} would have been normal"
@@ -546,7 +553,7 @@ def _finding(
         "told": "",
         "cancelled": " The update was cancelled.",
         "went back": " The training went back to the last good state.",
-        "stopped": " The training was stopped with the last good state.",
+        "stopped": f" The training was stopped{' with the last good state' if kept else ': no state was kept yet'}.",
         "gave up": " So many updates are no accidents: they are cancelled no longer.",
         "raised": "",
     }[decision]
