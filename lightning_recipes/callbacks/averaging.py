@@ -310,7 +310,6 @@ class EMAWeights(pl.Callback):
             self._shown = [(buffer, buffer.clone()) for tracked in self._tracked for *_, buffer in tracked.buffers]
 
     @override
-    @torch.no_grad()
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             written = [(buffer, buffer != shown, buffer.clone()) for buffer, shown in self._shown]

@@ -9,13 +9,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from lightning_recipes.callbacks.rehearsal import first_batches, is_fresh, refuse_shards, rehearse, unharmed
 from lightning_recipes.callbacks.substitute import substitute
 from lightning_recipes.callbacks.telling import log_scalars, tell
-from lightning_recipes.callbacks.tracking import is_adaptive
 from lightning_recipes.callbacks.unused import pass_over_unused
 from lightning_recipes.core.arguments import check_count, check_real
 from lightning_recipes.core.criteria import Criterion, Watch, loss_of
@@ -99,7 +99,9 @@ class InitialLossCheck(pl.Callback):
         if not batches:
             return
         expected = self.expected_loss
-        self.rule = InitialLossRule(None if callable(expected) else expected, all(map(is_adaptive, trainer.optimizers)))
+        self.rule = InitialLossRule(
+            None if callable(expected) else expected, all(map(_is_adaptive, trainer.optimizers))
+        )
         watch = _NoUpdates()
 
         def look(module: pl.LightningModule) -> None:
@@ -144,6 +146,11 @@ class _NoUpdates(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for optimizer in trainer.optimizers:
             substitute(optimizer, "step", _only_compute)
+
+
+def _is_adaptive(optimizer: Optimizer) -> bool:
+    """Whether the scale of the gradients does not matter to an optimizer, by the names of its arguments."""
+    return all({"eps", "betas", "etas"} & {*group} for group in optimizer.param_groups)
 
 
 def _only_compute(closure: Callable[[], Any] | None = None, **_: object) -> Any:

@@ -65,8 +65,8 @@ class LearningRateSchedule(pl.Callback):
 
     A :class:`~lightning_recipes.core.schedules.ReduceOnPlateau` watches a validation metric (its mean over the ranks).
     The schedule it makes is written to ``schedule.yaml`` in the run's folder, for LightningCLI: with it another run has
-    exactly the same learning rates. It tells of a warmup overlaid on a run that is too short for it. Costs
-    two microseconds an update and no memory.
+    exactly the same learning rates. It tells of a warmup overlaid on a run that is too short for it, and of a mode that
+    the metric's name speaks against. Costs two microseconds an update and no memory.
 
     Attributes:
         rule: The :class:`~lightning_recipes.core.learning_rates.LearningRates` of each optimizer.

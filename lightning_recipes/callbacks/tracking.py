@@ -90,11 +90,6 @@ def gradients_of(optimizer: Optimizer) -> list[Tensor]:
     ]
 
 
-def is_adaptive(optimizer: Optimizer) -> bool:
-    """Whether the scale of the gradients does not matter to an optimizer, by the names of its arguments."""
-    return all({"eps", "betas", "etas"} & {*group} for group in optimizer.param_groups)
-
-
 def same_tensors(module: nn.Module) -> dict[str, str]:
     """The first name of every parameter and buffer, under each name that it has: shared tensors have several."""
     first: dict[int, str] = {}

@@ -193,8 +193,8 @@ class LearningRateSearch:
             )
         rule = "learning rate found"
         if lowest in (self.learning_rates[0], self.learning_rates[-1]):
-            side = "highest" if lowest == self.learning_rates[-1] else "lowest"
-            advice = f"It is the {side} of the grid: try {side.removesuffix('st')}r ones."
+            side, ones = ("highest", "higher") if lowest == self.learning_rates[-1] else ("lowest", "lower")
+            advice = f"It is the {side} of the grid: try {ones} ones."
             rule = "best at the end of the grid"
         elif at_edge:
             rule = "best at the edge of stability"

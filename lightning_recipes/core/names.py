@@ -5,7 +5,15 @@ from typing import Literal
 
 from lightning_recipes.core.findings import Finding
 
-SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+Split = Literal["train", "val", "test", ""]
+SPLITS: dict[str, Split] = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+}
 LOWER = {"loss", "error", "err", "mse", "mae", "rmse", "nll", "perplexity", "ppl", "wer", "cer", "fid"}
 HIGHER = {"acc", "accuracy", "f1", "auc", "auroc", "precision", "recall", "iou", "miou", "dice", "bleu", "map", "psnr"}
 TURNED = {"neg", "negative", "minus", "inverse"}
@@ -26,7 +34,7 @@ def trains(name: str) -> bool:
     return name not in ("epoch", "step", "hp_metric") and split(name) != "test"
 
 
-def split(name: str) -> Literal["train", "val", "test", ""]:
+def split(name: str) -> Split:
     """Which data a name speaks of.
 
     Example:
@@ -34,7 +42,7 @@ def split(name: str) -> Literal["train", "val", "test", ""]:
         ('val', 'train', '')
     """
     found = [SPLITS[token] for token in tokens(name) if token in SPLITS]
-    return found[0] if found else ""  # type: ignore[return-value] # the values of SPLITS
+    return found[0] if found else ""
 
 
 def base(name: str) -> str:
